@@ -1,0 +1,216 @@
+//! Chunks: pieces of file content named by the BLAKE3 of their bytes, where they are cut, and how they are stored.
+//!
+//! Pure: no IO. Cutting depends on the bytes alone, so equal content gives equal chunks wherever it lies.
+
+use std::fmt;
+
+use fastcdc::v2020::{FastCDC, Normalization};
+
+/// Content up to this length stands in the tree itself.
+pub const INLINE_MAX: usize = 1024;
+/// A file up to this length is not cut: each run of its data is one chunk.
+pub const SINGLE_MAX: u64 = 128 << 10;
+/// The least, average and most length of a chunk that is cut.
+pub const MIN: usize = 16 << 10;
+pub const AVG: usize = 64 << 10;
+pub const MAX: usize = 256 << 10;
+
+/// Writes an id as hex digits.
+pub(crate) fn fmt_hex(id: &[u8; 32], f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    id.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+}
+
+/// The BLAKE3 of a chunk's bytes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ChunkId(pub [u8; 32]);
+
+impl ChunkId {
+    /// Returns the id of these bytes.
+    pub fn of(bytes: &[u8]) -> ChunkId {
+        ChunkId(*blake3::hash(bytes).as_bytes())
+    }
+}
+
+impl fmt::Display for ChunkId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt_hex(&self.0, f)
+    }
+}
+
+impl fmt::Debug for ChunkId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt_hex(&self.0, f)
+    }
+}
+
+/// Returns the length of the first chunk of `data`, or `None` if bytes behind it must be seen to decide, because `data` is
+/// not the end of the run and shorter than the longest chunk and the byte after it.
+pub fn first_cut(data: &[u8], at_end: bool) -> Option<usize> {
+    if data.len() <= MAX && !at_end {
+        return None;
+    }
+    if data.is_empty() {
+        return Some(0);
+    }
+    let (min, avg, max) = (MIN as u32, AVG as u32, MAX as u32);
+    let cutter = FastCDC::with_level_and_seed(data, min, avg, max, Normalization::Level2, 0);
+    Some(cutter.cut(0, data.len()).1)
+}
+
+/// Unsigned numbers in seven-bit groups, least first; only the shortest form is valid.
+pub mod varint {
+    /// Appends a number.
+    pub fn put(out: &mut Vec<u8>, mut number: u64) {
+        while number >= 0x80 {
+            out.push(number as u8 | 0x80);
+            number >>= 7;
+        }
+        out.push(number as u8);
+    }
+
+    /// Takes a number from the front of `bytes`; `None` if there is no valid one.
+    pub fn take(bytes: &mut &[u8]) -> Option<u64> {
+        let mut number = 0_u64;
+        for shift in (0..64).step_by(7) {
+            let (&byte, rest) = bytes.split_first()?;
+            *bytes = rest;
+            let part = u64::from(byte & 0x7f);
+            if shift == 63 && part > 1 {
+                return None;
+            }
+            number |= part << shift;
+            if byte < 0x80 {
+                return (byte != 0 || shift == 0).then_some(number);
+            }
+        }
+        None
+    }
+}
+
+/// How a value is stored.
+const RAW: u8 = 0;
+const ZSTD: u8 = 1;
+
+/// Why a stored value cannot be read.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PackError {
+    #[error("its head is not valid")]
+    Head,
+    #[error("its codec {0} is not known to this version")]
+    Codec(u8),
+    #[error("it is said to be longer than any can be")]
+    TooLong,
+    #[error("it cannot be decompressed")]
+    Payload,
+}
+
+/// Returns the stored form of `raw`: codec ‖ raw length ‖ payload, compressed by zstd at `level` if that makes it smaller.
+pub fn pack(raw: &[u8], level: i32) -> Vec<u8> {
+    let mut out = Vec::with_capacity(raw.len() / 2 + 16);
+    out.push(ZSTD);
+    varint::put(&mut out, raw.len() as u64);
+    let head = out.len();
+    if let Ok(packed) = zstd::bulk::compress(raw, level)
+        && packed.len() < raw.len()
+    {
+        out.extend_from_slice(&packed);
+        return out;
+    }
+    out.truncate(head);
+    out[0] = RAW;
+    out.extend_from_slice(raw);
+    out
+}
+
+/// Returns the raw bytes of a stored value of at most `max` bytes.
+pub fn unpack(mut stored: &[u8], max: usize) -> Result<Vec<u8>, PackError> {
+    let (&codec, rest) = stored.split_first().ok_or(PackError::Head)?;
+    stored = rest;
+    let len = varint::take(&mut stored).ok_or(PackError::Head)?;
+    let len = usize::try_from(len).ok().filter(|len| *len <= max).ok_or(PackError::TooLong)?;
+    let raw = match codec {
+        RAW => stored.to_vec(),
+        ZSTD => zstd::bulk::decompress(stored, len).map_err(|_| PackError::Payload)?,
+        other => return Err(PackError::Codec(other)),
+    };
+    if raw.len() == len { Ok(raw) } else { Err(PackError::Payload) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn noise(len: usize, mut seed: u64) -> Vec<u8> {
+        std::iter::repeat_with(|| {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            seed as u8
+        })
+        .take(len)
+        .collect()
+    }
+
+    fn cuts(data: &[u8]) -> Vec<usize> {
+        let mut at = 0;
+        let mut out = Vec::new();
+        while at < data.len() {
+            at += first_cut(&data[at..], true).unwrap();
+            out.push(at);
+        }
+        out
+    }
+
+    #[test]
+    fn cutting_resynchronises_behind_an_edit() {
+        let data = noise(4 << 20, 3);
+        let mut edited = data.clone();
+        edited.splice(1_000_000..1_000_100, noise(300, 5));
+        let (a, b) = (cuts(&data), cuts(&edited));
+        let same = b.iter().rev().zip(a.iter().rev()).take_while(|(x, y)| **x == **y + 200).count();
+        assert!(same > a.len() / 2, "{same} of {} cuts", a.len());
+    }
+
+    #[test]
+    fn a_cut_is_the_same_whether_all_bytes_are_there_or_only_enough() {
+        let data = noise(3 << 20, 9);
+        let mut at = 0;
+        for cut in cuts(&data) {
+            let seen = &data[at..data.len().min(at + MAX + 1)];
+            let first = first_cut(seen, at + seen.len() == data.len());
+            assert_eq!(first, Some(cut - at));
+            at = cut;
+        }
+        assert_eq!(first_cut(&data[..MAX], false), None);
+    }
+
+    #[test]
+    fn stored_values_come_back_and_never_allocate_more_than_allowed() {
+        for raw in [vec![], vec![7; 100_000], noise(5000, 1)] {
+            assert_eq!(unpack(&pack(&raw, 3), 100_000), Ok(raw));
+        }
+        assert_eq!(pack(&noise(5000, 1), 3)[0], RAW);
+        assert_eq!(unpack(&pack(&vec![7; 100_000], 3), 99_999), Err(PackError::TooLong));
+        assert_eq!(unpack(&[9, 0], 10), Err(PackError::Codec(9)));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn arbitrary_stored_bytes_never_panic(bytes: Vec<u8>) {
+            let _ = unpack(&bytes, 1 << 20);
+        }
+
+        #[test]
+        fn numbers_have_one_form(number: u64, bytes: [u8; 11]) {
+            let mut out = Vec::new();
+            varint::put(&mut out, number);
+            assert_eq!(varint::take(&mut out.as_slice()), Some(number));
+            let mut rest = &bytes[..];
+            if let Some(number) = varint::take(&mut rest) {
+                let mut again = Vec::new();
+                varint::put(&mut again, number);
+                assert_eq!(again, bytes[..bytes.len() - rest.len()]);
+            }
+        }
+    }
+}

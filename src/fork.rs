@@ -1,0 +1,529 @@
+//! A fork: a private, writable view of one version. Its delta is a table of edits on top of the version's root, the log that
+//! can make the table again, and the spool that holds written bytes.
+//!
+//! A mutation holds the gate shared for its length, locks what it concerns, appends one record to the log and only then changes
+//! the table. A seal holds the gate alone for a moment: that is the point in time of a commit.
+//!
+//! Lock order: gate, layers, cells (by number), then the log, the spool's rooms and the lookup counts as leaves.
+
+pub mod error;
+pub mod extent;
+pub mod log;
+pub mod spool;
+pub mod table;
+pub mod view;
+mod write;
+
+use std::collections::HashMap;
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use parking_lot::{ArcRwLockReadGuard, Mutex, RawRwLock, RwLock, RwLockReadGuard};
+
+use crate::record::{Attr, Ino, Kind, Nanos, ROOT};
+use crate::store::{ForkId, Lease, Store, StoreError};
+use crate::tree::NodeId;
+use error::FsError;
+use extent::{Extent, PAGE};
+use log::{Log, LogError, Request};
+use spool::Spool;
+use table::{Cell, Edit, Inode, Table, apply_inode};
+pub use write::Tx;
+
+/// What a created inode is charged, beside its content.
+const INODE_CHARGE: u64 = 512;
+/// The first lease of inode numbers, and the largest: each is twice the one before.
+const LEASE: Range<u64> = 64..1 << 20;
+
+/// What a fork is made from.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    pub id: ForkId,
+    /// The root below the table: that of the version it was forked from, or of its last commit.
+    pub root: NodeId,
+    /// The first segment of the log on top of that root.
+    pub first_segment: u64,
+    /// Room for new data, in bytes.
+    pub size: u64,
+    /// The inode numbers it holds.
+    pub inodes: Vec<Range<u64>>,
+}
+
+/// A root that stays readable as long as somebody holds this.
+pub struct Root {
+    pub id: NodeId,
+    _lease: Lease,
+}
+
+/// What a fork shows, from the top: edits, edits that a commit has frozen, a version.
+pub struct Layers {
+    pub root: Arc<Root>,
+    pub live: Table,
+    pub frozen: Option<Arc<Table>>,
+}
+
+/// Whether a fork takes mutations.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Gate {
+    Open,
+    /// A commit without `keep` is under way or done: EROFS.
+    Sealed,
+    /// Nothing is answered any more: EIO.
+    Ended,
+}
+
+/// One fork and its delta.
+pub struct Fork {
+    pub id: ForkId,
+    pub store: Arc<Store>,
+    pub spool: Spool,
+    dir: PathBuf,
+    size: u64,
+    gate: Arc<RwLock<Gate>>,
+    layers: RwLock<Layers>,
+    log: Mutex<Log>,
+    numbers: Mutex<Numbers>,
+    /// How often the kernel was told of an inode and has not forgotten it.
+    lookups: Mutex<HashMap<Ino, u64>>,
+    created: AtomicU64,
+    started: Instant,
+}
+
+struct Numbers {
+    left: Range<u64>,
+    next_lease: u64,
+    all: Vec<Range<u64>>,
+}
+
+/// What the delta of a fork amounts to.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct DeltaSize {
+    /// Inodes that were changed, made or removed.
+    pub changed: u64,
+    /// Bytes charged against the fork's size.
+    pub bytes: u64,
+}
+
+/// The point in time of a commit.
+pub struct Sealed {
+    pub root: Arc<Root>,
+    pub table: Arc<Table>,
+    /// With `keep`: the segment that goes on behind the seal.
+    pub segment: Option<u64>,
+}
+
+impl Fork {
+    /// Makes the delta of a new fork in `dir`. The root directory of a volume without versions belongs to `owner` (uid, gid).
+    ///
+    /// # Errors
+    /// What the disk or the store answered.
+    pub fn create(
+        store: Arc<Store>,
+        dir: &Path,
+        origin: Origin,
+        owner: (u32, u32),
+        now: Nanos,
+    ) -> Result<Fork, FsError> {
+        fs::create_dir(dir)?;
+        let log = Log::create(dir, origin.id.0, origin.first_segment)?;
+        let fork = Fork::with(store, dir, origin, log)?;
+        if view::base_attr(&fork.store, fork.root().id, ROOT)?.is_none() {
+            let attr = Attr {
+                kind: Kind::Directory,
+                mode: 0o755,
+                uid: owner.0,
+                gid: owner.1,
+                rdev: 0,
+                nlink: 2,
+                size: 0,
+                blocks: 0,
+                atime: now,
+                mtime: now,
+                ctime: now,
+                btime: now,
+                parent: ROOT,
+            };
+            let edit = Edit::Attr { ino: ROOT, attr: attr.clone() };
+            fork.log.lock().append(Request::default(), [&edit])?;
+            let cell = Cell::new(ROOT, Inode::created(attr));
+            fork.layers.write().live.inodes.insert(ROOT, cell);
+        }
+        Ok(fork)
+    }
+
+    /// Opens the delta of a fork after a restart, with everything that had been acknowledged.
+    ///
+    /// # Errors
+    /// A damaged log, or what the disk or the store answered.
+    pub fn open(store: Arc<Store>, dir: &Path, origin: Origin) -> Result<Fork, FsError> {
+        let (id, first) = (origin.id.0, origin.first_segment);
+        // The log is replayed into the fork that goes on writing it, so it is opened twice: once to be read whole.
+        let log = Log::replay(dir, id, first, |_, _| {}).map_err(log_error)?;
+        let fork = Fork::with(store, dir, origin, log)?;
+        let mut failed = None;
+        let replayed = Log::replay(dir, id, first, |_, edits| {
+            if failed.is_none() {
+                failed = fork.replay(&edits).err();
+            }
+        });
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        *fork.log.lock() = replayed.map_err(log_error)?;
+        let layers = fork.layers.read();
+        let extents = layers.live.inodes.values().flat_map(|cell| {
+            cell.state.read().content.extents.iter().collect::<Vec<Extent>>()
+        });
+        fork.spool.adopt(extents);
+        let created = layers.live.inodes.values().filter(|cell| cell.state.read().created).count();
+        fork.created.store(created as u64, Ordering::Relaxed);
+        drop(layers);
+        Ok(fork)
+    }
+
+    fn with(store: Arc<Store>, dir: &Path, origin: Origin, log: Log) -> Result<Fork, FsError> {
+        let root = root(&store, origin.root);
+        let spool = Spool::open(&dir.join("spool"))?;
+        let layers = Layers { root, live: Table::default(), frozen: None };
+        let numbers = Numbers { left: 0..0, next_lease: LEASE.start, all: origin.inodes };
+        Ok(Fork {
+            id: origin.id,
+            store,
+            spool,
+            dir: dir.into(),
+            size: origin.size,
+            gate: Arc::new(RwLock::new(Gate::Open)),
+            layers: RwLock::new(layers),
+            log: Mutex::new(log),
+            numbers: Mutex::new(numbers),
+            lookups: Mutex::default(),
+            created: AtomicU64::new(0),
+            started: Instant::now(),
+        })
+    }
+
+    /// Applies one record of the log to the table, as it was applied when it was written.
+    fn replay(&self, edits: &[Edit]) -> Result<(), FsError> {
+        let mut layers = self.layers.write();
+        for edit in edits {
+            match edit {
+                Edit::Attr { ino, attr } => {
+                    if !self.load(&mut layers, *ino)? {
+                        let cell = Cell::new(*ino, Inode::created(attr.clone()));
+                        layers.live.inodes.insert(*ino, cell);
+                    }
+                }
+                Edit::Extent { ino, .. } | Edit::Truncate { ino, .. } | Edit::Orphan { ino } => {
+                    self.load(&mut layers, *ino)?;
+                }
+                _ => {}
+            }
+            // The room that goes is found at the end, from what is live then.
+            self.apply(&mut layers, edit);
+        }
+        Ok(())
+    }
+
+    /// Applies an edit to an inode of the live table, whose cell nobody else has locked; returns the extents whose room went.
+    fn apply(&self, layers: &mut Layers, edit: &Edit) -> Vec<Extent> {
+        layers.live.apply(edit);
+        match edit {
+            Edit::Attr { ino, .. } | Edit::Extent { ino, .. } | Edit::Truncate { ino, .. } => {
+                let cell = layers.live.inodes.get(ino);
+                cell.map(|cell| apply_inode(&mut cell.state.write(), edit)).unwrap_or_default()
+            }
+            Edit::Orphan { ino } => {
+                if let Some(cell) = layers.live.inodes.get(ino).cloned() {
+                    let mut inode = cell.state.write();
+                    inode.orphan = true;
+                    layers.live.orphan(*ino, inode.created);
+                }
+                Vec::new()
+            }
+            Edit::Remove { ino } => {
+                let created = layers.live.inodes.get(ino).is_some_and(|c| c.state.read().created);
+                let cell = layers.live.remove(*ino, created);
+                cell.map(|cell| cell.state.read().content.extents.iter().collect()).unwrap_or_default()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Brings an inode into the live table; false if the fork has none of that number.
+    fn load(&self, layers: &mut Layers, ino: Ino) -> Result<bool, FsError> {
+        if layers.live.inodes.contains_key(&ino) {
+            return Ok(true);
+        }
+        let Some(inode) = layers.below(&self.store, ino)? else { return Ok(false) };
+        self.spool.retain(inode.content.extents.iter());
+        layers.live.inodes.insert(ino, Cell::new(ino, inode));
+        Ok(true)
+    }
+
+    /// What the fork shows, for reading.
+    pub fn layers(&self) -> RwLockReadGuard<'_, Layers> {
+        self.layers.read()
+    }
+
+    /// The root below the tables.
+    pub fn root(&self) -> Arc<Root> {
+        self.layers.read().root.clone()
+    }
+
+    /// Takes part in the gate for one mutation.
+    ///
+    /// # Errors
+    /// `ReadOnly` behind a seal, `Ended` when the fork is over.
+    pub fn enter(&self) -> Result<ArcRwLockReadGuard<RawRwLock, Gate>, FsError> {
+        let gate = self.gate.read_arc();
+        match *gate {
+            Gate::Open => Ok(gate),
+            Gate::Sealed => Err(FsError::ReadOnly),
+            Gate::Ended => Err(FsError::Ended),
+        }
+    }
+
+    /// Fails if the fork answers nothing any more.
+    pub fn check_alive(&self) -> Result<(), FsError> {
+        if *self.gate.read() == Gate::Ended { Err(FsError::Ended) } else { Ok(()) }
+    }
+
+    /// Takes the next inode number.
+    pub fn next_ino(&self) -> Result<Ino, FsError> {
+        let mut numbers = self.numbers.lock();
+        if numbers.left.is_empty() {
+            let lease = self.store.lease_inodes(self.id, numbers.next_lease)?;
+            numbers.next_lease = (numbers.next_lease * 2).min(LEASE.end);
+            numbers.all.push(lease.clone());
+            numbers.left = lease;
+        }
+        let ino = Ino(numbers.left.start);
+        numbers.left.start += 1;
+        Ok(ino)
+    }
+
+    /// The inode numbers that the fork holds, and those of them that it never used.
+    pub fn numbers(&self) -> (Vec<Range<u64>>, Range<u64>) {
+        let numbers = self.numbers.lock();
+        (numbers.all.clone(), numbers.left.clone())
+    }
+
+    /// Seconds since the fork was opened.
+    pub fn age(&self) -> u32 {
+        self.started.elapsed().as_secs() as u32
+    }
+
+    /// What is charged against the fork's size, in bytes.
+    pub fn charged(&self) -> u64 {
+        self.spool.charged() + self.created.load(Ordering::Relaxed) * INODE_CHARGE
+    }
+
+    /// Room that is left for new data, in bytes: the fork's own, or the disk's where that is less.
+    pub fn room(&self) -> u64 {
+        self.size.saturating_sub(self.charged()).min(self.store.room())
+    }
+
+    /// Fails if there is no room for so many new pages.
+    pub fn want_pages(&self, pages: u64) -> Result<(), FsError> {
+        if pages * PAGE <= self.room() { Ok(()) } else { Err(FsError::NoSpace) }
+    }
+
+    /// Counts that the kernel was told of an inode once more.
+    pub fn looked_up(&self, ino: Ino) {
+        *self.lookups.lock().entry(ino).or_default() += 1;
+    }
+
+    /// Counts that the kernel forgot an inode so many times; an orphan that it does not know any more is removed.
+    pub fn forget(&self, ino: Ino, times: u64) {
+        {
+            let mut lookups = self.lookups.lock();
+            let Some(count) = lookups.get_mut(&ino) else { return };
+            *count = count.saturating_sub(times);
+            if *count > 0 {
+                return;
+            }
+            lookups.remove(&ino);
+        }
+        let is_orphan = {
+            let layers = self.layers.read();
+            layers.live.inodes.get(&ino).is_some_and(|cell| cell.state.read().orphan)
+        };
+        if is_orphan {
+            self.drop_orphan(ino);
+        }
+    }
+
+    fn is_known(&self, ino: Ino) -> bool {
+        self.lookups.lock().contains_key(&ino)
+    }
+
+    /// Removes an orphan. If the log cannot take the record the orphan stays, which only holds room.
+    fn drop_orphan(&self, ino: Ino) {
+        let Ok(_gate) = self.enter() else { return };
+        let mut layers = self.layers.write();
+        let edit = Edit::Remove { ino };
+        if self.log.lock().append(Request::default(), [&edit]).is_ok() {
+            self.drop_room_ahead(&layers, ino);
+            let gone = self.apply(&mut layers, &edit);
+            drop(layers);
+            self.spool.release(gone);
+        }
+    }
+
+    /// Forgets what a session's kernel knew, and the orphans that only it could reach.
+    pub fn end_session(&self) {
+        self.lookups.lock().clear();
+        let orphans: Vec<Ino> = {
+            let layers = self.layers.read();
+            let cells = layers.live.inodes.values();
+            cells.filter(|cell| cell.state.read().orphan).map(|cell| cell.ino).collect()
+        };
+        for ino in orphans {
+            self.drop_orphan(ino);
+        }
+    }
+
+    /// How much the fork changed.
+    pub fn delta_size(&self) -> DeltaSize {
+        let layers = self.layers.read();
+        let tables = std::iter::once(&layers.live).chain(layers.frozen.as_deref());
+        let changed = tables.map(|t| t.inodes.len() + t.removed.len()).sum::<usize>() as u64;
+        drop(layers);
+        DeltaSize { changed, bytes: self.charged() }
+    }
+
+    /// Roots that gc must keep for this fork beside its own: what carried orphans show.
+    pub fn roots(&self) -> Vec<NodeId> {
+        let layers = self.layers.read();
+        let carried = layers.live.inodes.values().filter_map(|cell| cell.state.read().base);
+        std::iter::once(layers.root.id).chain(carried).collect()
+    }
+
+    /// Freezes the table: the point in time of a commit. With `keep` a new table and a new segment go on top; without it every
+    /// later mutation is refused until [`Fork::thaw`].
+    ///
+    /// # Errors
+    /// `ReadOnly` or `Ended` if the fork is sealed or over; what the disk answered to a new segment. Nothing has changed then.
+    pub fn seal(&self, keep: bool) -> Result<Sealed, FsError> {
+        let mut gate = self.gate.write();
+        match *gate {
+            Gate::Open => {}
+            Gate::Sealed => return Err(FsError::ReadOnly),
+            Gate::Ended => return Err(FsError::Ended),
+        }
+        let mut layers = self.layers.write();
+        let mut segment = None;
+        let mut live = Table::default();
+        if keep {
+            let mut log = self.log.lock();
+            segment = Some(log.next_segment()?);
+            let carried = carry_orphans(&layers);
+            for (cell, edits) in &carried {
+                log.append(Request::default(), edits)?;
+                live.inodes.insert(cell.ino, cell.clone());
+            }
+        } else {
+            *gate = Gate::Sealed;
+        }
+        let mut table = std::mem::replace(&mut layers.live, live);
+        for ino in layers.live.inodes.keys() {
+            table.inodes.remove(ino);
+        }
+        for cell in layers.live.inodes.values() {
+            let mut inode = cell.state.write();
+            inode.base = inode.base.or(Some(layers.root.id));
+            inode.created = true;
+        }
+        let table = Arc::new(table);
+        layers.frozen = Some(table.clone());
+        Ok(Sealed { root: layers.root.clone(), table, segment })
+    }
+
+    /// Opens the fork again after a commit that failed before it was published.
+    pub fn thaw(&self) {
+        let mut gate = self.gate.write();
+        let mut layers = self.layers.write();
+        if let Some(frozen) = layers.frozen.take() {
+            let gone = layers.live.absorb(frozen);
+            drop(layers);
+            self.spool.release(gone);
+        }
+        if *gate == Gate::Sealed {
+            *gate = Gate::Open;
+        }
+    }
+
+    /// Puts the fork on top of the version that holds its frozen table: the end of a commit with `keep`.
+    pub fn rebase(&self, root: NodeId, first_segment: u64) {
+        let mut layers = self.layers.write();
+        let Some(frozen) = layers.frozen.take() else { return };
+        layers.root = self::root(&self.store, root);
+        let mut gone = Vec::new();
+        for cell in layers.live.inodes.values() {
+            let mut inode = cell.state.write();
+            if inode.base.is_some() {
+                continue;
+            }
+            if let Some(below) = frozen.inodes.get(&cell.ino) {
+                gone.extend(inode.content.rebase(&below.state.read().content));
+            }
+        }
+        drop(layers);
+        for cell in frozen.inodes.values() {
+            let mut inode = cell.state.write();
+            gone.extend(inode.content.extents.iter());
+            if let Some((at, pages)) = inode.ahead.take() {
+                self.spool.give_back(at, pages);
+            }
+            if inode.created {
+                self.created.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        self.spool.release(gone);
+        if let Err(error) = log::remove_before(&self.dir, first_segment) {
+            ::log::warn!("{}: old segments of the log stay: {error}", self.dir.display());
+        }
+    }
+
+    /// Shows the published version to what still holds the mount, until it goes.
+    pub fn end(&self) {
+        *self.gate.write() = Gate::Ended;
+    }
+}
+
+/// The orphans of the live table, with the edits that make each of them again on top of any root.
+fn carry_orphans(layers: &Layers) -> Vec<(Arc<Cell>, Vec<Edit>)> {
+    let cells = layers.live.inodes.values();
+    let orphans = cells.filter(|cell| cell.state.read().orphan);
+    orphans
+        .map(|cell| {
+            let inode = cell.state.read();
+            let ino = cell.ino;
+            let mut edits = vec![Edit::Carry {
+                ino,
+                attr: inode.attr.clone(),
+                base: inode.base.unwrap_or(layers.root.id),
+                base_pages: inode.content.base_pages,
+            }];
+            edits.extend(inode.content.extents.iter().map(|extent| Edit::Extent { ino, extent }));
+            (cell.clone(), edits)
+        })
+        .collect()
+}
+
+fn root(store: &Arc<Store>, id: NodeId) -> Arc<Root> {
+    Arc::new(Root { id, _lease: store.lease(id) })
+}
+
+fn log_error(error: LogError) -> FsError {
+    match error {
+        LogError::Io(_, error) => FsError::Io(error),
+        damaged @ LogError::Damaged { .. } => {
+            StoreError::Corrupt { what: damaged.to_string() }.into()
+        }
+    }
+}

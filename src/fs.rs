@@ -1,0 +1,190 @@
+//! POSIX operations on a fork, with plain values and errors: what any kernel transport calls, and what tests call without one.
+//!
+//! Rights were checked by the kernel (`default_permissions`); what is left to a filesystem is done here: suid and sgid
+//! clearing, sticky-free name rules, link counts, times, holes, extended attributes and their limits.
+
+mod acl;
+mod attr;
+mod copy;
+mod io;
+mod name;
+mod node;
+mod rename;
+mod xattr;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::fork::Fork;
+use crate::fork::error::FsError;
+use crate::fork::extent::PAGE;
+use crate::fork::log::Request;
+use crate::fork::view::{InodeView, Listed};
+use crate::record::{Attr, Ino, Kind, NAME_MAX, Nanos, hash56};
+
+pub use attr::SetAttr;
+pub use io::{Allocate, Seek};
+pub use node::NewNode;
+pub use rename::RenameMode;
+pub use xattr::XattrMode;
+
+/// The largest file: what the kernel's page cache can address.
+pub const SIZE_MAX: u64 = i64::MAX as u64 & !(PAGE - 1);
+/// The most links of an inode.
+pub const LINK_MAX: u32 = 1 << 20;
+
+/// Who asks for what.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Caller {
+    pub uid: u32,
+    pub gid: u32,
+    pub request: Request,
+}
+
+/// How owners are shown and stored.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ownership {
+    /// Plain POSIX.
+    Keep,
+    /// Everything is shown as this user's and stored as such when it is written; nobody changes it.
+    As { uid: u32, gid: u32 },
+}
+
+/// What a filesystem is besides its fork.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub read_only: bool,
+    pub ownership: Ownership,
+    /// POSIX ACLs are kept and inherited, and the umask is ours to apply.
+    pub acl: bool,
+}
+
+/// An inode and its attributes, as a reply carries them.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Entry {
+    pub ino: Ino,
+    pub attr: Attr,
+}
+
+/// The numbers of statfs, in 4 KiB blocks and inodes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Statfs {
+    pub blocks: u64,
+    pub free: u64,
+    pub files: u64,
+    pub files_free: u64,
+}
+
+/// A fork as a filesystem.
+pub struct Fs {
+    pub fork: Arc<Fork>,
+    pub options: Options,
+}
+
+fn now() -> Nanos {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// Checks a name as every operation that takes one must.
+fn check_name(name: &[u8]) -> Result<(), FsError> {
+    if name.len() > NAME_MAX {
+        return Err(FsError::NameTooLong);
+    }
+    if name.is_empty() || name == b"." || name == b".." || name.contains(&b'/') || name.contains(&0) {
+        return Err(FsError::Invalid);
+    }
+    Ok(())
+}
+
+impl Fs {
+    /// Serves a fork with these options.
+    pub fn new(fork: Arc<Fork>, options: Options) -> Fs {
+        Fs { fork, options }
+    }
+
+    fn writable(&self) -> Result<(), FsError> {
+        if self.options.read_only { Err(FsError::ReadOnly) } else { Ok(()) }
+    }
+
+    /// The attributes as the caller is to see them.
+    fn shown(&self, mut attr: Attr) -> Attr {
+        if let Ownership::As { uid, gid } = self.options.ownership {
+            (attr.uid, attr.gid) = (uid, gid);
+        }
+        attr
+    }
+
+    /// Looks a name up in a directory, `.` and `..` among them.
+    pub fn lookup(&self, dir: Ino, name: &[u8]) -> Result<Option<Entry>, FsError> {
+        if name.len() > NAME_MAX {
+            return Err(FsError::NameTooLong);
+        }
+        self.fork.check_alive()?;
+        let store = &self.fork.store;
+        let layers = self.fork.layers();
+        let ino = match name {
+            b"." => dir,
+            b".." => layers.attr(store, dir)?.ok_or(FsError::Stale)?.parent,
+            _ => match layers.entry(store, dir, hash56(name), name)? {
+                Some((ino, _)) => ino,
+                None => return Ok(None),
+            },
+        };
+        let attr = layers.attr(store, ino)?.ok_or(FsError::Stale)?;
+        Ok(Some(Entry { ino, attr: self.shown(attr) }))
+    }
+
+    /// Returns the attributes of an inode.
+    pub fn getattr(&self, ino: Ino) -> Result<Attr, FsError> {
+        self.fork.check_alive()?;
+        let attr = self.fork.layers().attr(&self.fork.store, ino)?.ok_or(FsError::Stale)?;
+        Ok(self.shown(attr))
+    }
+
+    /// Returns the target of a symbolic link.
+    pub fn readlink(&self, ino: Ino) -> Result<Vec<u8>, FsError> {
+        let attr = self.getattr(ino)?;
+        if attr.kind != Kind::Symlink {
+            return Err(FsError::Invalid);
+        }
+        self.read(ino, 0, attr.size as usize)
+    }
+
+    /// Lists a directory behind `cookie`, `.` and `..` first, until `each` has enough (by returning false).
+    pub fn readdir(
+        &self,
+        dir: Ino,
+        cookie: u64,
+        mut each: impl FnMut(Listed) -> bool,
+    ) -> Result<(), FsError> {
+        self.fork.check_alive()?;
+        let layers = self.fork.layers();
+        let attr = layers.attr(&self.fork.store, dir)?.ok_or(FsError::Stale)?;
+        if attr.kind != Kind::Directory {
+            return Err(FsError::NotDirectory);
+        }
+        let dots: [(u64, &[u8], Ino); 2] = [(1, b".", dir), (2, b"..", attr.parent)];
+        for (at, name, ino) in dots {
+            let entry = Listed { cookie: at, name: name.into(), ino, kind: Kind::Directory };
+            if at > cookie && !each(entry) {
+                return Ok(());
+            }
+        }
+        layers.list(&self.fork.store, dir, cookie.max(2), each)
+    }
+
+    /// Returns what df shows: the blocks in use, and the room that is left.
+    pub fn statfs(&self, used: (u64, u64)) -> Statfs {
+        let free = self.fork.room() / PAGE;
+        let (blocks, files) = used;
+        Statfs { blocks: blocks + free, free, files: files + free, files_free: free }
+    }
+
+    fn view(&self, ino: Ino) -> Result<InodeView, FsError> {
+        self.fork.check_alive()?;
+        self.fork.layers().inode(&self.fork.store, ino)?.ok_or(FsError::Stale)
+    }
+}
