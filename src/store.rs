@@ -1,0 +1,507 @@
+//! The store: nodes and chunks by id, and the records of volumes, versions and forks, in RocksDB, of which this is the only user.
+//!
+//! Content is verified against its BLAKE3 whenever it comes from the disk. A write that fails poisons the store: nothing is
+//! written until the database has been opened again, inside the process, which is tried when there is room.
+
+mod check;
+mod gc;
+mod ingest;
+mod keys;
+mod meta;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, RwLock};
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, IteratorMode, Options,
+    WriteBatch, WriteBufferManager, WriteOptions,
+};
+use serde::de::DeserializeOwned;
+
+use crate::chunk::{self, ChunkId};
+use crate::tree::{self, Node, NodeId, TreeError};
+pub use check::{CheckReport, Problem};
+pub use gc::{GcReport, Stats, VolumeStats};
+pub use ingest::{ForkChange, Ingest, Publish};
+pub use meta::{Fork, ForkId, ForkOptions, MountPoint, Version, VersionRef, Volume};
+use meta::{Target, corrupt};
+
+/// The format that this program writes; a store of a newer one is refused.
+const FORMAT: u32 = 1;
+const FAMILIES: [&str; 4] = ["meta", "nodes", "chunks", "sizes"];
+/// The longest value that is believed to be a chunk.
+const CHUNK_MAX: usize = chunk::MAX;
+
+/// Why the store could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("{what} is missing from the store")]
+    Missing { what: String },
+    #[error("{what} is damaged")]
+    Corrupt { what: String },
+    #[error("the store {dir} has format {found}, this program knows up to {FORMAT}: use a newer forkvol")]
+    Newer { dir: PathBuf, found: u32 },
+    #[error("the store {dir} is in use by another process")]
+    Locked { dir: PathBuf },
+    #[error("{dir} is not a store: {why}")]
+    NotAStore { dir: PathBuf, why: String },
+    #[error("the disk of the store is full")]
+    NoSpace,
+    #[error("{what}: {source}")]
+    Io { what: String, source: io::Error },
+    #[error("the database of the store: {0}")]
+    Database(rocksdb::Error),
+}
+
+impl From<TreeError> for StoreError {
+    fn from(error: TreeError) -> StoreError {
+        StoreError::Corrupt { what: format!("the tree ({error})") }
+    }
+}
+
+impl From<rocksdb::Error> for StoreError {
+    fn from(error: rocksdb::Error) -> StoreError {
+        let text = error.to_string();
+        if text.contains("No space left") || text.contains("NoSpace") {
+            StoreError::NoSpace
+        } else if error.kind() == rocksdb::ErrorKind::Corruption {
+            StoreError::Corrupt { what: format!("the database ({text})") }
+        } else {
+            StoreError::Database(error)
+        }
+    }
+}
+
+/// How a store is opened.
+#[derive(Clone, Copy, Debug)]
+pub struct StoreOptions {
+    /// Bytes of decoded nodes kept in memory.
+    pub node_cache: u64,
+    /// Bytes of chunks kept in memory.
+    pub chunk_cache: u64,
+    /// Bytes of the disk that forks may not fill; None: 2 %, at least 1 GiB.
+    pub reserve: Option<u64>,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        StoreOptions { node_cache: 96 << 20, chunk_cache: 64 << 20, reserve: None }
+    }
+}
+
+#[derive(Clone)]
+struct NodeWeight;
+
+impl quick_cache::Weighter<NodeId, Arc<Node>> for NodeWeight {
+    fn weight(&self, _: &NodeId, node: &Arc<Node>) -> u64 {
+        node.weight() as u64
+    }
+}
+
+#[derive(Clone)]
+struct ChunkWeight;
+
+impl quick_cache::Weighter<ChunkId, Arc<[u8]>> for ChunkWeight {
+    fn weight(&self, _: &ChunkId, bytes: &Arc<[u8]>) -> u64 {
+        bytes.len() as u64 + 64
+    }
+}
+
+/// An open store.
+pub struct Store {
+    dir: PathBuf,
+    options: StoreOptions,
+    /// The database; taken out only to be opened again.
+    db: RwLock<Option<DB>>,
+    poisoned: Mutex<bool>,
+    nodes: quick_cache::sync::Cache<NodeId, Arc<Node>, NodeWeight>,
+    chunks: quick_cache::sync::Cache<ChunkId, Arc<[u8]>, ChunkWeight>,
+    /// Heads change under this lock and nowhere else.
+    publishing: Mutex<()>,
+    numbering: Mutex<()>,
+    leases: Arc<Mutex<HashMap<NodeId, usize>>>,
+    hands: ingest::Hands,
+    unflushed: Mutex<ingest::Unflushed>,
+    space: Mutex<Option<(Instant, u64)>>,
+    _lock: File,
+}
+
+/// Keeps everything below a root from gc as long as it lives.
+pub struct Lease {
+    root: NodeId,
+    leases: Arc<Mutex<HashMap<NodeId, usize>>>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let mut leases = self.leases.lock();
+        if let Some(count) = leases.get_mut(&self.root) {
+            *count -= 1;
+            if *count == 0 {
+                leases.remove(&self.root);
+            }
+        }
+    }
+}
+
+impl Store {
+    /// Opens the store in `dir`, making it if the folder is empty or not there.
+    ///
+    /// # Errors
+    /// `Locked`, `Newer`, `NotAStore` or `Corrupt`: a store that cannot be read is never replaced by an empty one.
+    pub fn open(dir: &Path, options: StoreOptions) -> Result<Arc<Store>, StoreError> {
+        let io = |what: &Path| {
+            let what = what.display().to_string();
+            move |source| StoreError::Io { what, source }
+        };
+        let not_a_store = |why: &str| StoreError::NotAStore { dir: dir.into(), why: why.into() };
+        fs::create_dir_all(dir).map_err(io(dir))?;
+        let has_db = dir.join("db/CURRENT").exists();
+        if !has_db {
+            if dir.join("db").exists() && dir.join("state").exists() {
+                return Err(corrupt(&format!("the database in {}", dir.join("db").display())));
+            }
+            let known = ["lock", "log", "db", "forks", "state", "mnt", "forkvol.sock", "daemon.lock"];
+            let strange = fs::read_dir(dir).map_err(io(dir))?.filter_map(Result::ok).find(|entry| {
+                !known.iter().any(|name| entry.file_name() == *name)
+            });
+            if let Some(entry) = strange {
+                return Err(not_a_store(&format!("it has a {:?} and no database", entry.file_name())));
+            }
+        }
+        let lock_path = dir.join("lock");
+        let lock = File::options().create(true).truncate(false).write(true).open(&lock_path);
+        let lock = lock.map_err(io(&lock_path))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => return Err(StoreError::Locked { dir: dir.into() }),
+            Err(fs::TryLockError::Error(error)) => return Err(io(&lock_path)(error)),
+        }
+        for folder in ["forks", "log"] {
+            let folder = dir.join(folder);
+            fs::create_dir_all(&folder).map_err(io(&folder))?;
+        }
+        let db = open_db(dir)?;
+        let store = Store {
+            dir: dir.into(),
+            options,
+            db: RwLock::new(Some(db)),
+            poisoned: Mutex::new(false),
+            nodes: quick_cache::sync::Cache::with_weighter(20_000, options.node_cache, NodeWeight),
+            chunks: quick_cache::sync::Cache::with_weighter(2000, options.chunk_cache, ChunkWeight),
+            publishing: Mutex::default(),
+            numbering: Mutex::default(),
+            leases: Arc::default(),
+            hands: ingest::Hands::default(),
+            unflushed: Mutex::default(),
+            space: Mutex::default(),
+            _lock: lock,
+        };
+        store.check_format(has_db)?;
+        Ok(Arc::new(store))
+    }
+
+    fn check_format(&self, had_db: bool) -> Result<(), StoreError> {
+        match self.meta(keys::FORMAT)? {
+            Some(bytes) => {
+                let found = bytes.as_slice().try_into().map(u32::from_be_bytes);
+                let found = found.map_err(|_| corrupt("the format version"))?;
+                if found > FORMAT {
+                    return Err(StoreError::Newer { dir: self.dir.clone(), found });
+                }
+                Ok(())
+            }
+            None if had_db && self.first(&[])?.is_some() => Err(corrupt("the format version")),
+            None => {
+                let mut batch = WriteBatch::default();
+                self.put(&mut batch, Target::Meta, keys::FORMAT, &FORMAT.to_be_bytes())?;
+                let (id, bytes) = tree::empty();
+                self.put(&mut batch, Target::Nodes, &id.0, &chunk::pack(&bytes, 0))?;
+                self.write_synced(batch)?;
+                let state = self.dir.join("state");
+                let io = |source| StoreError::Io { what: state.display().to_string(), source };
+                fs::write(&state, format!("format {FORMAT}\n")).map_err(io)
+            }
+        }
+    }
+
+    /// The folder of the store.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Keeps what lies below a root.
+    pub fn lease(&self, root: NodeId) -> Lease {
+        *self.leases.lock().entry(root).or_default() += 1;
+        Lease { root, leases: self.leases.clone() }
+    }
+
+    /// Returns a chunk, decompressed and verified.
+    ///
+    /// # Errors
+    /// `Missing` or `Corrupt`, or what the disk answered.
+    pub fn chunk(&self, id: ChunkId) -> Result<Arc<[u8]>, StoreError> {
+        if let Some(bytes) = self.chunks.get(&id) {
+            return Ok(bytes);
+        }
+        let bytes: Arc<[u8]> = self.load_chunk(id)?.into();
+        self.chunks.insert(id, bytes.clone());
+        Ok(bytes)
+    }
+
+    /// Reads a chunk from the disk.
+    fn load_chunk(&self, id: ChunkId) -> Result<Vec<u8>, StoreError> {
+        let what = || format!("chunk {id}");
+        let raw = self.get_unpacked(Target::Chunks, &id.0, CHUNK_MAX, what)?;
+        if ChunkId::of(&raw) == id { Ok(raw) } else { Err(StoreError::Corrupt { what: what() }) }
+    }
+
+    /// Reads a node from the disk.
+    fn load_node(&self, id: NodeId) -> Result<Node, StoreError> {
+        let what = || format!("node {id}");
+        let raw = self.get_unpacked(Target::Nodes, &id.0, 1 << 20, what)?;
+        if NodeId::of(&raw) != id {
+            return Err(StoreError::Corrupt { what: what() });
+        }
+        Node::decode(&raw).map_err(|e| StoreError::Corrupt { what: format!("{} ({e})", what()) })
+    }
+
+    fn get_unpacked(
+        &self,
+        target: Target,
+        key: &[u8],
+        max: usize,
+        what: impl Fn() -> String,
+    ) -> Result<Vec<u8>, StoreError> {
+        self.with(|db| {
+            let stored = db.get_pinned_cf(family(db, target)?, key)?;
+            let stored = stored.ok_or_else(|| StoreError::Missing { what: what() })?;
+            chunk::unpack(&stored, max).map_err(|e| StoreError::Corrupt { what: format!("{} ({e})", what()) })
+        })
+    }
+
+    /// Runs `f` on the database.
+    fn with<T>(&self, f: impl FnOnce(&DB) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        let db = self.db.read();
+        match db.as_ref() {
+            Some(db) => f(db),
+            None => Err(StoreError::NoSpace),
+        }
+    }
+
+    fn meta(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        self.with(|db| Ok(db.get_cf(family(db, Target::Meta)?, key)?))
+    }
+
+    fn record<T: DeserializeOwned>(&self, key: &[u8]) -> Result<Option<T>, StoreError> {
+        let Some(bytes) = self.meta(key)? else { return Ok(None) };
+        let what = || corrupt(&format!("the record {}", key.escape_ascii()));
+        serde_json::from_slice(&bytes).map(Some).map_err(|_| what())
+    }
+
+    fn records<T: DeserializeOwned>(&self, prefix: &[u8]) -> Result<Vec<T>, StoreError> {
+        let mut out = Vec::new();
+        for (key, value) in self.entries(Target::Meta, prefix)? {
+            let what = || corrupt(&format!("the record {}", key.escape_ascii()));
+            out.push(serde_json::from_slice(&value).map_err(|_| what())?);
+        }
+        Ok(out)
+    }
+
+    /// All entries of a family whose keys begin with `prefix`; for the records alone, which are few.
+    fn entries(&self, target: Target, prefix: &[u8]) -> Result<Vec<(Box<[u8]>, Box<[u8]>)>, StoreError> {
+        self.with(|db| {
+            let mode = IteratorMode::From(prefix, rocksdb::Direction::Forward);
+            let mut out = Vec::new();
+            for item in db.iterator_cf(family(db, target)?, mode) {
+                let (key, value) = item?;
+                if !key.starts_with(prefix) {
+                    break;
+                }
+                out.push((key, value));
+            }
+            Ok(out)
+        })
+    }
+
+    fn first(&self, prefix: &[u8]) -> Result<Option<(Box<[u8]>, Box<[u8]>)>, StoreError> {
+        self.with(|db| {
+            let mode = IteratorMode::From(prefix, rocksdb::Direction::Forward);
+            let first = db.iterator_cf(family(db, Target::Meta)?, mode).next().transpose()?;
+            Ok(first.filter(|(key, _)| key.starts_with(prefix)))
+        })
+    }
+
+    fn put(&self, batch: &mut WriteBatch, target: Target, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+        self.with(|db| {
+            batch.put_cf(family(db, target)?, key, value);
+            Ok(())
+        })
+    }
+
+    fn delete(&self, batch: &mut WriteBatch, target: Target, key: &[u8]) -> Result<(), StoreError> {
+        self.with(|db| {
+            batch.delete_cf(family(db, target)?, key);
+            Ok(())
+        })
+    }
+
+    fn write_unsynced(&self, batch: WriteBatch) -> Result<(), StoreError> {
+        self.write(batch, &WriteOptions::default())
+    }
+
+    fn write_synced(&self, batch: WriteBatch) -> Result<(), StoreError> {
+        let mut options = WriteOptions::default();
+        options.set_sync(true);
+        self.write(batch, &options)
+    }
+
+    fn write(&self, batch: WriteBatch, options: &WriteOptions) -> Result<(), StoreError> {
+        self.heal()?;
+        let result = self.with(|db| Ok(db.write_opt(&batch, options)?));
+        self.poison_on_error(result)
+    }
+
+    fn poison_on_error<T>(&self, result: Result<T, StoreError>) -> Result<T, StoreError> {
+        if matches!(result, Err(StoreError::NoSpace | StoreError::Database(_))) {
+            *self.poisoned.lock() = true;
+        }
+        result
+    }
+
+    /// Opens the database again after a failed write, if there is room to write again.
+    fn heal(&self) -> Result<(), StoreError> {
+        let mut poisoned = self.poisoned.lock();
+        if !*poisoned {
+            return Ok(());
+        }
+        let free = free_space(&self.dir);
+        if free < (80 << 20) {
+            return Err(StoreError::NoSpace);
+        }
+        let mut db = self.db.write();
+        drop(db.take());
+        *db = Some(open_db(&self.dir)?);
+        drop(db);
+        // What was written without the WAL and not flushed is gone.
+        self.unflushed.lock().clear();
+        *poisoned = false;
+        log::warn!("{}: opened the database again after a failed write", self.dir.display());
+        Ok(())
+    }
+
+    /// Bytes that forks may still write before the disk's reserve begins.
+    pub fn room(&self) -> u64 {
+        let mut space = self.space.lock();
+        // Far less than the reserve can be written within this time.
+        if let Some((when, room)) = *space
+            && when.elapsed() < Duration::from_millis(50)
+        {
+            return room;
+        }
+        let (free, total) = disk_space(&self.dir);
+        let reserve = self.options.reserve.unwrap_or_else(|| (total / 50).max(1 << 30));
+        let room = free.saturating_sub(reserve);
+        *space = Some((Instant::now(), room));
+        room
+    }
+
+    /// Flushes everything to disk; for an idle moment and a clean end.
+    pub fn flush(&self) -> Result<(), StoreError> {
+        let flushing = self.unflushed.lock().begin_flush();
+        let result = self.with(|db| {
+            let families = [Target::Meta, Target::Nodes, Target::Chunks, Target::Sizes];
+            let families: Result<Vec<&ColumnFamily>, StoreError> =
+                families.into_iter().map(|target| family(db, target)).collect();
+            Ok(db.flush_cfs_opt(&families?, &rocksdb::FlushOptions::default())?)
+        });
+        self.unflushed.lock().end_flush(flushing, result.is_ok());
+        self.poison_on_error(result)
+    }
+}
+
+impl tree::Source for Store {
+    type Error = StoreError;
+
+    fn node(&self, id: NodeId) -> Result<Arc<Node>, StoreError> {
+        if let Some(node) = self.nodes.get(&id) {
+            return Ok(node);
+        }
+        let node = Arc::new(self.load_node(id)?);
+        self.nodes.insert(id, node.clone());
+        Ok(node)
+    }
+}
+
+fn disk_space(dir: &Path) -> (u64, u64) {
+    crate::sys::disk_space(dir).unwrap_or((0, 0))
+}
+
+fn free_space(dir: &Path) -> u64 {
+    disk_space(dir).0
+}
+
+fn family(db: &DB, target: Target) -> Result<&ColumnFamily, StoreError> {
+    let name = FAMILIES[target as usize];
+    db.cf_handle(name).ok_or_else(|| corrupt(&format!("the database (no family {name})")))
+}
+
+/// Opens the database with the settings found good: small buffers, little WAL, blobs for chunks, no compression of its own.
+fn open_db(dir: &Path) -> Result<DB, StoreError> {
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    options.set_max_total_wal_size(64 << 20);
+    options.set_max_open_files(256);
+    options.set_keep_log_file_num(5);
+    options.set_max_log_file_size(2 << 20);
+    options.set_log_level(rocksdb::LogLevel::Warn);
+    options.set_bytes_per_sync(1 << 20);
+    options.set_max_background_jobs(2);
+    options.set_atomic_flush(true);
+    options.set_write_buffer_manager(&WriteBufferManager::new_write_buffer_manager(64 << 20, false));
+    let cache = Cache::new_lru_cache(16 << 20);
+    let tuned = |name: &str| {
+        let mut options = Options::default();
+        let mut blocks = BlockBasedOptions::default();
+        blocks.set_bloom_filter(10.0, false);
+        blocks.set_block_cache(&cache);
+        options.set_block_based_table_factory(&blocks);
+        options.set_compression_type(rocksdb::DBCompressionType::None);
+        options.set_write_buffer_size(16 << 20);
+        options.set_max_write_buffer_number(4);
+        if name == "chunks" {
+            options.set_enable_blob_files(true);
+            options.set_min_blob_size(0);
+            options.set_blob_file_size(64 << 20);
+            options.set_enable_blob_gc(true);
+            options.set_write_buffer_size(32 << 20);
+        }
+        ColumnFamilyDescriptor::new(name, options)
+    };
+    let mut families: Vec<_> = FAMILIES.iter().map(|name| tuned(name)).collect();
+    families.push(tuned("default"));
+    Ok(DB::open_cf_descriptors(&options, dir.join("db"), families)?)
+}
+
+/// The prefix of an id that stands for it where a false hit does no harm.
+fn prefix_of(id: &[u8; 32]) -> u64 {
+    let (first, _) = id.split_first_chunk::<8>().expect("an id has 32 bytes");
+    u64::from_be_bytes(*first)
+}
+
+type Prefixes = HashSet<u64>;
+
+fn stored_len(value: &[u8]) -> Option<(u64, u64)> {
+    let mut rest = value;
+    let raw = chunk::varint::take(&mut rest)?;
+    Some((raw, chunk::varint::take(&mut rest)?))
+}
+

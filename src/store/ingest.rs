@@ -1,0 +1,345 @@
+//! Putting content into the store, and publishing versions that name it.
+//!
+//! Whoever ingests holds each id that it writes or finds present in hand, so that gc leaves it alone. Little content travels in
+//! the one synced batch that publishes it; much is written ahead without WAL and flushed before that batch.
+
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::{Mutex, MutexGuard};
+use rocksdb::{WriteBatch, WriteOptions};
+
+use super::meta::json;
+use super::{Fork, ForkId, Prefixes, Store, StoreError, Target, Version, family, keys, prefix_of};
+use crate::chunk::{self, ChunkId, varint};
+use crate::tree::{Node, NodeId};
+
+/// Content up to this many stored bytes goes into the batch that publishes it.
+const SMALL: usize = 8 << 20;
+/// More is written in batches of about this size.
+const SPILL: usize = 4 << 20;
+/// The zstd level of fresh content.
+const LEVEL: i32 = 3;
+const SHARDS: usize = 64;
+
+/// Ids that somebody is about to publish, by prefix.
+pub struct Hands {
+    shards: Vec<Mutex<HashMap<u64, u32>>>,
+    /// While gc runs: what was let go since it began, which it must not delete either.
+    gc: Mutex<Option<Vec<u64>>>,
+}
+
+impl Default for Hands {
+    fn default() -> Self {
+        let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
+        Hands { shards, gc: Mutex::new(None) }
+    }
+}
+
+impl Hands {
+    /// Locks the ids that share a shard with this prefix: between taking in hand and looking, and between testing and deleting.
+    pub fn lock(&self, prefix: u64) -> MutexGuard<'_, HashMap<u64, u32>> {
+        self.shards[prefix as usize % SHARDS].lock()
+    }
+
+    fn release(&self, prefixes: Vec<u64>) {
+        let mut gc = self.gc.lock();
+        match gc.as_mut() {
+            Some(held) => held.extend(prefixes),
+            None => self.drop_all(prefixes),
+        }
+    }
+
+    fn drop_all(&self, prefixes: Vec<u64>) {
+        for prefix in prefixes {
+            let mut shard = self.lock(prefix);
+            if let Some(count) = shard.get_mut(&prefix) {
+                *count -= 1;
+                if *count == 0 {
+                    shard.remove(&prefix);
+                }
+            }
+        }
+    }
+
+    /// Begins a gc: nothing that is in hand from now on is let go before [`Hands::end_gc`]. False if one runs already.
+    pub fn begin_gc(&self) -> bool {
+        let mut gc = self.gc.lock();
+        let first = gc.is_none();
+        gc.get_or_insert_default();
+        first
+    }
+
+    pub fn end_gc(&self) {
+        if let Some(held) = self.gc.lock().take() {
+            self.drop_all(held);
+        }
+    }
+}
+
+/// Ids written without WAL and not flushed yet: present, but not for somebody else to rely on.
+#[derive(Default)]
+pub struct Unflushed {
+    epoch: u64,
+    written: HashMap<u64, u64>,
+}
+
+impl Unflushed {
+    pub fn clear(&mut self) {
+        self.written.clear();
+    }
+
+    /// Returns the number of the epoch that a flush beginning now covers.
+    pub fn begin_flush(&mut self) -> u64 {
+        self.epoch += 1;
+        self.epoch
+    }
+
+    pub fn end_flush(&mut self, epoch: u64, done: bool) {
+        if done {
+            self.written.retain(|_, written| *written >= epoch);
+        }
+    }
+
+    fn add(&mut self, prefixes: impl Iterator<Item = u64>) {
+        let epoch = self.epoch;
+        self.written.extend(prefixes.map(|prefix| (prefix, epoch)));
+    }
+
+    fn contains(&self, prefix: u64) -> bool {
+        self.written.contains_key(&prefix)
+    }
+}
+
+/// Content on its way into the store; used by many threads at once.
+pub struct Ingest {
+    store: Arc<Store>,
+    pending: Mutex<Pending>,
+    held: Mutex<Vec<u64>>,
+    new_bytes: AtomicU64,
+}
+
+#[derive(Default)]
+struct Pending {
+    /// Stored values by id; chunks with their raw length.
+    items: Vec<(Target, [u8; 32], Vec<u8>, u64)>,
+    seen: HashSet<[u8; 32]>,
+    bytes: usize,
+    spilled: bool,
+}
+
+impl Store {
+    /// Begins to put content into the store.
+    pub fn ingest(self: &Arc<Self>) -> Ingest {
+        Ingest {
+            store: self.clone(),
+            pending: Mutex::default(),
+            held: Mutex::default(),
+            new_bytes: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Ingest {
+    /// Stores a chunk, unless it is there; returns its id. Compresses in the calling thread.
+    pub fn chunk(&self, raw: &[u8]) -> Result<ChunkId, StoreError> {
+        let id = ChunkId::of(raw);
+        if self.take(Target::Sizes, &id.0)? {
+            let stored = chunk::pack(raw, LEVEL);
+            self.add(Target::Chunks, id.0, stored, raw.len() as u64)?;
+        }
+        Ok(id)
+    }
+
+    /// Stores a node, unless it is there.
+    pub fn node(&self, id: NodeId, bytes: &[u8], node: Arc<Node>) -> Result<(), StoreError> {
+        if self.take(Target::Nodes, &id.0)? {
+            self.add(Target::Nodes, id.0, chunk::pack(bytes, LEVEL), bytes.len() as u64)?;
+        }
+        self.store.nodes.insert(id, node);
+        Ok(())
+    }
+
+    /// Stored bytes that were not there before.
+    pub fn new_bytes(&self) -> u64 {
+        self.new_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Takes an id in hand; returns whether its bytes have to be written.
+    fn take(&self, family_of: Target, id: &[u8; 32]) -> Result<bool, StoreError> {
+        if !self.pending.lock().seen.insert(*id) {
+            return Ok(false);
+        }
+        let prefix = prefix_of(id);
+        self.held.lock().push(prefix);
+        let mut shard = self.store.hands.lock(prefix);
+        *shard.entry(prefix).or_default() += 1;
+        let there = self.store.with(|db| Ok(db.get_pinned_cf(family(db, family_of)?, id)?.is_some()))?;
+        drop(shard);
+        Ok(!there || self.store.unflushed.lock().contains(prefix))
+    }
+
+    fn add(&self, target: Target, id: [u8; 32], stored: Vec<u8>, raw: u64) -> Result<(), StoreError> {
+        self.new_bytes.fetch_add(stored.len() as u64, Ordering::Relaxed);
+        let full = {
+            let mut pending = self.pending.lock();
+            pending.bytes += stored.len();
+            pending.items.push((target, id, stored, raw));
+            let limit = if pending.spilled { SPILL } else { SMALL };
+            if pending.bytes < limit {
+                return Ok(());
+            }
+            pending.spilled = true;
+            pending.bytes = 0;
+            std::mem::take(&mut pending.items)
+        };
+        self.spill(full)
+    }
+
+    /// Writes content ahead, without WAL.
+    fn spill(&self, items: Vec<(Target, [u8; 32], Vec<u8>, u64)>) -> Result<(), StoreError> {
+        self.store.unflushed.lock().add(items.iter().map(|(_, id, ..)| prefix_of(id)));
+        let mut batch = WriteBatch::default();
+        self.store.put_items(&mut batch, &items)?;
+        let mut options = WriteOptions::default();
+        options.disable_wal(true);
+        self.store.write(batch, &options)
+    }
+}
+
+impl Drop for Ingest {
+    fn drop(&mut self) {
+        self.store.hands.release(std::mem::take(&mut self.held.lock()));
+    }
+}
+
+/// What becomes of a fork's record when its commit is published.
+#[derive(Clone, Debug)]
+pub enum ForkChange {
+    /// It is over; these inode numbers were never used.
+    Remove(ForkId, Vec<Range<u64>>),
+    /// It goes on, on top of its new version.
+    Put(Fork),
+}
+
+/// What one publish makes true at once.
+#[derive(Clone, Debug, Default)]
+pub struct Publish {
+    /// New heads; number, previous head are given when they are published.
+    pub versions: Vec<Version>,
+    pub forks: Vec<ForkChange>,
+}
+
+impl Store {
+    /// Makes versions the heads of their volumes, all or none, durably; returns them with their numbers.
+    ///
+    /// # Errors
+    /// What the disk answered; the heads are the old ones then.
+    pub fn publish(&self, ingests: &[Arc<Ingest>], publish: Publish) -> Result<Vec<Version>, StoreError> {
+        self.publish_if(ingests, publish, |_| Ok(()))
+    }
+
+    /// Like [`Store::publish`], but asks `agree` first, with heads that no one else can move meanwhile.
+    pub fn publish_if<E: From<StoreError>>(
+        &self,
+        ingests: &[Arc<Ingest>],
+        publish: Publish,
+        agree: impl FnOnce(&Store) -> Result<(), E>,
+    ) -> Result<Vec<Version>, E> {
+        let mut batch = WriteBatch::default();
+        let mut spilled = false;
+        for ingest in ingests {
+            let mut pending = ingest.pending.lock();
+            let items = std::mem::take(&mut pending.items);
+            pending.bytes = 0;
+            let ahead = pending.spilled;
+            drop(pending);
+            if ahead {
+                spilled = true;
+                ingest.spill(items)?;
+            } else {
+                self.put_items(&mut batch, &items)?;
+            }
+        }
+        if spilled {
+            self.flush()?;
+        }
+        let _serial = self.publishing.lock();
+        agree(self)?;
+        let mut versions = publish.versions;
+        let mut heads: HashMap<u64, super::Volume> = HashMap::new();
+        for version in &mut versions {
+            let volume = match heads.remove(&version.volume) {
+                Some(volume) => Some(volume),
+                None => self.volume_by_id(version.volume)?,
+            };
+            let missing = || StoreError::Missing { what: format!("volume {}", version.volume) };
+            let mut volume = volume.ok_or_else(missing)?;
+            version.number = volume.next;
+            version.previous = volume.head;
+            volume.head = volume.next;
+            volume.next += 1;
+            volume.used = version.time;
+            let key = keys::two(keys::VERSION, version.volume, version.number);
+            self.put(&mut batch, Target::Meta, &key, &json(version))?;
+            heads.insert(volume.id, volume);
+        }
+        for volume in heads.values() {
+            self.put(&mut batch, Target::Meta, &keys::one(keys::VOLUME, volume.id), &json(volume))?;
+        }
+        for change in &publish.forks {
+            match change {
+                ForkChange::Remove(id, unused) => {
+                    self.delete(&mut batch, Target::Meta, &keys::one(keys::FORK, id.0))?;
+                    self.free_inodes(&mut batch, unused)?;
+                }
+                ForkChange::Put(fork) => {
+                    self.put(&mut batch, Target::Meta, &keys::one(keys::FORK, fork.id.0), &json(fork))?;
+                }
+            }
+        }
+        self.write_synced(batch)?;
+        Ok(versions)
+    }
+
+    fn put_items(
+        &self,
+        batch: &mut WriteBatch,
+        items: &[(Target, [u8; 32], Vec<u8>, u64)],
+    ) -> Result<(), StoreError> {
+        for (target, id, stored, raw) in items {
+            self.put(batch, *target, id, stored)?;
+            if *target == Target::Chunks {
+                let mut sizes = Vec::with_capacity(8);
+                varint::put(&mut sizes, *raw);
+                varint::put(&mut sizes, stored.len() as u64);
+                self.put(batch, Target::Sizes, id, &sizes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether deleting an id is safe: called, and followed by the deletion, under the lock of its shard.
+    pub(super) fn delete_unless_held(&self, target: Target, id: &[u8; 32], marked: &Prefixes) -> Result<bool, StoreError> {
+        let prefix = prefix_of(id);
+        if marked.contains(&prefix) {
+            return Ok(false);
+        }
+        let shard = self.hands.lock(prefix);
+        if shard.contains_key(&prefix) {
+            return Ok(false);
+        }
+        let mut batch = WriteBatch::default();
+        self.delete(&mut batch, target, id)?;
+        if target == Target::Chunks {
+            self.delete(&mut batch, Target::Sizes, id)?;
+            self.chunks.remove(&ChunkId(*id));
+        } else {
+            self.nodes.remove(&NodeId(*id));
+        }
+        self.write_unsynced(batch)?;
+        Ok(true)
+    }
+}

@@ -1,0 +1,45 @@
+//! Every key of the family `meta`, in one table. Numbers are big-endian, so that records of one kind lie in order.
+//!
+//! ```text
+//! "format"                    format version, u32
+//! "next-volume", "next-ino"   counters, u64
+//! 'v' ‖ volume id             volume record (JSON)
+//! 'n' ‖ name                  volume id, u64
+//! 'r' ‖ volume id ‖ number    version record (JSON)
+//! 'd' ‖ volume id ‖ number    the version was set aside as damaged (why)
+//! 'p' ‖ volume id ‖ number    the version is pinned
+//! 'f' ‖ fork id               fork record (JSON)
+//! 'u' ‖ first number          free inode numbers: how many, u64
+//! ```
+
+pub const FORMAT: &[u8] = b"format";
+pub const NEXT_VOLUME: &[u8] = b"next-volume";
+pub const NEXT_INO: &[u8] = b"next-ino";
+
+pub const VOLUME: u8 = b'v';
+pub const NAME: u8 = b'n';
+pub const VERSION: u8 = b'r';
+pub const DAMAGED: u8 = b'd';
+pub const PIN: u8 = b'p';
+pub const FORK: u8 = b'f';
+pub const FREE: u8 = b'u';
+
+/// Returns the key of a record named by one number.
+pub fn one(kind: u8, id: u64) -> Vec<u8> {
+    [&[kind][..], &id.to_be_bytes()].concat()
+}
+
+/// Returns the key of a record of a version.
+pub fn two(kind: u8, volume: u64, number: u64) -> Vec<u8> {
+    [&[kind][..], &volume.to_be_bytes(), &number.to_be_bytes()].concat()
+}
+
+/// Returns the key of the index entry of a volume's name.
+pub fn name(name: &str) -> Vec<u8> {
+    [&[NAME][..], name.as_bytes()].concat()
+}
+
+/// Reads a number behind the first byte of a key.
+pub fn number(key: &[u8]) -> Option<u64> {
+    Some(u64::from_be_bytes(key.get(1..9)?.try_into().ok()?))
+}

@@ -1,0 +1,344 @@
+//! Volumes, versions and forks as records, and the inode numbers they use.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Range;
+
+use rocksdb::WriteBatch;
+use serde::{Deserialize, Serialize};
+
+use super::{Store, StoreError, keys};
+use crate::tree::NodeId;
+
+/// The number of a fork, shown as `f-` and twelve hex digits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ForkId(pub u64);
+
+impl fmt::Display for ForkId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "f-{:012x}", self.0)
+    }
+}
+
+impl std::str::FromStr for ForkId {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<ForkId, ()> {
+        let digits = text.strip_prefix("f-").filter(|digits| digits.len() == 12).ok_or(())?;
+        u64::from_str_radix(digits, 16).map(ForkId).map_err(|_| ())
+    }
+}
+
+/// Stores an id as text.
+macro_rules! serde_as_text {
+    ($type:ty, $parse:expr) => {
+        impl Serialize for $type {
+            fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+                to.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<$type, D::Error> {
+                let text = String::deserialize(from)?;
+                $parse(&text).ok_or_else(|| serde::de::Error::custom("not an id"))
+            }
+        }
+    };
+}
+
+serde_as_text!(ForkId, |text: &str| text.parse().ok());
+serde_as_text!(NodeId, |text: &str| parse_hex(text).map(NodeId));
+
+fn parse_hex(text: &str) -> Option<[u8; 32]> {
+    let hash = blake3::Hash::from_hex(text).ok()?;
+    Some(*hash.as_bytes())
+}
+
+/// A version, by volume and number.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct VersionRef {
+    pub volume: u64,
+    pub number: u64,
+}
+
+/// A volume: a name with a line of versions.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Volume {
+    pub id: u64,
+    pub name: String,
+    /// Nanoseconds since 1970.
+    pub created: i64,
+    /// When it was last forked or committed.
+    pub used: i64,
+    /// The number of the newest version; 0 before the first and after a reset.
+    pub head: u64,
+    /// The number that the next version gets.
+    pub next: u64,
+    /// Forks of versions up to this one were made before a reset or rollback took the head back.
+    #[serde(default)]
+    pub taken_back: u64,
+}
+
+/// A committed, immutable state of a volume.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Version {
+    pub volume: u64,
+    pub number: u64,
+    pub root: NodeId,
+    /// The version that its fork was made from.
+    pub base: Option<VersionRef>,
+    /// The head that it took the place of.
+    pub previous: u64,
+    pub time: i64,
+    pub job: Option<String>,
+    pub labels: BTreeMap<String, String>,
+    pub message: Option<String>,
+    pub files: u64,
+    /// Bytes that its files and directories show, each inode once.
+    pub logical_bytes: u64,
+    /// 512-byte blocks, as statfs counts them.
+    pub blocks: u64,
+    /// Bytes that its commit added to the store.
+    pub new_bytes: u64,
+    pub has_acl: bool,
+    pub has_links: bool,
+    /// /proc/self/uid_map of whoever mounted the fork, if it was not the identity.
+    pub uid_map: Option<String>,
+}
+
+/// What a fork was asked to be.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct ForkOptions {
+    pub read_only: bool,
+    pub ephemeral: bool,
+    /// Room for new data, in bytes.
+    pub size: u64,
+    pub labels: BTreeMap<String, String>,
+    /// Everything is shown and stored as this user's.
+    pub owner: Option<(u32, u32)>,
+    pub acl: bool,
+    pub suid: bool,
+    pub dev: bool,
+    pub job: Option<String>,
+}
+
+/// Where a fork is mounted.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct MountPoint {
+    pub path: std::path::PathBuf,
+    /// The device number of the mount.
+    pub dev: u64,
+}
+
+/// A private, writable view of a version.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Fork {
+    pub id: ForkId,
+    pub volume: u64,
+    pub base: Option<VersionRef>,
+    pub root: NodeId,
+    pub first_segment: u64,
+    pub next_epoch: u64,
+    pub boot: String,
+    pub inodes: Vec<Range<u64>>,
+    pub options: ForkOptions,
+    pub uid: u32,
+    pub gid: u32,
+    pub created: i64,
+    pub mount: Option<MountPoint>,
+}
+
+impl Store {
+    /// Returns all volumes by name.
+    pub fn volumes(&self) -> Result<Vec<Volume>, StoreError> {
+        let mut volumes: Vec<Volume> = self.records(&[keys::VOLUME])?;
+        volumes.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(volumes)
+    }
+
+    /// Returns a volume by name.
+    pub fn volume(&self, name: &str) -> Result<Option<Volume>, StoreError> {
+        let Some(id) = self.meta(&keys::name(name))? else { return Ok(None) };
+        self.volume_by_id(u64_of(&id, "the index of a name")?)
+    }
+
+    /// Returns a volume by id.
+    pub fn volume_by_id(&self, id: u64) -> Result<Option<Volume>, StoreError> {
+        self.record(&keys::one(keys::VOLUME, id))
+    }
+
+    /// Returns the volume of that name, made if there is none.
+    pub fn create_volume(&self, name: &str, now: i64) -> Result<Volume, StoreError> {
+        let _serial = self.publishing.lock();
+        if let Some(volume) = self.volume(name)? {
+            return Ok(volume);
+        }
+        let id = match self.meta(keys::NEXT_VOLUME)? {
+            Some(bytes) => u64_of(&bytes, "the counter of volumes")?,
+            None => 1,
+        };
+        let volume = Volume { id, name: name.into(), created: now, used: now, head: 0, next: 1, taken_back: 0 };
+        let mut batch = WriteBatch::default();
+        let meta = Target::Meta;
+        self.put(&mut batch, meta, keys::NEXT_VOLUME, &(id + 1).to_be_bytes())?;
+        self.put(&mut batch, meta, &keys::one(keys::VOLUME, id), &json(&volume))?;
+        self.put(&mut batch, meta, &keys::name(name), &id.to_be_bytes())?;
+        self.write_unsynced(batch)?;
+        Ok(volume)
+    }
+
+    /// Changes a volume's record under the lock that commits take.
+    pub fn update_volume(&self, id: u64, change: impl FnOnce(&mut Volume)) -> Result<(), StoreError> {
+        let _serial = self.publishing.lock();
+        let Some(mut volume) = self.volume_by_id(id)? else {
+            return Err(StoreError::Missing { what: format!("volume {id}") });
+        };
+        let before = volume.clone();
+        change(&mut volume);
+        let mut batch = WriteBatch::default();
+        if volume.name != before.name {
+            self.delete(&mut batch, Target::Meta, &keys::name(&before.name))?;
+            self.put(&mut batch, Target::Meta, &keys::name(&volume.name), &id.to_be_bytes())?;
+        }
+        self.put(&mut batch, Target::Meta, &keys::one(keys::VOLUME, id), &json(&volume))?;
+        self.write_synced(batch)
+    }
+
+    /// Removes a volume with all its versions.
+    pub fn remove_volume(&self, volume: &Volume) -> Result<(), StoreError> {
+        let _serial = self.publishing.lock();
+        let mut batch = WriteBatch::default();
+        for version in self.versions(volume.id)? {
+            for kind in [keys::VERSION, keys::DAMAGED, keys::PIN] {
+                self.delete(&mut batch, Target::Meta, &keys::two(kind, volume.id, version.number))?;
+            }
+        }
+        self.delete(&mut batch, Target::Meta, &keys::one(keys::VOLUME, volume.id))?;
+        self.delete(&mut batch, Target::Meta, &keys::name(&volume.name))?;
+        self.write_synced(batch)
+    }
+
+    /// Returns the versions of a volume, newest first.
+    pub fn versions(&self, volume: u64) -> Result<Vec<Version>, StoreError> {
+        let mut versions: Vec<Version> = self.records(&keys::one(keys::VERSION, volume))?;
+        versions.reverse();
+        Ok(versions)
+    }
+
+    /// Returns a version.
+    pub fn version(&self, at: VersionRef) -> Result<Option<Version>, StoreError> {
+        self.record(&keys::two(keys::VERSION, at.volume, at.number))
+    }
+
+    /// Returns the id of a version: the BLAKE3 of its record.
+    pub fn version_id(version: &Version) -> blake3::Hash {
+        blake3::hash(&json(version))
+    }
+
+    /// Whether a version is pinned.
+    pub fn is_pinned(&self, at: VersionRef) -> Result<bool, StoreError> {
+        Ok(self.meta(&keys::two(keys::PIN, at.volume, at.number))?.is_some())
+    }
+
+    /// Pins a version, or lets it go.
+    pub fn set_pin(&self, at: VersionRef, pinned: bool) -> Result<(), StoreError> {
+        self.set_mark(keys::PIN, at, pinned.then_some(b"1"))
+    }
+
+    /// Why a version was set aside, if it was.
+    pub fn damage(&self, at: VersionRef) -> Result<Option<String>, StoreError> {
+        let why = self.meta(&keys::two(keys::DAMAGED, at.volume, at.number))?;
+        Ok(why.map(|why| String::from_utf8_lossy(&why).into_owned()))
+    }
+
+    /// Sets a damaged version aside: nothing is forked from it any more.
+    pub fn set_aside(&self, at: VersionRef, why: &str) -> Result<(), StoreError> {
+        self.set_mark(keys::DAMAGED, at, Some(why.as_bytes()))
+    }
+
+    fn set_mark(&self, kind: u8, at: VersionRef, value: Option<&[u8]>) -> Result<(), StoreError> {
+        let key = keys::two(kind, at.volume, at.number);
+        let mut batch = WriteBatch::default();
+        match value {
+            Some(value) => self.put(&mut batch, Target::Meta, &key, value)?,
+            None => self.delete(&mut batch, Target::Meta, &key)?,
+        }
+        self.write_synced(batch)
+    }
+
+    /// Returns all forks.
+    pub fn forks(&self) -> Result<Vec<Fork>, StoreError> {
+        self.records(&[keys::FORK])
+    }
+
+    /// Writes a fork's record, unsynced: a fork does not outlive a reboot.
+    pub fn put_fork(&self, fork: &Fork) -> Result<(), StoreError> {
+        let mut batch = WriteBatch::default();
+        self.put(&mut batch, Target::Meta, &keys::one(keys::FORK, fork.id.0), &json(fork))?;
+        self.write_unsynced(batch)
+    }
+
+    /// Removes a fork's record, and gives its unused inode numbers back.
+    pub fn remove_fork(&self, id: ForkId, unused: &[Range<u64>]) -> Result<(), StoreError> {
+        let mut batch = WriteBatch::default();
+        self.delete(&mut batch, Target::Meta, &keys::one(keys::FORK, id.0))?;
+        self.free_inodes(&mut batch, unused)?;
+        self.write_unsynced(batch)
+    }
+
+    /// Adds inode numbers that no version holds to the free ones.
+    pub(super) fn free_inodes(&self, batch: &mut WriteBatch, unused: &[Range<u64>]) -> Result<(), StoreError> {
+        for range in unused.iter().filter(|range| !range.is_empty()) {
+            let count = (range.end - range.start).to_be_bytes();
+            self.put(batch, Target::Meta, &keys::one(keys::FREE, range.start), &count)?;
+        }
+        Ok(())
+    }
+
+    /// Gives a fork up to `count` inode numbers that nobody has.
+    pub fn lease_inodes(&self, _fork: ForkId, count: u64) -> Result<Range<u64>, StoreError> {
+        let _serial = self.numbering.lock();
+        let mut batch = WriteBatch::default();
+        let free = self.first(&[keys::FREE])?;
+        let lease = if let Some((key, len)) = free {
+            let start = keys::number(&key).ok_or_else(|| corrupt("the free inode numbers"))?;
+            let len = u64_of(&len, "the free inode numbers")?;
+            let take = len.min(count);
+            self.delete(&mut batch, Target::Meta, &key)?;
+            self.free_inodes(&mut batch, std::slice::from_ref(&(start + take..start + len)))?;
+            start..start + take
+        } else {
+            // 1 is every volume's root directory.
+            let next = match self.meta(keys::NEXT_INO)? {
+                Some(bytes) => u64_of(&bytes, "the counter of inode numbers")?,
+                None => 2,
+            };
+            self.put(&mut batch, Target::Meta, keys::NEXT_INO, &(next + count).to_be_bytes())?;
+            next..next + count
+        };
+        self.write_unsynced(batch)?;
+        Ok(lease)
+    }
+}
+
+/// Which family a record belongs to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Target {
+    Meta,
+    Nodes,
+    Chunks,
+    Sizes,
+}
+
+pub(super) fn json<T: Serialize>(record: &T) -> Vec<u8> {
+    serde_json::to_vec(record).expect("records have nothing that JSON cannot hold")
+}
+
+pub(super) fn corrupt(what: &str) -> StoreError {
+    StoreError::Corrupt { what: what.into() }
+}
+
+pub(super) fn u64_of(bytes: &[u8], what: &str) -> Result<u64, StoreError> {
+    bytes.try_into().map(u64::from_be_bytes).map_err(|_| corrupt(what))
+}

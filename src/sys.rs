@@ -1,0 +1,234 @@
+//! Safe wrappers around the system calls that the standard library does not offer. The only user of `libc` and of `unsafe`.
+//!
+//! Every wrapper takes and returns owned or borrowed descriptors, bytes and numbers, never raw pointers, and turns errno into
+//! [`std::io::Error`].
+
+#![allow(unsafe_code)]
+
+pub mod mount;
+pub mod namespace;
+pub mod process;
+pub mod socket;
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::OnceLock;
+
+/// Turns the -1 of a system call into the error it stands for.
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_bytes())?)
+}
+
+/// Reads at `offset` until the buffer is full or the file ends; returns how many bytes were read.
+pub fn read_full_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut done = 0;
+    while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, offset + done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(done)
+}
+
+/// Gives the blocks under `[offset, offset + length)` back to the disk; they read as zeros, the file keeps its length.
+pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    let (offset, length) = (to_off(offset)?, to_off(length)?);
+    // SAFETY: the descriptor is open for the length of the call; no memory is passed.
+    check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, length) }).map(drop)
+}
+
+fn to_off(n: u64) -> io::Result<libc::off_t> {
+    n.try_into().map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
+}
+
+/// Writes back what the filesystem under `file` holds dirty, and waits for it.
+pub fn syncfs(file: &File) -> io::Result<()> {
+    // SAFETY: the descriptor is open for the length of the call.
+    check(unsafe { libc::syncfs(file.as_raw_fd()) }).map(drop)
+}
+
+/// The room of a filesystem, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    pub total: u64,
+    /// What is left for a user without privileges.
+    pub available: u64,
+}
+
+/// Returns the room of the filesystem that holds `path`.
+pub fn room(path: &Path) -> io::Result<Room> {
+    let path = c_path(path)?;
+    // SAFETY: all-zero bytes are a valid statvfs.
+    let mut out: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the path ends in NUL and `out` is writable for the length of the call.
+    check(unsafe { libc::statvfs(path.as_ptr(), &raw mut out) })?;
+    Ok(Room { total: out.f_blocks * out.f_frsize, available: out.f_bavail * out.f_frsize })
+}
+
+/// What kind of filesystem a folder lies on, as far as a store cares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FsKind {
+    Nfs,
+    Smb,
+    Fuse,
+    Overlay,
+    Tmpfs,
+    Other,
+}
+
+/// Returns the kind of filesystem that holds `path`.
+pub fn fs_kind(path: &Path) -> io::Result<FsKind> {
+    let path = c_path(path)?;
+    // SAFETY: all-zero bytes are a valid statfs.
+    let mut out: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the path ends in NUL and `out` is writable for the length of the call.
+    check(unsafe { libc::statfs(path.as_ptr(), &raw mut out) })?;
+    // The field's width and sign differ between C libraries; the magic numbers are 32 bits wide.
+    Ok(match out.f_type as u32 {
+        0x6969 => FsKind::Nfs,
+        0x517b | 0xff53_4d42 | 0xfe53_4d42 => FsKind::Smb,
+        0x6573_5546 => FsKind::Fuse,
+        0x794c_7630 => FsKind::Overlay,
+        0x0102_1994 => FsKind::Tmpfs,
+        _ => FsKind::Other,
+    })
+}
+
+/// Returns the id of this boot of the machine, or of this container where it has one of its own.
+pub fn boot_id() -> io::Result<&'static str> {
+    static ID: OnceLock<String> = OnceLock::new();
+    if let Some(id) = ID.get() {
+        return Ok(id);
+    }
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    Ok(ID.get_or_init(|| id.trim().to_owned()))
+}
+
+/// Fills `buffer` from the kernel's random number generator.
+pub fn random(buffer: &mut [u8]) -> io::Result<()> {
+    let mut done = 0;
+    while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        // SAFETY: `rest` is writable for its length.
+        let n = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) };
+        match usize::try_from(n) {
+            Ok(n) => done += n,
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Lets the calling thread run, and use the disk, only when nobody else wants to.
+pub fn idle_priority() -> io::Result<()> {
+    const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+    const IOPRIO_IDLE: libc::c_int = 3 << 13;
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: pid 0 is the calling thread; the parameters outlive the call.
+    check(unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) })?;
+    // SAFETY: plain numbers; 0 is the calling thread.
+    let result =
+        unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, IOPRIO_IDLE) };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Returns the major and minor number of a device number as stat gives it.
+pub fn device_numbers(dev: u64) -> (u32, u32) {
+    (libc::major(dev), libc::minor(dev))
+}
+
+/// Whether the descriptor refers to a terminal, a pipe or anything else that is no regular file is decided by the caller; this
+/// returns its device number if it is a character device.
+pub fn char_device(fd: impl AsFd) -> io::Result<Option<(u32, u32)>> {
+    // SAFETY: all-zero bytes are a valid stat.
+    let mut out: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is borrowed for the call and `out` is writable.
+    check(unsafe { libc::fstat(fd.as_fd().as_raw_fd(), &raw mut out) })?;
+    let is_char = out.st_mode & libc::S_IFMT == libc::S_IFCHR;
+    Ok(is_char.then(|| device_numbers(out.st_rdev)))
+}
+
+/// Returns whether reads of the descriptor's open file answer EAGAIN instead of waiting.
+pub fn is_nonblocking(fd: impl AsFd) -> io::Result<bool> {
+    // SAFETY: the descriptor is borrowed for the call.
+    let flags = check(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_GETFL) })?;
+    Ok(flags & libc::O_NONBLOCK != 0)
+}
+
+/// Raises the soft limit of open files to the hard one; returns it.
+pub fn raise_open_files() -> io::Result<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is writable for the length of the call.
+    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: `limit` is readable for the length of the call.
+    check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) })?;
+    Ok(limit.rlim_cur)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn a_punched_hole_reads_as_zeros_and_frees_blocks() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("spool");
+        let file =
+            File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        file.write_all_at(&[7; 64 << 10], 0).unwrap();
+        file.sync_all().unwrap();
+        let before = file.metadata().unwrap().blocks();
+        punch_hole(&file, 4096, 32 << 10).unwrap();
+        let after = file.metadata().unwrap();
+        assert_eq!(after.len(), 64 << 10);
+        assert!(after.blocks() < before, "{} of {before} blocks left", after.blocks());
+        let mut buffer = [1; 8192];
+        assert_eq!(read_full_at(&file, &mut buffer, 0).unwrap(), 8192);
+        assert_eq!((buffer[4095], buffer[4096]), (7, 0));
+        assert_eq!(read_full_at(&file, &mut buffer, (64 << 10) - 10).unwrap(), 10);
+    }
+
+    #[test]
+    fn facts_about_this_machine() {
+        assert_eq!(boot_id().unwrap().len(), 36);
+        assert!(room(Path::new("/")).unwrap().total > 0);
+        assert_eq!(fs_kind(Path::new("/proc")).unwrap(), FsKind::Other);
+        assert!(room(Path::new("/nowhere/at/all")).is_err());
+        let mut bytes = [0; 32];
+        random(&mut bytes).unwrap();
+        assert_ne!(bytes, [0; 32]);
+    }
+
+    #[test]
+    fn a_character_device_is_known_by_its_numbers() {
+        let null = File::open("/dev/null").unwrap();
+        assert_eq!(char_device(&null).unwrap(), Some((1, 3)));
+        assert!(!is_nonblocking(&null).unwrap());
+        let dir = File::open("/").unwrap();
+        assert_eq!(char_device(&dir).unwrap(), None);
+    }
+
+    #[test]
+    fn a_thread_may_step_back() {
+        std::thread::spawn(|| idle_priority().unwrap()).join().unwrap();
+    }
+}

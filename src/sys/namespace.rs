@@ -1,0 +1,60 @@
+//! Private mount namespaces for a command, with the rights of root or in a user namespace of its own.
+//!
+//! The calling process must have a single thread: the kernel refuses otherwise.
+
+use std::fs;
+use std::io;
+
+use super::{check, mount, process};
+
+/// Moves the calling process into a mount namespace of its own: what it mounts is seen by it and its children alone, and goes
+/// when the last of them ends.
+pub fn private_mounts() -> io::Result<()> {
+    // SAFETY: plain flags.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
+    mount::make_slave()
+}
+
+/// As [`private_mounts`], by way of a user namespace in which the caller keeps its own user and group.
+pub fn private_mounts_in_user_namespace() -> io::Result<()> {
+    let (uid, gid) = (process::euid(), process::egid());
+    // SAFETY: plain flags.
+    check(unsafe { libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS) })?;
+    // Without privileges the kernel takes a map of groups only from a process that has given up setgroups.
+    fs::write("/proc/self/setgroups", "deny")?;
+    fs::write("/proc/self/uid_map", format!("{uid} {uid} 1"))?;
+    fs::write("/proc/self/gid_map", format!("{gid} {gid} 1"))?;
+    mount::make_slave()
+}
+
+/// Returns whether [`private_mounts_in_user_namespace`] would succeed. It is tried in a child: some systems let the namespace be
+/// made and take every right in it away, and there is no way back from that.
+pub fn user_namespaces_work() -> bool {
+    // SAFETY: this process has a single thread, so the child may run any code; it ends by _exit.
+    let child = unsafe { libc::fork() };
+    match child {
+        -1 => false,
+        0 => {
+            let status = i32::from(private_mounts_in_user_namespace().is_err());
+            // SAFETY: ends the child without running the parent's exit handlers.
+            unsafe { libc::_exit(status) }
+        }
+        pid => {
+            let mut status = 0;
+            loop {
+                // SAFETY: `status` is writable for the length of the call.
+                match check(unsafe { libc::waitpid(pid, &raw mut status, 0) }) {
+                    Ok(_) => return libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0,
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    Err(_) => return false,
+                }
+            }
+        }
+    }
+}
+
+/// Returns whether user ids mean the same here as outside: whether this process is in no user namespace that maps them.
+pub fn ids_are_identity() -> bool {
+    fs::read_to_string("/proc/self/uid_map")
+        .is_ok_and(|map| map.split_whitespace().eq(["0", "0", "4294967295"]))
+}

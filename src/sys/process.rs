@@ -1,0 +1,207 @@
+//! Processes and signals: blocking and reading signals, starting a command with a clean mask, starting the daemon.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::Duration;
+
+use super::check;
+
+/// A signal that was sent to this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Signal {
+    pub number: i32,
+    /// Sent by the kernel, as the terminal's Ctrl-C is, which reaches the whole process group at once.
+    pub from_kernel: bool,
+}
+
+pub const SIGHUP: i32 = libc::SIGHUP;
+pub const SIGINT: i32 = libc::SIGINT;
+pub const SIGQUIT: i32 = libc::SIGQUIT;
+pub const SIGTERM: i32 = libc::SIGTERM;
+pub const SIGUSR1: i32 = libc::SIGUSR1;
+pub const SIGUSR2: i32 = libc::SIGUSR2;
+pub const SIGCHLD: i32 = libc::SIGCHLD;
+pub const SIGWINCH: i32 = libc::SIGWINCH;
+
+/// Signals that are blocked for the whole process and read one by one. Made before any thread is started, for threads inherit
+/// the mask.
+#[derive(Debug)]
+pub struct Signals {
+    fd: OwnedFd,
+}
+
+fn signal_set(signals: &[i32]) -> libc::sigset_t {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset initialises the set; sigaddset with a wrong number changes nothing.
+    unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        for signal in signals {
+            libc::sigaddset(set.as_mut_ptr(), *signal);
+        }
+        set.assume_init()
+    }
+}
+
+impl Signals {
+    /// Blocks `signals` in the calling thread and in those it starts from now on.
+    pub fn block(signals: &[i32]) -> io::Result<Signals> {
+        let set = signal_set(signals);
+        // SAFETY: the set is initialised; the old mask is not asked for.
+        check(unsafe { libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) })?;
+        // SAFETY: the set is initialised; -1 asks for a new descriptor.
+        let fd = check(unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC) })?;
+        // SAFETY: the descriptor was just made and belongs to nobody else.
+        Ok(Signals { fd: unsafe { OwnedFd::from_raw_fd(fd) } })
+    }
+
+    /// Returns the next signal, or `None` if none came in time.
+    pub fn next(&self, timeout: Option<Duration>) -> io::Result<Option<Signal>> {
+        if wait_readable(&[self.as_fd()], timeout)?.is_empty() {
+            return Ok(None);
+        }
+        let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
+        let size = size_of::<libc::signalfd_siginfo>();
+        // SAFETY: the buffer is writable for `size` bytes.
+        let n = unsafe { libc::read(self.fd.as_raw_fd(), info.as_mut_ptr().cast(), size) };
+        if n < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: signalfd gives whole records only, and one was read.
+        let info = unsafe { info.assume_init() };
+        Ok(Some(Signal { number: info.ssi_signo as i32, from_kernel: info.ssi_code > 0 }))
+    }
+
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        std::os::fd::AsFd::as_fd(&self.fd)
+    }
+}
+
+/// Waits until some of the descriptors can be read; returns their places. Empty after the timeout.
+pub fn wait_readable(
+    fds: &[BorrowedFd<'_>],
+    timeout: Option<Duration>,
+) -> io::Result<Vec<usize>> {
+    let mut polls: Vec<libc::pollfd> = fds
+        .iter()
+        .map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 })
+        .collect();
+    let millis = timeout.map_or(-1, |t| t.as_millis().min(i32::MAX as u128) as i32);
+    loop {
+        // SAFETY: `polls` is writable for its length.
+        match check(unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, millis) }) {
+            Ok(_) => break,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(polls.iter().enumerate().filter(|(_, p)| p.revents != 0).map(|(i, _)| i).collect())
+}
+
+/// Sends a signal to a process.
+pub fn kill(pid: u32, signal: i32) -> io::Result<()> {
+    let pid = pid.try_into().map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // SAFETY: plain numbers.
+    check(unsafe { libc::kill(pid, signal) }).map(drop)
+}
+
+/// Returns whether a process of this number exists, whoever owns it.
+pub fn exists(pid: u32) -> bool {
+    match kill(pid, 0) {
+        Ok(()) => true,
+        Err(e) => e.raw_os_error() == Some(libc::EPERM),
+    }
+}
+
+/// Lets the command start with no signal blocked, whatever this process has blocked for itself.
+pub fn with_clean_mask(command: &mut Command) -> &mut Command {
+    let empty = signal_set(&[]);
+    // SAFETY: sigprocmask is async-signal-safe and the set was made before the fork.
+    unsafe {
+        command.pre_exec(move || {
+            check(libc::sigprocmask(libc::SIG_SETMASK, &raw const empty, std::ptr::null_mut()))
+                .map(drop)
+        })
+    }
+}
+
+/// Makes the calling process the leader of a new session, without a terminal.
+pub fn new_session() -> io::Result<()> {
+    // SAFETY: no arguments.
+    check(unsafe { libc::setsid() }).map(drop)
+}
+
+/// Sets the mask of file modes; returns the one before.
+pub fn set_umask(mask: u32) -> u32 {
+    // SAFETY: a plain number; umask cannot fail.
+    unsafe { libc::umask(mask as libc::mode_t) as u32 }
+}
+
+/// Returns the effective user of this process.
+pub fn euid() -> u32 {
+    // SAFETY: no arguments; cannot fail.
+    unsafe { libc::geteuid() }
+}
+
+/// Returns the effective group of this process.
+pub fn egid() -> u32 {
+    // SAFETY: no arguments; cannot fail.
+    unsafe { libc::getegid() }
+}
+
+/// Restores the default action of SIGPIPE, which Rust ignores from the start: a reader that has seen enough is no error.
+pub fn default_sigpipe() {
+    // SAFETY: SIG_DFL is a valid handler and SIGPIPE a valid signal.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+    }
+}
+
+/// Returns the number of the group `name`, or `None` if there is none.
+pub fn group_id(name: &str) -> Option<u32> {
+    let groups = std::fs::read_to_string("/etc/group").ok()?;
+    groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok()).flatten()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clean_mask_reaches_the_command() {
+        std::thread::spawn(|| {
+            let signals = Signals::block(&[SIGUSR1]).unwrap();
+            assert_eq!(signals.next(Some(Duration::from_millis(1))).unwrap(), None);
+            let mut command = Command::new("grep");
+            command.args(["SigBlk", "/proc/self/status"]);
+            let out = with_clean_mask(&mut command).output().unwrap();
+            assert_eq!(String::from_utf8_lossy(&out.stdout).trim(), "SigBlk:\t0000000000000000");
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn processes_exist_or_not() {
+        assert!(exists(std::process::id()));
+        assert!(exists(1));
+        assert!(!exists(i32::MAX as u32));
+        assert!(!exists(u32::MAX));
+    }
+
+    #[test]
+    fn only_what_is_ready_is_returned() {
+        use std::io::Write;
+        use std::os::fd::AsFd;
+        let (a, _keep) = std::io::pipe().unwrap();
+        let (b, mut writer) = std::io::pipe().unwrap();
+        writer.write_all(b"x").unwrap();
+        let ready = wait_readable(&[a.as_fd(), b.as_fd()], Some(Duration::from_secs(5))).unwrap();
+        assert_eq!(ready, [1]);
+    }
+}
