@@ -17,7 +17,7 @@ mod tests;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::fork::Fork;
+use crate::fork::{Fork, Layers};
 use crate::fork::error::FsError;
 use crate::fork::extent::PAGE;
 use crate::fork::log::Request;
@@ -117,7 +117,7 @@ impl Fs {
         attr
     }
 
-    /// Looks a name up in a directory, `.` and `..` among them.
+    /// Looks a name up in a directory, `.` and `..` among them, and counts that the kernel was told of what it found.
     pub fn lookup(&self, dir: Ino, name: &[u8]) -> Result<Option<Entry>, FsError> {
         if name.len() > NAME_MAX {
             return Err(FsError::NameTooLong);
@@ -133,8 +133,23 @@ impl Fs {
                 None => return Ok(None),
             },
         };
-        let attr = layers.attr(store, ino)?.ok_or(FsError::Stale)?;
-        Ok(Some(Entry { ino, attr: self.shown(attr) }))
+        self.known(&layers, ino).map(Some)
+    }
+
+    /// Returns an inode as readdirplus shows it, counted like a lookup; None if it has gone since it was listed.
+    pub fn listed(&self, ino: Ino) -> Result<Option<Entry>, FsError> {
+        match self.known(&self.fork.layers(), ino) {
+            Ok(entry) => Ok(Some(entry)),
+            Err(FsError::Stale) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Counted before the lock of the names is let go: an inode that the kernel knows is not removed under it.
+    fn known(&self, layers: &Layers, ino: Ino) -> Result<Entry, FsError> {
+        let attr = layers.attr(&self.fork.store, ino)?.ok_or(FsError::Stale)?;
+        self.fork.looked_up(ino);
+        Ok(Entry { ino, attr: self.shown(attr) })
     }
 
     /// Returns the attributes of an inode.

@@ -1,14 +1,9 @@
 pub mod chunk;
-pub mod cli;
 pub mod commit;
-pub mod daemon;
-pub mod engine;
 pub mod fork;
 pub mod fs;
 pub mod mount;
-pub mod protocol;
 pub mod record;
 pub mod store;
 pub mod sys;
 pub mod tree;
-pub mod volume;

@@ -365,7 +365,7 @@ impl Store {
 
     fn write(&self, batch: WriteBatch, options: &WriteOptions) -> Result<(), StoreError> {
         self.heal()?;
-        let result = self.with(|db| Ok(db.write_opt(&batch, options)?));
+        let result = self.with(|db| Ok(db.write_opt(batch, options)?));
         self.poison_on_error(result)
     }
 
@@ -441,7 +441,7 @@ impl tree::Source for Store {
 }
 
 fn disk_space(dir: &Path) -> (u64, u64) {
-    crate::sys::disk_space(dir).unwrap_or((0, 0))
+    crate::sys::room(dir).map(|room| (room.available, room.total)).unwrap_or((0, 0))
 }
 
 fn free_space(dir: &Path) -> u64 {

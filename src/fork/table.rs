@@ -69,12 +69,12 @@ impl Inode {
 #[derive(Debug)]
 pub struct Cell {
     pub ino: Ino,
-    pub state: RwLock<Inode>,
+    pub state: Arc<RwLock<Inode>>,
 }
 
 impl Cell {
     pub fn new(ino: Ino, inode: Inode) -> Arc<Cell> {
-        Arc::new(Cell { ino, state: RwLock::new(inode) })
+        Arc::new(Cell { ino, state: Arc::new(RwLock::new(inode)) })
     }
 }
 

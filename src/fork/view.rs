@@ -5,9 +5,9 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use super::error::FsError;
-use super::extent::{Content, PAGE, Piece, pages};
+use super::extent::{Content, Origin, PAGE, Piece, pages};
 use super::table::{Cell, EntryKey, Inode, Table};
-use super::{Layers, Root};
+use super::{Fork, Layers, Root};
 use crate::chunk;
 use crate::record::{self, Attr, Ino, Key, Kind, Value};
 use crate::store::Store;
@@ -419,6 +419,47 @@ impl Iterator for Merged<'_> {
     }
 }
 
+impl Fork {
+    /// Fills `buffer` with what a locked inode has at `offset`. What lies behind its size is undefined.
+    pub fn read_inode(
+        &self,
+        inode: &Inode,
+        root: NodeId,
+        ino: Ino,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), FsError> {
+        if buffer.is_empty() {
+            return Ok(());
+        }
+        let root = inode.base.unwrap_or(root);
+        let end = offset + buffer.len() as u64;
+        for piece in inode.content.pieces(offset / PAGE, pages(end)) {
+            let (page, count) = match piece {
+                Piece::Extent(extent) => (extent.page, extent.pages),
+                Piece::Base { page, pages } | Piece::Hole { page, pages } => (page, pages),
+            };
+            let from = (page * PAGE).max(offset);
+            let to = ((page + count) * PAGE).min(end);
+            let part = &mut buffer[(from - offset) as usize..(to - offset) as usize];
+            let skip = from - page * PAGE;
+            let store = &self.store;
+            match piece {
+                Piece::Hole { .. } => part.fill(0),
+                Piece::Base { .. } => read_base(store, root, ino, from, part)?,
+                Piece::Extent(extent) => match extent.origin {
+                    Origin::Spool { at, .. } => self.spool.read(part, at * PAGE + skip)?,
+                    Origin::Base { ino, page } => {
+                        read_base(store, root, ino, page * PAGE + skip, part)?;
+                    }
+                    Origin::Hole { .. } => part.fill(0),
+                },
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Returns the runs of pages within `[from, to)` of a changed inode that hold data, as (page, pages), joined.
 pub fn content_runs(
     store: &Store,
@@ -442,7 +483,7 @@ pub fn content_runs(
                 }
             }
             Piece::Extent(extent) => match extent.origin {
-                super::extent::Origin::Base { ino, page } => {
+                Origin::Base { ino, page } => {
                     for (at, pages) in base_runs(store, root, ino, page, page + extent.pages)? {
                         push(extent.page + (at - page), pages);
                     }

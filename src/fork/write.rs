@@ -8,7 +8,7 @@ use parking_lot::{ArcRwLockReadGuard, ArcRwLockWriteGuard, RawRwLock, RwLockWrit
 use super::error::FsError;
 use super::extent::{Content, Extent, ExtentMap, Origin, pages};
 use super::log::Request;
-use super::table::{Cell, Edit, Inode, Name, Table, apply_inode};
+use super::table::{Cell, Edit, Inode, Table, apply_inode};
 use super::{Fork, Gate, Layers};
 use crate::record::{Attr, Ino, Kind};
 

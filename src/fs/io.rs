@@ -42,49 +42,10 @@ impl Fs {
                 // Held while the spool is read: so the room cannot become another file's meanwhile.
                 let inode = cell.state.read();
                 buffer.resize(clip(&inode.attr, offset, size)?, 0);
-                self.read_inode(&inode, root.id, ino, offset, &mut buffer)?;
+                self.fork.read_inode(&inode, root.id, ino, offset, &mut buffer)?;
             }
         }
         Ok(buffer)
-    }
-
-    /// Fills `buffer` with what a locked inode has at `offset`. What lies behind its size is undefined.
-    pub(crate) fn read_inode(
-        &self,
-        inode: &Inode,
-        root: NodeId,
-        ino: Ino,
-        offset: u64,
-        buffer: &mut [u8],
-    ) -> Result<(), FsError> {
-        if buffer.is_empty() {
-            return Ok(());
-        }
-        let root = inode.base.unwrap_or(root);
-        let end = offset + buffer.len() as u64;
-        for piece in inode.content.pieces(offset / PAGE, pages(end)) {
-            let (page, count) = match piece {
-                Piece::Extent(extent) => (extent.page, extent.pages),
-                Piece::Base { page, pages } | Piece::Hole { page, pages } => (page, pages),
-            };
-            let from = (page * PAGE).max(offset);
-            let to = ((page + count) * PAGE).min(end);
-            let part = &mut buffer[(from - offset) as usize..(to - offset) as usize];
-            let skip = from - page * PAGE;
-            let store = &self.fork.store;
-            match piece {
-                Piece::Hole { .. } => part.fill(0),
-                Piece::Base { .. } => view::read_base(store, root, ino, from, part)?,
-                Piece::Extent(extent) => match extent.origin {
-                    Origin::Spool { at, .. } => self.fork.spool.read(part, at * PAGE + skip)?,
-                    Origin::Base { ino, page } => {
-                        view::read_base(store, root, ino, page * PAGE + skip, part)?;
-                    }
-                    Origin::Hole { .. } => part.fill(0),
-                },
-            }
-        }
-        Ok(())
     }
 
     /// Writes `data` at `offset`, and clears suid and sgid where the kernel says that the writer loses them.
@@ -296,7 +257,7 @@ impl<'a> Change<'a> {
             Some(_) => {
                 let mut bytes = vec![0; PAGE as usize];
                 let used = (size % PAGE) as usize;
-                self.fs.read_inode(inode, self.root, self.ino, page * PAGE, &mut bytes[..used])?;
+                self.fs.fork.read_inode(inode, self.root, self.ino, page * PAGE, &mut bytes[..used])?;
                 self.place(inode, page, &bytes)
             }
         }
@@ -351,11 +312,11 @@ impl<'a> Change<'a> {
         let known = (inode.attr.size.min(stop)).saturating_sub(start) as usize;
         if start < offset {
             let head = known.min((offset - start) as usize);
-            self.fs.read_inode(inode, self.root, self.ino, start, &mut bytes[..head])?;
+            self.fs.fork.read_inode(inode, self.root, self.ino, start, &mut bytes[..head])?;
         }
         if stop > end && known as u64 > end - start {
             let tail = (end - start) as usize;
-            self.fs.read_inode(inode, self.root, self.ino, end, &mut bytes[tail..known])?;
+            self.fs.fork.read_inode(inode, self.root, self.ino, end, &mut bytes[tail..known])?;
         }
         let (a, b) = (start.max(offset), stop.min(end));
         bytes[(a - start) as usize..(b - start) as usize]

@@ -187,8 +187,11 @@ impl Fs {
         attr.ctime = time;
         let attr = attr.clone();
         tx.set_entry(dir, hash, name, Some((ino, kind)));
-        tx.finish(caller.request)?;
         self.fork.looked_up(ino);
+        if let Err(error) = tx.finish(caller.request) {
+            self.fork.forget(ino, 1);
+            return Err(error);
+        }
         Ok(Entry { ino, attr: self.shown(attr) })
     }
 }

@@ -100,6 +100,8 @@ impl Walk<'_> {
     /// Returns whether everything below a node is whole.
     fn node(&mut self, id: NodeId, parent: Option<&Node>) -> Result<bool, StoreError> {
         if self.whole.nodes.contains(&id) {
+            // Some of the inode's names may lie in what is passed over.
+            self.links = None;
             return Ok(true);
         }
         let node = match self.store.load_node(id) {
@@ -168,7 +170,6 @@ impl Walk<'_> {
     fn end_inode(&mut self) {
         if let Some((ino, attr, names)) = self.links.take()
             && attr.kind != Kind::Directory
-            && names != 0
             && attr.nlink != names
         {
             let paths = self.paths(ino);

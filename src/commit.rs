@@ -1,0 +1,89 @@
+//! Promotion of a delta: seal, ingest, publish, detach.
+//!
+//! A seal freezes the table of a fork; ingest turns the frozen table into content and a new root, in parallel; publish makes
+//! the roots of all forks of one commit the heads of their volumes in one synced batch. Before it the heads are the old ones,
+//! after it the new ones.
+
+mod content;
+mod ingest;
+
+use std::sync::Arc;
+
+use crate::fork::{Fork, Sealed};
+use crate::fork::error::FsError;
+use crate::record::{Attr, Key, Kind};
+use crate::store::{Ingest, Store};
+use crate::tree::{self, NodeId};
+
+pub use ingest::ahead;
+
+/// Numbers of a version, as they change with a commit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    pub files: i64,
+    pub logical_bytes: i64,
+    pub blocks: i64,
+    /// Some file may have several names.
+    pub has_links: bool,
+    pub has_acl: bool,
+}
+
+/// A delta turned into a root, its content in the store's hands and not yet named by any version.
+pub struct Ingested {
+    pub fork: Arc<Fork>,
+    pub sealed: Sealed,
+    pub root: NodeId,
+    pub ingest: Arc<Ingest>,
+    /// What the commit adds to the numbers of the fork's base.
+    pub change: Totals,
+}
+
+/// How two roots differ, for whoever asks whether there is anything to commit.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Changed {
+    No,
+    /// Nothing but times.
+    Times,
+    Yes,
+}
+
+/// Seals a fork and ingests what it changed.
+///
+/// # Errors
+/// What the disk or the store answered; the fork goes on as before.
+pub fn prepare(fork: &Arc<Fork>, keep: bool, threads: usize) -> Result<Ingested, FsError> {
+    let sealed = fork.seal(keep)?;
+    let ingest = Arc::new(fork.store.ingest());
+    match ingest::run(fork, &sealed, &ingest, threads) {
+        Ok((root, change)) => Ok(Ingested { fork: fork.clone(), sealed, root, ingest, change }),
+        Err(error) => {
+            fork.thaw();
+            Err(error)
+        }
+    }
+}
+
+/// Compares two roots, looking no further than the first real difference. Times of a directory whose entries are the same
+/// never count.
+///
+/// # Errors
+/// What the store answered.
+pub fn changed(store: &Store, old: NodeId, new: NodeId) -> Result<Changed, FsError> {
+    let mut most = Changed::No;
+    for difference in tree::diff(store, old, new) {
+        let difference = difference?;
+        let (Some(Key::Attr(_)), Some(a), Some(b)) = (Key::parse(&difference.key), difference.old, difference.new)
+        else {
+            return Ok(Changed::Yes);
+        };
+        let (Some(a), Some(b)) = (Attr::decode(&a), Attr::decode(&b)) else { return Ok(Changed::Yes) };
+        let with_times = Attr { atime: b.atime, mtime: b.mtime, ctime: b.ctime, ..a.clone() };
+        if with_times != b {
+            return Ok(Changed::Yes);
+        }
+        if a.kind != Kind::Directory {
+            most = Changed::Times;
+        }
+    }
+    Ok(most)
+}

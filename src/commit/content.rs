@@ -1,0 +1,134 @@
+//! The content of one file as the tree holds it: by its bytes and holes alone, however it came to have them.
+
+use crate::chunk::{self, INLINE_MAX, SINGLE_MAX};
+use crate::fork::Fork;
+use crate::fork::error::FsError;
+use crate::fork::extent::{PAGE, pages};
+use crate::fork::table::Inode;
+use crate::fork::view;
+use crate::record::{Ino, Value};
+use crate::store::Ingest;
+use crate::tree::NodeId;
+
+/// Where the bytes of a file come from, and where its chunks go.
+pub struct Source<'a> {
+    pub fork: &'a Fork,
+    pub root: NodeId,
+    pub ingest: &'a Ingest,
+}
+
+impl Source<'_> {
+    /// Returns all content values of a file with their offsets. What the base has and the fork did not touch is neither read
+    /// nor cut again.
+    ///
+    /// # Errors
+    /// What the disk or the store answered.
+    pub fn values(&self, ino: Ino, inode: &Inode, base_size: u64) -> Result<Vec<(u64, Value)>, FsError> {
+        let size = inode.attr.size;
+        if size == 0 {
+            return Ok(Vec::new());
+        }
+        let store = &self.fork.store;
+        let runs = view::content_runs(store, self.root, ino, &inode.content, 0, pages(size))?;
+        let runs: Vec<(u64, u64)> =
+            runs.iter().map(|(page, count)| (page * PAGE, ((page + count) * PAGE).min(size))).collect();
+        if size <= INLINE_MAX as u64 && runs == [(0, size)] {
+            return Ok(vec![(0, Value::Inline(self.read(ino, inode, 0, size)?))]);
+        }
+        if size <= SINGLE_MAX {
+            return runs.iter().map(|&(from, to)| self.chunk(ino, inode, from, to)).collect();
+        }
+        let old = if base_size > SINGLE_MAX && !inode.created {
+            Old::new(self, ino, inode, base_size)?
+        } else {
+            Old::default()
+        };
+        let mut out = Vec::new();
+        for (from, to) in runs {
+            self.cut(ino, inode, (from, to), &old, &mut out)?;
+        }
+        Ok(out)
+    }
+
+    fn read(&self, ino: Ino, inode: &Inode, from: u64, to: u64) -> Result<Vec<u8>, FsError> {
+        let mut bytes = vec![0; (to - from) as usize];
+        self.fork.read_inode(inode, self.root, ino, from, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn chunk(&self, ino: Ino, inode: &Inode, from: u64, to: u64) -> Result<(u64, Value), FsError> {
+        let bytes = self.read(ino, inode, from, to)?;
+        Ok((from, Value::Chunk { len: to - from, id: self.ingest.chunk(&bytes)? }))
+    }
+
+    /// Cuts one run of data.
+    fn cut(
+        &self,
+        ino: Ino,
+        inode: &Inode,
+        (from, to): (u64, u64),
+        old: &Old,
+        out: &mut Vec<(u64, Value)>,
+    ) -> Result<(), FsError> {
+        let mut at = from;
+        let mut buffer: Vec<u8> = Vec::new();
+        let mut start = at;
+        while at < to {
+            if let Some(value) = old.at(at, to) {
+                at += value.len();
+                out.push((at - value.len(), value));
+                continue;
+            }
+            let used = (at - start) as usize;
+            let want = ((to - at) as usize).min(chunk::MAX + 1);
+            if used > buffer.len() || buffer.len() - used < want {
+                let end = to.min(at + 4 * chunk::MAX as u64);
+                buffer = self.read(ino, inode, at, end)?;
+                start = at;
+            }
+            let rest = &buffer[(at - start) as usize..];
+            let at_end = start + buffer.len() as u64 == to;
+            let len = chunk::first_cut(rest, at_end).expect("enough bytes were read to decide");
+            let id = self.ingest.chunk(&rest[..len])?;
+            out.push((at, Value::Chunk { len: len as u64, id }));
+            at += len as u64;
+        }
+        Ok(())
+    }
+}
+
+/// The chunks that the base has of a file, and what the fork changed under them.
+#[derive(Default)]
+struct Old {
+    values: Vec<(u64, Value)>,
+    /// Changed ranges of bytes, in order.
+    dirty: Vec<(u64, u64)>,
+}
+
+impl Old {
+    fn new(source: &Source<'_>, ino: Ino, inode: &Inode, base_size: u64) -> Result<Old, FsError> {
+        let values = view::base_content(&source.fork.store, source.root, ino, 0, base_size)?;
+        let mut dirty: Vec<(u64, u64)> =
+            inode.content.extents.iter().map(|e| (e.page * PAGE, e.end() * PAGE)).collect();
+        let kept = (inode.content.base_pages * PAGE).min(inode.attr.size).min(base_size);
+        dirty.push((kept, u64::MAX));
+        dirty.sort_unstable();
+        Ok(Old { values, dirty })
+    }
+
+    /// Returns the chunk that began here before, if cutting anew would give it again: its bytes and the one behind it, by which
+    /// the cut was decided, are the same, and it ends the run now if and only if it did then.
+    fn at(&self, at: u64, run_end: u64) -> Option<Value> {
+        let index = self.values.binary_search_by_key(&at, |(offset, _)| *offset).ok()?;
+        let value = &self.values[index].1;
+        let end = at + value.len();
+        let ended_run = self.values.get(index + 1).is_none_or(|(next, _)| *next != end);
+        if end > run_end || (end == run_end) != ended_run {
+            return None;
+        }
+        let seen = if end == run_end { end } else { end + 1 };
+        let next = self.dirty.partition_point(|(_, to)| *to <= at);
+        let touched = self.dirty.get(next).is_some_and(|(from, _)| *from < seen);
+        (!touched).then(|| value.clone())
+    }
+}

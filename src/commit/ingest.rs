@@ -1,0 +1,251 @@
+//! A frozen table becomes content and a new root.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crossbeam::channel;
+
+use super::Totals;
+use super::content::Source;
+use crate::chunk::INLINE_MAX;
+use crate::fork::error::FsError;
+use crate::fork::extent::pages;
+use crate::fork::table::{Cell, Ingested as Hint, Table};
+use crate::fork::{Fork, Sealed, view};
+use crate::record::{self, Kind, Value};
+use crate::store::{Ingest, Store, StoreError};
+use crate::tree::{self, Edit, Node, NodeId};
+
+/// Inodes that a thread takes at a time.
+const BATCH: usize = 64;
+/// A file is ingested ahead of its commit when it has not been written for this long, in seconds.
+const QUIET: u32 = 1;
+
+type Edits = Vec<(Vec<u8>, Edit)>;
+
+/// Ingests everything of a sealed table; returns the new root and what changes in the version's numbers.
+pub fn run(fork: &Arc<Fork>, sealed: &Sealed, ingest: &Arc<Ingest>, threads: usize) -> Result<(NodeId, Totals), FsError> {
+    let table = &*sealed.table;
+    let mut cells: Vec<&Arc<Cell>> = table.inodes.values().collect();
+    cells.sort_by_key(|cell| cell.ino);
+    let source = Source { fork, root: sealed.root.id, ingest };
+    let next = AtomicUsize::new(0);
+    let work = || -> Result<(Edits, Totals), FsError> {
+        let (mut edits, mut totals) = (Edits::new(), Totals::default());
+        loop {
+            let from = next.fetch_add(BATCH, Ordering::Relaxed);
+            let Some(batch) = cells.get(from..(from + BATCH).min(cells.len())).filter(|b| !b.is_empty()) else {
+                return Ok((edits, totals));
+            };
+            for cell in batch {
+                inode_edits(&source, cell, &mut edits, &mut totals)?;
+            }
+        }
+    };
+    let threads = if cells.len() > BATCH { threads.max(1) } else { 1 };
+    let results: Vec<_> = std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let mut results = vec![work()];
+        results.extend(others.into_iter().map(|t| t.join().expect("a panic ends the process")));
+        results
+    });
+    let mut all: Edits = Vec::new();
+    let mut totals = Totals::default();
+    for result in results {
+        let (edits, part) = result?;
+        all.extend(edits);
+        totals.add(part);
+    }
+    name_edits(&source, table, &mut all, &mut totals)?;
+    all.sort_by(|a, b| a.0.cmp(&b.0));
+    let root = apply(&fork.store, sealed.root.id, all, ingest, threads)?;
+    Ok((root, totals))
+}
+
+impl Totals {
+    fn add(&mut self, other: Totals) {
+        self.files += other.files;
+        self.logical_bytes += other.logical_bytes;
+        self.blocks += other.blocks;
+        self.has_links |= other.has_links;
+        self.has_acl |= other.has_acl;
+    }
+}
+
+/// The attributes and content of one inode.
+fn inode_edits(source: &Source<'_>, cell: &Cell, edits: &mut Edits, totals: &mut Totals) -> Result<(), FsError> {
+    let inode = cell.state.read();
+    if inode.orphan {
+        return Ok(());
+    }
+    let ino = cell.ino;
+    let store = &source.fork.store;
+    let before = if inode.created { None } else { view::base_attr(store, source.root, ino)? };
+    let (mut size, mut blocks) = (inode.attr.size as i64, inode.attr.blocks as i64);
+    match &before {
+        Some(before) => {
+            size -= before.size as i64;
+            blocks -= before.blocks as i64;
+        }
+        None => totals.files += 1,
+    }
+    totals.logical_bytes += size;
+    totals.blocks += blocks;
+    totals.has_links |= inode.attr.kind != Kind::Directory && inode.attr.nlink > 1;
+    edits.push((record::attr_key(ino), Edit::Put(inode.attr.encode())));
+    let base_size = before.as_ref().map_or(0, |before| before.size);
+    let content = &inode.content;
+    let same = content.extents.is_empty() && inode.attr.size == base_size && content.base_pages == pages(base_size);
+    if !inode.attr.kind.has_content() || (before.is_some() && same) {
+        return Ok(());
+    }
+    let values = match &inode.ingested {
+        Some(hint) if hint.sequence == content.sequence => hint.values.clone(),
+        _ => source.values(ino, &inode, base_size)?,
+    };
+    let mut old: BTreeMap<u64, Value> = BTreeMap::new();
+    if before.is_some() {
+        old.extend(view::base_content(store, source.root, ino, 0, base_size)?);
+    }
+    for (offset, value) in values {
+        if old.remove(&offset).as_ref() != Some(&value) {
+            edits.push((record::content_key(ino, offset), Edit::Put(value.encode())));
+        }
+    }
+    edits.extend(old.into_keys().map(|offset| (record::content_key(ino, offset), Edit::Delete)));
+    Ok(())
+}
+
+/// Entries, back references, extended attributes, and inodes that are gone.
+fn name_edits(source: &Source<'_>, table: &Table, edits: &mut Edits, totals: &mut Totals) -> Result<(), FsError> {
+    let store = &source.fork.store;
+    let mut backrefs: BTreeMap<Vec<u8>, Edit> = BTreeMap::new();
+    for (ino, parent, name) in &table.unlinked {
+        if !table.removed.contains(ino) {
+            backrefs.insert(record::backref_key(*ino, *parent, name), Edit::Delete);
+        }
+    }
+    for ((dir, hash, name), child) in &table.entries {
+        let edit = match child {
+            Some((ino, kind)) => {
+                if *kind != Kind::Directory {
+                    backrefs.insert(record::backref_key(*ino, *dir, name), Edit::Put(Vec::new()));
+                }
+                Edit::Put(record::encode_entry(*ino, *kind))
+            }
+            None => Edit::Delete,
+        };
+        edits.push((record::entry_key(*dir, *hash, name), edit));
+    }
+    edits.extend(backrefs);
+    for ((ino, name), value) in &table.xattrs {
+        let orphan = table.inodes.get(ino).is_some_and(|cell| cell.state.read().orphan);
+        if orphan || table.removed.contains(ino) {
+            continue;
+        }
+        let edit = match value {
+            Some(value) if value.len() <= INLINE_MAX => Edit::Put(Value::Inline(value.to_vec()).encode()),
+            Some(value) => {
+                let id = source.ingest.chunk(value)?;
+                Edit::Put(Value::Chunk { len: value.len() as u64, id }.encode())
+            }
+            None => Edit::Delete,
+        };
+        totals.has_acl |= value.is_some() && name.starts_with(b"system.posix_acl_");
+        edits.push((record::xattr_key(*ino, name), edit));
+    }
+    for ino in &table.removed {
+        let Some(before) = view::base_attr(store, source.root, *ino)? else { continue };
+        totals.files -= 1;
+        totals.logical_bytes -= before.size as i64;
+        totals.blocks -= before.blocks as i64;
+        edits.push((record::inode_prefix(*ino), Edit::DeletePrefix));
+        edits.push((record::content_prefix(*ino), Edit::DeletePrefix));
+    }
+    Ok(())
+}
+
+/// Applies edits to the tree; other threads compress and store the new nodes meanwhile.
+fn apply(
+    store: &Arc<Store>,
+    root: NodeId,
+    edits: Edits,
+    ingest: &Arc<Ingest>,
+    threads: usize,
+) -> Result<NodeId, FsError> {
+    let (to, from) = channel::bounded::<(NodeId, Vec<u8>, Arc<Node>)>(256);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads.max(1))
+            .map(|_| {
+                let from = from.clone();
+                scope.spawn(move || -> Result<(), StoreError> {
+                    let mut result = Ok(());
+                    // Read to the end even after an error, so that the other side is never blocked.
+                    for (id, bytes, node) in from {
+                        if result.is_ok() {
+                            result = ingest.node(id, &bytes, node);
+                        }
+                    }
+                    result
+                })
+            })
+            .collect();
+        drop(from);
+        let root = tree::apply(&**store, root, edits, &mut |id, bytes, node| {
+            to.send((id, bytes, node)).expect("the workers read until this side is dropped");
+        });
+        drop(to);
+        for worker in workers {
+            worker.join().expect("a panic ends the process")?;
+        }
+        Ok(root?)
+    })
+}
+
+/// Ingests files that have not been written for a while, so that little is left for the commit. The results are hints: a commit
+/// takes them only if the file has not changed since. Returns how many files it looked into.
+///
+/// # Errors
+/// What the disk or the store answered.
+pub fn ahead(fork: &Arc<Fork>, ingest: &Ingest, most: usize) -> Result<usize, FsError> {
+    let age = fork.age();
+    let (root, cells) = {
+        let layers = fork.layers();
+        if layers.frozen.is_some() {
+            return Ok(0);
+        }
+        let quiet = |cell: &&Arc<Cell>| {
+            // A file that somebody works on right now is not quiet.
+            cell.state.try_read().is_some_and(|inode| {
+                inode.attr.kind == Kind::File
+                    && !inode.orphan
+                    && inode.attr.size > INLINE_MAX as u64
+                    && !inode.content.extents.is_empty()
+                    && inode.written + QUIET < age
+                    && inode.ingested.as_ref().is_none_or(|hint| hint.sequence != inode.content.sequence)
+            })
+        };
+        let cells: Vec<Arc<Cell>> = layers.live.inodes.values().filter(quiet).take(most).cloned().collect();
+        (layers.root.clone(), cells)
+    };
+    let source = Source { fork, root: root.id, ingest };
+    for cell in &cells {
+        let copy = {
+            let inode = cell.state.read();
+            // Held by these references while it is read without the lock.
+            fork.spool.retain(inode.content.extents.iter());
+            inode.clone()
+        };
+        let before = if copy.created { None } else { view::base_attr(&fork.store, root.id, cell.ino)? };
+        let values = source.values(cell.ino, &copy, before.map_or(0, |b| b.size));
+        fork.spool.release(copy.content.extents.iter());
+        let sequence = copy.content.sequence;
+        let hint = Arc::new(Hint { sequence, values: values? });
+        let mut inode = cell.state.write();
+        if inode.content.sequence == sequence {
+            inode.ingested = Some(hint);
+        }
+    }
+    Ok(cells.len())
+}

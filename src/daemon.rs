@@ -1,0 +1,385 @@
+//! The daemon: owns the engine of one store, listens on one socket, serves forks until it is told to stop or has been idle for
+//! long. One thread per connection; nothing here touches a path inside a fork.
+//!
+//! A stop goes: no new forks, then the socket's name away, then the engine shut down, then the process. A client that was between
+//! two of these sees a closed connection and starts a daemon of its own.
+
+mod access;
+mod calls;
+mod content;
+mod log;
+mod socket;
+
+use std::fs::File;
+use std::io::{self, PipeReader, PipeWriter, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+
+use crate::engine::{self, Engine, EngineConfig, EngineError};
+use crate::protocol::{
+    Answer, Bytes, Code, Connection, Failure, FrameError, Hello, MAX_REQUEST, PROTOCOL, Request,
+    Status, Stop, VERSION,
+};
+use crate::sys;
+use crate::sys::process::{self, Signals};
+use crate::sys::socket::Peer;
+use socket::Listening;
+
+/// A client says who it is within this time, or is sent away.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a client may think between two requests.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a client may leave an answer unread.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How many clients are served at once.
+const MAX_CLIENTS: usize = 256;
+/// How often the daemon looks whether it is still wanted.
+const LOOK: Duration = Duration::from_secs(2);
+/// How long a daemon waits for the one before it to let go of the store.
+const HANDOVER: Duration = Duration::from_secs(5);
+/// How long clients may take to end when the daemon stops.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// What a daemon is started with.
+pub struct Options {
+    pub store: PathBuf,
+    pub socket: PathBuf,
+    /// Members of this group may use the socket; without one, the store's owner alone.
+    pub group: Option<u32>,
+    /// End after this long without a fork or a client.
+    pub idle: Option<Duration>,
+    /// Started by a command: logs to a file in the store.
+    pub embedded: bool,
+    pub engine: EngineConfig,
+    /// Told `ready`, or why not, in one line.
+    pub announce: Option<File>,
+}
+
+/// What all connections share.
+struct Shared {
+    engine: Arc<Engine>,
+    options: Facts,
+    started: Instant,
+    clients: AtomicUsize,
+    last_used: Mutex<Instant>,
+    /// No new forks are taken.
+    closing: AtomicBool,
+    /// The engine has been shut down.
+    stopped: AtomicBool,
+    /// Wakes the thread that accepts.
+    wake: PipeWriter,
+}
+
+/// The part of the options that answers need.
+struct Facts {
+    store: PathBuf,
+    socket: PathBuf,
+    shared_socket: bool,
+    embedded: bool,
+    uid: u32,
+}
+
+/// Runs a daemon until it is stopped.
+///
+/// # Errors
+/// Why it could not start; the same was announced.
+pub fn run(mut options: Options) -> Result<(), Failure> {
+    let announce = options.announce.take();
+    let outcome = start(&mut options);
+    if let Some(mut to) = announce {
+        let line = match &outcome {
+            Ok(_) => "ready\n".to_owned(),
+            Err(failure) => format!("{}\n", json!(failure)),
+        };
+        // Whoever waited for it may be gone; the daemon is of use to others all the same.
+        if let Err(error) = to.write_all(line.as_bytes()) {
+            ::log::debug!("nobody waits for this daemon: {error}");
+        }
+    }
+    let (shared, signals, listening, woken) = outcome?;
+    ::log::info!(
+        "forkvol {VERSION} serves {} on {}",
+        options.store.display(),
+        options.socket.display()
+    );
+    let ended = accept(&shared, &signals, &listening, woken, options.idle);
+    drop(listening);
+    shared.wait_for_clients();
+    ended
+}
+
+type Started = (Arc<Shared>, Signals, Listening, PipeReader);
+
+fn start(options: &mut Options) -> Result<Started, Failure> {
+    let failed = |what: &str, error: io::Error| Failure::new(Code::Failed, format!("{what}: {error}"));
+    // Before any thread: they inherit the mask.
+    let signals = Signals::block(&[process::SIGTERM, process::SIGINT, process::SIGHUP])
+        .map_err(|e| failed("cannot block signals", e))?;
+    process::set_umask(0o077);
+    socket::make_store_folder(&options.store)?;
+    log::start(options.embedded.then(|| options.store.join("log")))?;
+    if let Err(error) = sys::raise_open_files() {
+        ::log::warn!("cannot raise the limit of open files: {error}");
+    }
+    let engine = open_engine(options)?;
+    let listening = Listening::bind(&options.socket, options.group)?;
+    let (woken, wake) = io::pipe().map_err(|e| failed("cannot make a pipe", e))?;
+    let facts = Facts {
+        store: options.store.clone(),
+        socket: options.socket.clone(),
+        shared_socket: options.group.is_some(),
+        embedded: options.embedded,
+        uid: process::euid(),
+    };
+    let shared = Arc::new(Shared {
+        engine,
+        options: facts,
+        started: Instant::now(),
+        clients: AtomicUsize::new(0),
+        last_used: Mutex::new(Instant::now()),
+        closing: AtomicBool::new(false),
+        stopped: AtomicBool::new(false),
+        wake,
+    });
+    Ok((shared, signals, listening, woken))
+}
+
+/// Opens the engine; where another process holds the store, waits a little, for it may be a daemon that is just ending.
+fn open_engine(options: &Options) -> Result<Arc<Engine>, Failure> {
+    let deadline = Instant::now() + HANDOVER;
+    loop {
+        match Engine::open(&options.store, options.engine.clone()) {
+            Ok(engine) => return Ok(engine),
+            Err(e) if e.code == engine::Code::Busy && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(e) => return Err(failure(e)),
+        }
+    }
+}
+
+/// Takes connections until the daemon is to end.
+fn accept(
+    shared: &Arc<Shared>,
+    signals: &Signals,
+    listening: &Listening,
+    woken: PipeReader,
+    idle: Option<Duration>,
+) -> Result<(), Failure> {
+    let fds = [signals.as_fd(), listening.as_fd(), woken.as_fd()];
+    let broken = |e: io::Error| Failure::new(Code::Failed, format!("cannot wait for clients: {e}"));
+    loop {
+        let ready = process::wait_readable(&fds, Some(LOOK)).map_err(broken)?;
+        if shared.stopped.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if ready.contains(&0)
+            && let Some(signal) = signals.next(None).map_err(broken)?
+            && signal.number != process::SIGHUP
+        {
+            ::log::info!("stopped by signal {}", signal.number);
+            return shared.shut_down(true);
+        }
+        if ready.contains(&1) {
+            match listening.accept() {
+                Ok(Some(stream)) => shared.admit(stream),
+                Ok(None) => {}
+                Err(error) => {
+                    // Out of descriptors, most likely: the queue is still there when some have been closed.
+                    ::log::error!("cannot accept a client: {error}");
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+            }
+        }
+        if ready.is_empty() && shared.is_unwanted(idle, listening) {
+            return shared.shut_down(false);
+        }
+    }
+}
+
+impl Shared {
+    /// Starts a thread for a new client, or sends it away.
+    fn admit(self: &Arc<Shared>, stream: UnixStream) {
+        let before = self.clients.fetch_add(1, Ordering::AcqRel);
+        let shared = Arc::clone(self);
+        let client = Client { shared };
+        if before >= MAX_CLIENTS {
+            ::log::warn!("a client was sent away: {MAX_CLIENTS} are being served");
+            return;
+        }
+        let spawned = std::thread::Builder::new()
+            .name("client".into())
+            .spawn(move || client.serve(stream));
+        if let Err(error) = spawned {
+            ::log::error!("cannot start a thread for a client: {error}");
+        }
+    }
+
+    /// Whether nobody needs this daemon any more: idle for long, or out of reach because its socket's name is gone.
+    fn is_unwanted(&self, idle: Option<Duration>, listening: &Listening) -> bool {
+        if self.clients.load(Ordering::Acquire) > 0 || self.engine.live_forks() > 0 {
+            *self.last_used.lock() = Instant::now();
+            return false;
+        }
+        if self.options.embedded && !listening.is_reachable() {
+            ::log::info!("the socket is gone, and so is this daemon");
+            return true;
+        }
+        idle.is_some_and(|idle| self.last_used.lock().elapsed() >= idle)
+    }
+
+    /// Ends the engine. With `force`, live forks lose their sessions.
+    fn shut_down(&self, force: bool) -> Result<(), Failure> {
+        self.closing.store(true, Ordering::Release);
+        let result = self.engine.shutdown(force).map_err(failure);
+        if let Err(failure) = &result {
+            ::log::error!("cannot shut down cleanly: {failure}");
+        }
+        result
+    }
+
+    fn wait_for_clients(&self) {
+        let deadline = Instant::now() + LAST_WORDS;
+        while self.clients.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn status(&self) -> Status {
+        use std::os::unix::ffi::OsStrExt;
+        let bytes = |path: &PathBuf| Bytes(path.as_os_str().as_bytes().to_vec());
+        Status {
+            pid: std::process::id(),
+            protocol: PROTOCOL,
+            version: VERSION.into(),
+            store: bytes(&self.options.store),
+            socket: bytes(&self.options.socket),
+            uptime: self.started.elapsed().as_secs(),
+            forks: self.engine.live_forks() as u64,
+            embedded: self.options.embedded,
+        }
+    }
+
+    /// Answers `stop`: refused while forks are live, unless told to wait for them or to end them.
+    fn stop(&self, stop: &Stop) -> Result<Value, Failure> {
+        self.closing.store(true, Ordering::Release);
+        let wait = stop.drain.map_or(Duration::ZERO, |s| Duration::try_from_secs_f64(s).unwrap_or(Duration::MAX));
+        let begun = Instant::now();
+        while self.engine.live_forks() > 0 && begun.elapsed() < wait {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        if self.engine.live_forks() > 0 && !stop.force {
+            self.closing.store(false, Ordering::Release);
+            let live = calls::live_fork_names(&self.engine).join(", ");
+            return Err(Failure::new(Code::Busy, format!("the daemon serves live forks: {live}"))
+                .hint("commit or abandon them, or stop with --drain or --force"));
+        }
+        self.shut_down(stop.force)?;
+        Ok(json!({"stopped": std::process::id()}))
+    }
+}
+
+/// One connection; counted for as long as it lives.
+struct Client {
+    shared: Arc<Shared>,
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        *self.shared.last_used.lock() = Instant::now();
+        self.shared.clients.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Client {
+    fn serve(self, stream: UnixStream) {
+        let peer = match sys::socket::peer(&stream) {
+            Ok(peer) => peer,
+            Err(error) => return ::log::error!("cannot tell who a client is: {error}"),
+        };
+        let mut connection = Connection::new(stream);
+        match self.converse(&mut connection, peer) {
+            Ok(()) | Err(FrameError::Closed) => {}
+            Err(error) => ::log::warn!("client {} of user {}: {error}", peer.pid, peer.uid),
+        }
+    }
+
+    fn converse(&self, connection: &mut Connection, peer: Peer) -> Result<(), FrameError> {
+        connection.set_write_timeout(Some(ANSWER_TIMEOUT))?;
+        let refused = access::admit(peer, self.shared.options.uid, self.shared.options.shared_socket);
+        if let Err(failure) = refused {
+            return connection.send(&Answer::Error(failure));
+        }
+        let hello: Request = match connection.receive(MAX_REQUEST, Some(HELLO_TIMEOUT)) {
+            Ok(request) => request,
+            Err(error) => return Self::complain(connection, error),
+        };
+        let Request::Hello(hello) = hello else {
+            let failure = Failure::new(Code::Usage, "the first request must be hello");
+            return connection.send(&Answer::Error(failure));
+        };
+        connection.send(&Answer::Hello(Hello::ours()))?;
+        loop {
+            let request: Request = match connection.receive(MAX_REQUEST, Some(REQUEST_TIMEOUT)) {
+                Ok(request) => request,
+                Err(error) => return Self::complain(connection, error),
+            };
+            let fds = connection.take_fds();
+            let result = match &request {
+                Request::Hello(_) => Err(Failure::new(Code::Usage, "hello was said already")),
+                Request::Status => Ok(json!(self.shared.status())),
+                Request::Stop(stop) => match access::administer(peer, self.shared.options.uid) {
+                    Ok(()) => self.shared.stop(stop),
+                    Err(failure) => Err(failure),
+                },
+                _ if hello.protocol != PROTOCOL => Err(Failure::new(
+                    Code::Unreachable,
+                    format!(
+                        "the daemon is forkvol {VERSION} and speaks protocol {PROTOCOL}, not {}",
+                        hello.protocol
+                    ),
+                )),
+                _ => calls::answer(&self.shared, peer, connection, request, fds)?,
+            };
+            let stop = matches!(&result, Ok(value) if value.get("stopped").is_some());
+            connection.send(&result.map_or_else(Answer::Error, Answer::Done))?;
+            if stop {
+                self.shared.stopped.store(true, Ordering::Release);
+                if let Err(error) = (&self.shared.wake).write_all(b"x") {
+                    ::log::error!("cannot wake the daemon to end it: {error}");
+                }
+                return Ok(());
+            }
+        }
+    }
+
+    /// Tells a client what was wrong with its message, where it can still be told, and gives it up.
+    fn complain(connection: &mut Connection, error: FrameError) -> Result<(), FrameError> {
+        if matches!(error, FrameError::Garbage(_) | FrameError::TooLong { .. }) {
+            connection.send(&Answer::Error(Failure::new(Code::Usage, error.to_string())))?;
+        }
+        Err(error)
+    }
+}
+
+/// Turns an answer of the engine into one of the protocol.
+fn failure(error: EngineError) -> Failure {
+    let code = match error.code {
+        engine::Code::Failed => Code::Failed,
+        engine::Code::Usage => Code::Usage,
+        engine::Code::NotFound => Code::NotFound,
+        engine::Code::HeadMoved => Code::HeadMoved,
+        engine::Code::Damaged => Code::Damaged,
+        engine::Code::Policy => Code::Policy,
+        engine::Code::Busy => Code::Busy,
+        engine::Code::NoSpace => Code::NoSpace,
+    };
+    Failure { code, message: error.message, hint: error.hint }
+}

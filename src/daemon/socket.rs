@@ -1,0 +1,138 @@
+//! The listening socket and the folder it lies in.
+
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use crate::protocol::{Code, Failure};
+use crate::sys::{FsKind, fs_kind, socket};
+
+/// A socket that clients can connect to; its name goes when this does.
+pub struct Listening {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the name, so that no other daemon's is taken away.
+    identity: (u64, u64),
+}
+
+impl Listening {
+    /// Binds the socket. Called by who holds the store's lock, so that a socket that is there already is dead.
+    pub fn bind(path: &Path, group: Option<u32>) -> Result<Listening, Failure> {
+        Self::try_bind(path, group).map_err(|error| {
+            Failure::new(Code::Failed, format!("cannot listen on {}: {error}", path.display()))
+        })
+    }
+
+    fn try_bind(path: &Path, group: Option<u32>) -> io::Result<Listening> {
+        if let Some(folder) = path.parent() {
+            let mode = if group.is_some() { 0o755 } else { 0o700 };
+            DirBuilder::new().recursive(true).mode(mode).create(folder)?;
+        }
+        match fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let listener = socket::bind(path)?;
+        listener.set_nonblocking(true)?;
+        if let Some(group) = group {
+            std::os::unix::fs::chown(path, None, Some(group))?;
+        }
+        let mode = if group.is_some() { 0o660 } else { 0o600 };
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+        let identity = identity(path)?;
+        Ok(Listening { listener, path: path.into(), identity })
+    }
+
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+
+    /// Returns the next client, or `None` if it has gone away again.
+    pub fn accept(&self) -> io::Result<Option<UnixStream>> {
+        match self.listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                Ok(Some(stream))
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Whether a client would find this socket under its name.
+    pub fn is_reachable(&self) -> bool {
+        identity(&self.path).is_ok_and(|found| found == self.identity)
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        if self.is_reachable()
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            ::log::warn!("cannot remove the socket {}: {error}", self.path.display());
+        }
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// Makes the store's folder, and refuses to put one where it would not be safe.
+pub fn make_store_folder(store: &Path) -> Result<(), Failure> {
+    let failed = |error: io::Error| {
+        Failure::new(Code::Failed, format!("cannot use the store {}: {error}", store.display()))
+    };
+    DirBuilder::new().recursive(true).mode(0o700).create(store).map_err(failed)?;
+    let kind = fs_kind(store).map_err(failed)?;
+    let refused = match kind {
+        FsKind::Nfs => Some("NFS"),
+        FsKind::Smb => Some("SMB"),
+        FsKind::Fuse => Some("FUSE"),
+        FsKind::Overlay | FsKind::Tmpfs | FsKind::Other => None,
+    };
+    if let Some(kind) = refused {
+        let message = format!("the store {} lies on {kind}, where it is not safe", store.display());
+        return Err(Failure::new(Code::Policy, message)
+            .hint("choose a folder on a local disk with --store or FORKVOL_STORE"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dead_socket_gives_way_and_the_name_goes_at_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run").join("forkvol.sock");
+        let first = Listening::bind(&path, None).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let second = Listening::bind(&path, None).unwrap();
+        assert!(!first.is_reachable());
+        drop(first);
+        assert!(second.is_reachable());
+        socket::connect(&path).unwrap();
+        assert!(second.accept().unwrap().is_some());
+        drop(second);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_store_gets_a_private_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = dir.path().join("a/b");
+        make_store_folder(&store).unwrap();
+        assert_eq!(fs::metadata(&store).unwrap().permissions().mode() & 0o777, 0o700);
+        fs::write(dir.path().join("file"), "").unwrap();
+        let error = make_store_folder(&dir.path().join("file")).unwrap_err();
+        assert!(error.message.contains("file"), "{error}");
+    }
+}

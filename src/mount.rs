@@ -1,0 +1,619 @@
+//! A fork behind the kernel's FUSE: unpacks a request, calls `fs`, packs the reply. The only user of fuser.
+
+mod errno;
+mod requests;
+pub mod session;
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fuser::{
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem,
+    FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner,
+    OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
+    ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
+    Request, TimeOrNow, WriteFlags,
+};
+
+use crate::fork::error::FsError;
+use crate::fork::log::Request as RequestId;
+use crate::fs::{Allocate, Caller, Entry, Fs, NewNode, RenameMode, Seek, SetAttr, XattrMode};
+use crate::record::{Attr, Ino, Kind, Nanos};
+use errno::{errno, report};
+pub use requests::Requests;
+
+/// A fork has one writer, its own mount, so the kernel may keep what it was told.
+const FOREVER: Duration = Duration::from_secs(1 << 30);
+/// The largest READ and WRITE.
+const MAX_IO: u32 = 1 << 20;
+/// Entries read for one reply of a listing.
+const LISTED: usize = 512;
+
+/// One session's view of a fork.
+struct Mount {
+    fs: Fs,
+    epoch: u64,
+    requests: Arc<Requests>,
+    /// Blocks and files of the version below, for statfs.
+    used: (u64, u64),
+}
+
+impl Mount {
+    fn caller(&self, request: &Request, kind: &'static str) -> Caller {
+        self.requests.count(kind);
+        let request_id = RequestId { epoch: self.epoch, unique: request.unique().0 };
+        Caller { uid: request.uid(), gid: request.gid(), request: request_id }
+    }
+}
+
+fn fail(what: &str, error: &FsError) -> Errno {
+    report(what, error);
+    errno(error)
+}
+
+fn system_time(time: Nanos) -> SystemTime {
+    if time >= 0 {
+        UNIX_EPOCH + Duration::from_nanos(time as u64)
+    } else {
+        UNIX_EPOCH - Duration::from_nanos(time.unsigned_abs())
+    }
+}
+
+fn nanos(time: SystemTime) -> Nanos {
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
+        Err(before) => i64::try_from(before.duration().as_nanos()).map_or(i64::MIN, |n| -n),
+    }
+}
+
+fn file_type(kind: Kind) -> FileType {
+    match kind {
+        Kind::Fifo => FileType::NamedPipe,
+        Kind::CharDevice => FileType::CharDevice,
+        Kind::Directory => FileType::Directory,
+        Kind::BlockDevice => FileType::BlockDevice,
+        Kind::File => FileType::RegularFile,
+        Kind::Symlink => FileType::Symlink,
+        Kind::Socket => FileType::Socket,
+    }
+}
+
+fn file_attr(ino: Ino, attr: &Attr) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(ino.0),
+        size: attr.size,
+        blocks: attr.blocks,
+        atime: system_time(attr.atime),
+        mtime: system_time(attr.mtime),
+        ctime: system_time(attr.ctime),
+        crtime: system_time(attr.btime),
+        kind: file_type(attr.kind),
+        perm: attr.mode,
+        nlink: attr.nlink,
+        uid: attr.uid,
+        gid: attr.gid,
+        rdev: attr.rdev,
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+/// How long the kernel may trust attributes: never those that grant rights, for a write by another may have taken them.
+fn ttl(attr: &Attr) -> Duration {
+    if attr.is_privileged() { Duration::ZERO } else { FOREVER }
+}
+
+fn answer_entry(what: &str, reply: ReplyEntry, result: Result<Entry, FsError>) {
+    match result {
+        Ok(entry) => {
+            let attr = file_attr(entry.ino, &entry.attr);
+            reply.entry_with_ttls(&ttl(&entry.attr), &FOREVER, &attr, Generation(0));
+        }
+        Err(error) => reply.error(fail(what, &error)),
+    }
+}
+
+fn answer_empty(what: &str, reply: ReplyEmpty, result: Result<(), FsError>) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(error) => reply.error(fail(what, &error)),
+    }
+}
+
+fn answer_xattr(what: &str, reply: ReplyXattr, size: u32, result: Result<Vec<u8>, FsError>) {
+    match result {
+        Ok(value) if size == 0 => reply.size(value.len() as u32),
+        Ok(value) if value.len() > size as usize => reply.error(Errno::ERANGE),
+        Ok(value) => reply.data(&value),
+        Err(error) => reply.error(fail(what, &error)),
+    }
+}
+
+impl Filesystem for Mount {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        let mut wanted = vec![
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_NO_OPEN_SUPPORT,
+            InitFlags::FUSE_NO_OPENDIR_SUPPORT,
+            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+        ];
+        if self.fs.options.acl {
+            wanted.extend([InitFlags::FUSE_POSIX_ACL, InitFlags::FUSE_DONT_MASK]);
+        }
+        for flag in wanted {
+            // An older kernel has fewer; each one is asked for by itself, and done without where it is not there.
+            if config.add_capabilities(flag).is_err() {
+                log::debug!("the kernel does not offer {flag:?}");
+            }
+        }
+        for result in [config.set_max_write(MAX_IO), config.set_max_readahead(MAX_IO)] {
+            if let Err(nearest) = result {
+                log::debug!("the kernel allows {nearest} bytes at a time");
+            }
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.caller(request, "lookup");
+        match self.fs.lookup(Ino(parent.0), name.as_bytes()) {
+            Ok(Some(entry)) => answer_entry("lookup", reply, Ok(entry)),
+            Ok(None) => reply.entry(&FOREVER, &nothing(), Generation(0)),
+            Err(error) => reply.error(fail("lookup", &error)),
+        }
+    }
+
+    fn forget(&self, request: &Request, ino: INodeNo, times: u64) {
+        self.caller(request, "forget");
+        self.fs.fork.forget(Ino(ino.0), times);
+    }
+
+    fn getattr(&self, request: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        self.caller(request, "getattr");
+        match self.fs.getattr(Ino(ino.0)) {
+            Ok(attr) => reply.attr(&ttl(&attr), &file_attr(Ino(ino.0), &attr)),
+            Err(error) => reply.error(fail("getattr", &error)),
+        }
+    }
+
+    fn setattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        ctime: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let caller = self.caller(request, "setattr");
+        let time = |time: TimeOrNow| match time {
+            TimeOrNow::SpecificTime(time) => nanos(time),
+            TimeOrNow::Now => nanos(SystemTime::now()),
+        };
+        let set = SetAttr {
+            mode: mode.map(|mode| (mode & 0o7777) as u16),
+            uid,
+            gid,
+            size,
+            atime: atime.map(time),
+            mtime: mtime.map(time),
+            ctime: ctime.map(nanos),
+        };
+        match self.fs.setattr(caller, Ino(ino.0), set) {
+            Ok(attr) => reply.attr(&ttl(&attr), &file_attr(Ino(ino.0), &attr)),
+            Err(error) => reply.error(fail("setattr", &error)),
+        }
+    }
+
+    fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
+        self.caller(request, "readlink");
+        match self.fs.readlink(Ino(ino.0)) {
+            Ok(target) => reply.data(&target),
+            Err(error) => reply.error(fail("readlink", &error)),
+        }
+    }
+
+    fn mknod(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        let caller = self.caller(request, "mknod");
+        let kind = if mode & 0o170_000 == 0 { Some(Kind::File) } else { Kind::from_mode(mode) };
+        let Some(kind) = kind.filter(|k| !matches!(k, Kind::Directory | Kind::Symlink)) else {
+            reply.error(Errno::EINVAL);
+            return;
+        };
+        let node = NewNode { rdev, umask: self.umask(umask), ..NewNode::new(kind, (mode & 0o7777) as u16) };
+        answer_entry("mknod", reply, self.fs.make(caller, Ino(parent.0), name.as_bytes(), node));
+    }
+
+    fn mkdir(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        reply: ReplyEntry,
+    ) {
+        let caller = self.caller(request, "mkdir");
+        let umask = self.umask(umask);
+        let node = NewNode { umask, ..NewNode::new(Kind::Directory, (mode & 0o1777) as u16) };
+        answer_entry("mkdir", reply, self.fs.make(caller, Ino(parent.0), name.as_bytes(), node));
+    }
+
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let caller = self.caller(request, "unlink");
+        answer_empty("unlink", reply, self.fs.unlink(caller, Ino(parent.0), name.as_bytes()));
+    }
+
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let caller = self.caller(request, "rmdir");
+        answer_empty("rmdir", reply, self.fs.rmdir(caller, Ino(parent.0), name.as_bytes()));
+    }
+
+    fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        let caller = self.caller(request, "symlink");
+        let target = target.as_os_str().as_bytes();
+        let node = NewNode { target, ..NewNode::new(Kind::Symlink, 0o777) };
+        answer_entry("symlink", reply, self.fs.make(caller, Ino(parent.0), name.as_bytes(), node));
+    }
+
+    fn rename(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        to: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let caller = self.caller(request, "rename");
+        let mode = match flags.bits() {
+            0 => RenameMode::Replace,
+            1 => RenameMode::NoReplace,
+            2 => RenameMode::Exchange,
+            4 => RenameMode::Whiteout,
+            5 => RenameMode::WhiteoutNoReplace,
+            _ => {
+                reply.error(Errno::EINVAL);
+                return;
+            }
+        };
+        let (from, to) = ((Ino(parent.0), name.as_bytes()), (Ino(to.0), new_name.as_bytes()));
+        answer_empty("rename", reply, self.fs.rename(caller, from, to, mode));
+    }
+
+    fn link(&self, request: &Request, ino: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let caller = self.caller(request, "link");
+        answer_entry("link", reply, self.fs.link(caller, Ino(ino.0), Ino(parent.0), name.as_bytes()));
+    }
+
+    /// Files need no handle: the kernel is told not to ask again.
+    fn open(&self, request: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        self.caller(request, "open");
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn opendir(&self, request: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        self.caller(request, "opendir");
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn read(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.caller(request, "read");
+        match self.fs.read(Ino(ino.0), offset, size as usize) {
+            Ok(bytes) => reply.data(&bytes),
+            Err(error) => reply.error(fail("read", &error)),
+        }
+    }
+
+    fn write(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        data: &[u8],
+        flags: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let caller = self.caller(request, "write");
+        let kill = flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        match self.fs.write(caller, Ino(ino.0), offset, data, kill) {
+            Ok(written) => reply.written(written as u32),
+            Err(error) => reply.error(fail("write", &error)),
+        }
+    }
+
+    fn flush(&self, request: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        self.caller(request, "flush");
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn fsync(&self, request: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        self.caller(request, "fsync");
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn fsyncdir(&self, request: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        self.caller(request, "fsyncdir");
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn readdir(&self, request: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        self.caller(request, "readdir");
+        let listed = self.fs.readdir(Ino(ino.0), offset, |entry| {
+            let name = OsStr::from_bytes(&entry.name);
+            !reply.add(INodeNo(entry.ino.0), entry.cookie, file_type(entry.kind), name)
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(fail("readdir", &error)),
+        }
+    }
+
+    fn readdirplus(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        self.caller(request, "readdirplus");
+        let mut entries = Vec::new();
+        let listed = self.fs.readdir(Ino(ino.0), offset, |entry| {
+            entries.push(entry);
+            entries.len() < LISTED
+        });
+        if let Err(error) = listed {
+            reply.error(fail("readdirplus", &error));
+            return;
+        }
+        for entry in entries {
+            let found = match self.fs.listed(entry.ino) {
+                Ok(Some(found)) => found,
+                Ok(None) => continue,
+                Err(error) => {
+                    reply.error(fail("readdirplus", &error));
+                    return;
+                }
+            };
+            let is_dot = &*entry.name == b"." || &*entry.name == b"..";
+            let attr = file_attr(found.ino, &found.attr);
+            let name = OsStr::from_bytes(&entry.name);
+            // One TTL stands for entry and attributes here, so a privileged inode is asked for again.
+            let full = reply.add(attr.ino, entry.cookie, name, &ttl(&found.attr), &attr, Generation(0));
+            if full || is_dot {
+                self.fs.fork.forget(found.ino, 1);
+            }
+            if full {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn statfs(&self, request: &Request, _: INodeNo, reply: ReplyStatfs) {
+        self.caller(request, "statfs");
+        let s = self.fs.statfs(self.used);
+        reply.statfs(s.blocks, s.free, s.free, s.files, s.files_free, 4096, 255, 4096);
+    }
+
+    fn setxattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _: u32,
+        reply: ReplyEmpty,
+    ) {
+        let caller = self.caller(request, "setxattr");
+        let mode = match flags {
+            0 => XattrMode::Any,
+            1 => XattrMode::Create,
+            2 => XattrMode::Replace,
+            _ => {
+                reply.error(Errno::EINVAL);
+                return;
+            }
+        };
+        answer_empty("setxattr", reply, self.fs.setxattr(caller, Ino(ino.0), name.as_bytes(), value, mode));
+    }
+
+    fn getxattr(&self, request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        self.caller(request, "getxattr");
+        answer_xattr("getxattr", reply, size, self.fs.getxattr(Ino(ino.0), name.as_bytes()));
+    }
+
+    fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        let caller = self.caller(request, "listxattr");
+        answer_xattr("listxattr", reply, size, self.fs.listxattr(caller, Ino(ino.0)));
+    }
+
+    fn removexattr(&self, request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let caller = self.caller(request, "removexattr");
+        answer_empty("removexattr", reply, self.fs.removexattr(caller, Ino(ino.0), name.as_bytes()));
+    }
+
+    /// The kernel checks rights by itself (`default_permissions`).
+    fn access(&self, request: &Request, _: INodeNo, _: AccessFlags, reply: ReplyEmpty) {
+        self.caller(request, "access");
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        _: i32,
+        reply: ReplyCreate,
+    ) {
+        let caller = self.caller(request, "create");
+        let node = NewNode { umask: self.umask(umask), ..NewNode::new(Kind::File, (mode & 0o7777) as u16) };
+        match self.fs.make(caller, Ino(parent.0), name.as_bytes(), node) {
+            Ok(entry) => {
+                let attr = file_attr(entry.ino, &entry.attr);
+                let keep = FopenFlags::FOPEN_KEEP_CACHE;
+                reply.created(&ttl(&entry.attr), &attr, Generation(0), FileHandle(0), keep);
+            }
+            Err(error) => reply.error(fail("create", &error)),
+        }
+    }
+
+    fn ioctl(
+        &self,
+        request: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: IoctlFlags,
+        _: u32,
+        _: &[u8],
+        _: u32,
+        reply: ReplyIoctl,
+    ) {
+        self.caller(request, "ioctl");
+        reply.error(Errno::ENOTTY);
+    }
+
+    fn fallocate(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let caller = self.caller(request, "fallocate");
+        let mode = match mode {
+            0 => Allocate::Reserve { keep_size: false },
+            1 => Allocate::Reserve { keep_size: true },
+            3 => Allocate::Punch,
+            16 => Allocate::Zero { keep_size: false },
+            17 => Allocate::Zero { keep_size: true },
+            _ => {
+                reply.error(Errno::EOPNOTSUPP);
+                return;
+            }
+        };
+        answer_empty("fallocate", reply, self.fs.fallocate(caller, Ino(ino.0), offset, length, mode));
+    }
+
+    fn lseek(&self, request: &Request, ino: INodeNo, _: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        self.caller(request, "lseek");
+        let what = match whence {
+            3 => Seek::Data,
+            4 => Seek::Hole,
+            _ => {
+                reply.error(Errno::EINVAL);
+                return;
+            }
+        };
+        let Ok(offset) = u64::try_from(offset) else {
+            reply.error(Errno::ENXIO);
+            return;
+        };
+        match self.fs.lseek(Ino(ino.0), offset, what) {
+            Ok(at) => reply.offset(at as i64),
+            Err(error) => reply.error(fail("lseek", &error)),
+        }
+    }
+
+    fn copy_file_range(
+        &self,
+        request: &Request,
+        from: INodeNo,
+        _: FileHandle,
+        from_offset: u64,
+        to: INodeNo,
+        _: FileHandle,
+        to_offset: u64,
+        len: u64,
+        flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        let caller = self.caller(request, "copy_file_range");
+        if !flags.is_empty() {
+            reply.error(Errno::EINVAL);
+            return;
+        }
+        // The reply's count has 32 bits.
+        let len = len.min(1 << 30);
+        let (from, to) = ((Ino(from.0), from_offset), (Ino(to.0), to_offset));
+        match self.fs.copy_range(caller, from, to, len) {
+            Ok(copied) => reply.written(copied as u32),
+            Err(error) => reply.error(fail("copy_file_range", &error)),
+        }
+    }
+}
+
+impl Mount {
+    /// The umask that is ours to apply: with ACLs the kernel leaves it to us, else it has done so.
+    fn umask(&self, umask: u32) -> u16 {
+        if self.fs.options.acl { (umask & 0o777) as u16 } else { 0 }
+    }
+}
+
+/// An entry without inode: the kernel remembers that there is nothing of that name.
+fn nothing() -> FileAttr {
+    FileAttr {
+        ino: INodeNo(0),
+        size: 0,
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: FileType::RegularFile,
+        perm: 0,
+        nlink: 0,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 0,
+        flags: 0,
+    }
+}

@@ -1,0 +1,58 @@
+//! One mount of a fork: threads that answer the kernel until the connection ends.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use crossbeam::channel;
+use fuser::{Config, Session, SessionACL};
+
+use super::{Mount, Requests};
+use crate::fs::Fs;
+
+/// The kernel greets a new connection at once.
+const GREETING: Duration = Duration::from_secs(2);
+
+/// Serves a fork on a connection that its caller has mounted; returns when the mount is usable. `ended` runs when the
+/// connection is over, however it ended.
+///
+/// # Errors
+/// No greeting in time, or what the connection answered: the descriptor is not of a mount.
+pub fn serve(
+    fs: Fs,
+    fd: OwnedFd,
+    epoch: u64,
+    used: (u64, u64),
+    threads: usize,
+    requests: Arc<Requests>,
+    ended: impl FnOnce() + Send + 'static,
+) -> io::Result<()> {
+    let name = fs.fork.id.to_string();
+    let mount = Mount { fs, epoch, requests, used };
+    let mut config = Config::default();
+    config.n_threads = Some(threads);
+    let (ready, greeted) = channel::bounded(1);
+    thread::Builder::new().name(name.clone()).spawn(move || {
+        // The greeting has no deadline of its own, so it is read here and awaited there.
+        let session = match Session::from_fd(mount, fd, SessionACL::All, config) {
+            Ok(session) => session,
+            Err(error) => {
+                // Nobody waits any more once the deadline is over.
+                ready.send(Err(error)).unwrap_or_default();
+                return;
+            }
+        };
+        if ready.send(Ok(())).is_err() {
+            return;
+        }
+        if let Err(error) = session.run() {
+            log::warn!("{name}: the session ended: {error}");
+        }
+        ended();
+    })?;
+    greeted.recv_timeout(GREETING).unwrap_or_else(|_| {
+        Err(io::Error::new(io::ErrorKind::TimedOut, "the kernel did not greet: the descriptor is not of a mount"))
+    })
+}

@@ -1,0 +1,316 @@
+//! What the command line and the daemon say to each other over a Unix socket.
+//!
+//! A frame is a big-endian u32 length and that many bytes of JSON, or of raw content where the frame before has announced it. The
+//! first request of a connection is [`Request::Hello`]. `hello`, `status` and `stop` never change shape, so that any two versions
+//! can tell each other apart and part in peace; all else belongs to one [`PROTOCOL`] number.
+
+mod frame;
+
+use std::collections::BTreeMap;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
+
+pub use frame::{Connection, FrameError};
+
+/// The number of this protocol. A daemon answers `hello`, `status` and `stop` to every other number too, and nothing else.
+pub const PROTOCOL: u32 = 1;
+/// The version of this program.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// The longest request a daemon reads.
+pub const MAX_REQUEST: usize = 1 << 20;
+/// The longest answer a client reads. A list of a million paths fits.
+pub const MAX_ANSWER: usize = 256 << 20;
+/// The longest frame of raw content.
+pub const MAX_CONTENT: usize = 1 << 20;
+
+/// A byte string: in JSON a string where it is valid UTF-8, else `{"b64":"…"}`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bytes(pub Vec<u8>);
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum BytesForm<'a> {
+    Text(std::borrow::Cow<'a, str>),
+    Raw { b64: String },
+}
+
+impl Serialize for Bytes {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match str::from_utf8(&self.0) {
+            Ok(text) => BytesForm::Text(text.into()),
+            Err(_) => BytesForm::Raw { b64: BASE64.encode(&self.0) },
+        }
+        .serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match BytesForm::deserialize(deserializer)? {
+            BytesForm::Text(text) => Ok(Bytes(text.into_owned().into_bytes())),
+            BytesForm::Raw { b64 } => BASE64.decode(b64).map(Bytes).map_err(D::Error::custom),
+        }
+    }
+}
+
+/// What a client may ask for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    Hello(Hello),
+    Status,
+    Stop(Stop),
+    /// Makes a fork; it is not mounted yet.
+    Fork(Box<Fork>),
+    /// Serves a fork on the FUSE device that comes beside this frame.
+    Serve(Serve),
+    /// What is known of one fork.
+    Find { fork: String },
+    Commit(Commit),
+    /// Drops forks; answers with the mounts that the client is to take away.
+    Abandon { forks: Vec<String> },
+    /// The forks that nothing uses any more.
+    Orphans,
+    /// The client has taken the mount of this fork away.
+    Unmounted { fork: String },
+    Forks,
+    Volumes,
+    Volume { name: String },
+    RemoveVolume { name: String, force: bool },
+    RenameVolume { old: String, new: String },
+    ResetVolume { name: String },
+    Log { volume: String },
+    Rollback { volume: String, version: String },
+    Pin { version: String, pinned: bool },
+    Diff { a: String, b: String },
+    List { version: String, path: Bytes },
+    /// The content of a file, as frames after the answer [`Answer::Content`].
+    Cat { version: String, path: Bytes },
+    /// A version as a tar file, in frames likewise.
+    Export { version: String },
+    /// Makes a version of a tar file, which the client sends in frames after the answer [`Answer::Send`].
+    Import { volume: String },
+    Stats,
+    Gc { dry_run: bool },
+    Check,
+    Repair { yes: bool },
+}
+
+/// The first words of both sides.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Hello {
+    pub protocol: u32,
+    pub version: String,
+}
+
+impl Hello {
+    /// Returns what this program says of itself.
+    pub fn ours() -> Hello {
+        Hello { protocol: PROTOCOL, version: VERSION.into() }
+    }
+}
+
+/// What a daemon says of itself. Never changes shape.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    pub pid: u32,
+    pub protocol: u32,
+    pub version: String,
+    pub store: Bytes,
+    pub socket: Bytes,
+    /// Seconds since it was started.
+    pub uptime: u64,
+    /// How many forks are live.
+    pub forks: u64,
+    /// Started by a command, to end when idle.
+    pub embedded: bool,
+}
+
+/// How to stop. Never changes shape.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Stop {
+    /// End the sessions of live forks.
+    pub force: bool,
+    /// Take no new forks and wait this many seconds for the live ones to end.
+    pub drain: Option<f64>,
+}
+
+/// Whose the files of a fork appear to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Owner {
+    Keep,
+    Ids(u32, Option<u32>),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fork {
+    pub volume: String,
+    pub from: Option<String>,
+    pub parents: Vec<String>,
+    pub read_only: bool,
+    pub ephemeral: bool,
+    pub size: u64,
+    pub labels: BTreeMap<String, String>,
+    pub excludes: Vec<String>,
+    pub default_excludes: bool,
+    pub owner: Owner,
+    pub acl: bool,
+    pub suid: bool,
+    pub dev: bool,
+    pub strict: bool,
+    pub job: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Serve {
+    pub fork: String,
+    pub mountpoint: Bytes,
+    /// The device number of the mount, as stat(2) gives it.
+    pub device: u64,
+    /// The mountpoint was made for this fork and goes with it.
+    pub created: bool,
+}
+
+/// When a commit is to be made, as far as the daemon has to decide it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum When {
+    #[default]
+    Always,
+    OnChange,
+    IfMissing,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Commit {
+    pub forks: Vec<String>,
+    pub keep: bool,
+    pub labels: BTreeMap<String, String>,
+    pub message: Option<String>,
+    pub if_head: Option<String>,
+    pub if_base: bool,
+    pub force: bool,
+    pub when: When,
+}
+
+/// What a daemon answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    Hello(Hello),
+    Done(Value),
+    /// Frames of raw content follow, then one without bytes, then the last answer.
+    Content,
+    /// The client is to send frames of raw content, then one without bytes; then comes the last answer.
+    Send,
+    Error(Failure),
+}
+
+/// Why something was not done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    pub code: Code,
+    pub message: String,
+    pub hint: Option<String>,
+}
+
+impl Failure {
+    pub fn new(code: Code, message: impl Into<String>) -> Failure {
+        Failure { code, message: message.into(), hint: None }
+    }
+
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Failure {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+/// The kinds of failure: one per exit status of the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Code {
+    Failed,
+    Usage,
+    NotFound,
+    HeadMoved,
+    Unreachable,
+    Damaged,
+    Policy,
+    Busy,
+    NoSpace,
+    Interrupted,
+    /// A code of a newer program.
+    #[serde(other)]
+    Unknown,
+}
+
+/// Where a fork is mounted, in answers: what a client compares before it unmounts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    pub path: Bytes,
+    pub device: u64,
+    #[serde(default)]
+    pub created: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn bytes_are_text_where_they_can_be() {
+        for (bytes, form) in [
+            (&b"a/b"[..], json!("a/b")),
+            (b"", json!("")),
+            ("ä\n".as_bytes(), json!("ä\n")),
+            (b"\xff\x00", json!({"b64": "/wA="})),
+        ] {
+            let value = Bytes(bytes.to_vec());
+            assert_eq!(serde_json::to_value(&value).unwrap(), form);
+            assert_eq!(serde_json::from_value::<Bytes>(form).unwrap(), value);
+        }
+        assert!(serde_json::from_value::<Bytes>(json!({"b64": "*"})).is_err());
+    }
+
+    #[test]
+    fn the_stable_requests_keep_their_shape() {
+        for (request, form) in [
+            (
+                Request::Hello(Hello { protocol: 1, version: "0.1.0".into() }),
+                json!({"hello": {"protocol": 1, "version": "0.1.0"}}),
+            ),
+            (Request::Status, json!("status")),
+            (
+                Request::Stop(Stop { force: false, drain: Some(1.5) }),
+                json!({"stop": {"force": false, "drain": 1.5}}),
+            ),
+        ] {
+            assert_eq!(serde_json::to_value(&request).unwrap(), form);
+            assert_eq!(serde_json::from_value::<Request>(form).unwrap(), request);
+        }
+        let status = json!({"pid": 7, "protocol": 1, "version": "0.1.0", "store": "/s", "socket": "/s/forkvol.sock",
+            "uptime": 3, "forks": 0, "embedded": true});
+        let parsed: Status = serde_json::from_value(status.clone()).unwrap();
+        assert_eq!(serde_json::to_value(parsed).unwrap(), status);
+    }
+
+    #[test]
+    fn what_is_not_known_is_refused_and_not_ignored() {
+        let unknown = json!({"serve": {"fork": "f-a", "mountpoint": "/m", "device": 1, "created": false, "more": 1}});
+        assert!(serde_json::from_value::<Request>(unknown).is_err());
+        let code: Code = serde_json::from_value(json!("of_the_future")).unwrap();
+        assert_eq!(code, Code::Unknown);
+    }
+}
