@@ -12,7 +12,7 @@ use std::sync::Arc;
 use crate::fork::{Fork, Sealed};
 use crate::fork::error::FsError;
 use crate::record::{Attr, Key, Kind};
-use crate::store::{Ingest, Store};
+use crate::store::Ingest;
 use crate::tree::{self, NodeId};
 
 pub use ingest::ahead;
@@ -68,9 +68,9 @@ pub fn prepare(fork: &Arc<Fork>, keep: bool, threads: usize) -> Result<Ingested,
 ///
 /// # Errors
 /// What the store answered.
-pub fn changed(store: &Store, old: NodeId, new: NodeId) -> Result<Changed, FsError> {
+pub fn changed(ingest: &Ingest, old: NodeId, new: NodeId) -> Result<Changed, FsError> {
     let mut most = Changed::No;
-    for difference in tree::diff(store, old, new) {
+    for difference in tree::diff(ingest, old, new) {
         let difference = difference?;
         let (Some(Key::Attr(_)), Some(a), Some(b)) = (Key::parse(&difference.key), difference.old, difference.new)
         else {

@@ -6,7 +6,6 @@
 
 mod access;
 mod calls;
-mod content;
 mod log;
 mod socket;
 

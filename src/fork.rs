@@ -49,8 +49,6 @@ pub struct Origin {
     pub first_segment: u64,
     /// Room for new data, in bytes.
     pub size: u64,
-    /// The inode numbers it holds.
-    pub inodes: Vec<Range<u64>>,
 }
 
 /// A root that stays readable as long as somebody holds this.
@@ -96,7 +94,8 @@ pub struct Fork {
 struct Numbers {
     left: Range<u64>,
     next_lease: u64,
-    all: Vec<Range<u64>>,
+    /// Leased since the last commit that the fork outlived.
+    uncommitted: Vec<Range<u64>>,
 }
 
 /// What the delta of a fork amounts to.
@@ -189,7 +188,7 @@ impl Fork {
         let root = root(&store, origin.root);
         let spool = Spool::open(&dir.join("spool"))?;
         let layers = Layers { root, live: Table::default(), frozen: None };
-        let numbers = Numbers { left: 0..0, next_lease: LEASE.start, all: origin.inodes };
+        let numbers = Numbers { left: 0..0, next_lease: LEASE.start, uncommitted: Vec::new() };
         Ok(Fork {
             id: origin.id,
             store,
@@ -298,7 +297,7 @@ impl Fork {
         if numbers.left.is_empty() {
             let lease = self.store.lease_inodes(self.id, numbers.next_lease)?;
             numbers.next_lease = (numbers.next_lease * 2).min(LEASE.end);
-            numbers.all.push(lease.clone());
+            numbers.uncommitted.push(lease.clone());
             numbers.left = lease;
         }
         let ino = Ino(numbers.left.start);
@@ -306,10 +305,14 @@ impl Fork {
         Ok(ino)
     }
 
-    /// The inode numbers that the fork holds, and those of them that it never used.
-    pub fn numbers(&self) -> (Vec<Range<u64>>, Range<u64>) {
-        let numbers = self.numbers.lock();
-        (numbers.all.clone(), numbers.left.clone())
+    /// The inode numbers that nothing has if the fork goes without a commit.
+    pub fn uncommitted_numbers(&self) -> Vec<Range<u64>> {
+        std::mem::take(&mut self.numbers.lock().uncommitted)
+    }
+
+    /// The inode numbers that the fork did not use.
+    pub fn unused_numbers(&self) -> Vec<Range<u64>> {
+        vec![std::mem::take(&mut self.numbers.lock().left)]
     }
 
     /// Seconds since the fork was opened.
@@ -473,6 +476,10 @@ impl Fork {
             }
         }
         drop(layers);
+        {
+            let mut numbers = self.numbers.lock();
+            numbers.uncommitted = vec![numbers.left.clone()];
+        }
         for cell in frozen.inodes.values() {
             let mut inode = cell.state.write();
             gone.extend(inode.content.extents.iter());

@@ -1,5 +1,6 @@
 pub mod chunk;
 pub mod commit;
+pub mod engine;
 pub mod fork;
 pub mod fs;
 pub mod mount;
@@ -7,3 +8,4 @@ pub mod record;
 pub mod store;
 pub mod sys;
 pub mod tree;
+pub mod volume;

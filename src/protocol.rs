@@ -4,6 +4,7 @@
 //! first request of a connection is [`Request::Hello`]. `hello`, `status` and `stop` never change shape, so that any two versions
 //! can tell each other apart and part in peace; all else belongs to one [`PROTOCOL`] number.
 
+mod content;
 mod frame;
 
 use std::collections::BTreeMap;
@@ -14,6 +15,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
+pub use content::{Incoming, Outgoing};
 pub use frame::{Connection, FrameError};
 
 /// The number of this protocol. A daemon answers `hello`, `status` and `stop` to every other number too, and nothing else.

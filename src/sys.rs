@@ -154,8 +154,7 @@ pub fn device_numbers(dev: u64) -> (u32, u32) {
     (libc::major(dev), libc::minor(dev))
 }
 
-/// Whether the descriptor refers to a terminal, a pipe or anything else that is no regular file is decided by the caller; this
-/// returns its device number if it is a character device.
+/// Returns the device numbers of a descriptor that is a character device.
 pub fn char_device(fd: impl AsFd) -> io::Result<Option<(u32, u32)>> {
     // SAFETY: all-zero bytes are a valid stat.
     let mut out: libc::stat = unsafe { std::mem::zeroed() };

@@ -3,7 +3,7 @@
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -31,9 +31,11 @@ impl Listening {
             let mode = if group.is_some() { 0o755 } else { 0o700 };
             DirBuilder::new().recursive(true).mode(mode).create(folder)?;
         }
-        match fs::remove_file(path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => {}
+        match fs::symlink_metadata(path) {
+            Ok(found) if found.file_type().is_socket() => fs::remove_file(path)?,
+            Ok(_) => return Err(io::Error::other("something that is no socket is in the way")),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e),
         }
         let listener = socket::bind(path)?;
         listener.set_nonblocking(true)?;
@@ -123,6 +125,16 @@ mod tests {
         assert!(second.accept().unwrap().is_some());
         drop(second);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn only_a_socket_gives_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("forkvol.sock");
+        fs::write(&path, "precious").unwrap();
+        let error = Listening::bind(&path, None).err().unwrap();
+        assert!(error.message.contains("no socket"), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
     }
 
     #[test]

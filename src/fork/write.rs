@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use parking_lot::{ArcRwLockReadGuard, ArcRwLockWriteGuard, RawRwLock, RwLockWriteGuard};
 
 use super::error::FsError;
-use super::extent::{Content, Extent, ExtentMap, Origin, pages};
+use super::extent::{Content, Extent, ExtentMap, Origin};
 use super::log::Request;
 use super::table::{Cell, Edit, Inode, Table, apply_inode};
 use super::{Fork, Gate, Layers};
@@ -270,14 +270,4 @@ impl Table {
         }
         gone
     }
-}
-
-/// Returns the 512-byte blocks of so many pages of data.
-pub fn blocks(runs: &[(u64, u64)]) -> u64 {
-    runs.iter().map(|(_, pages)| pages).sum::<u64>() * 8
-}
-
-/// Returns the pages that the first `size` bytes touch.
-pub fn page_end(size: u64) -> u64 {
-    pages(size)
 }

@@ -450,6 +450,8 @@ impl<'a> Change<'a> {
         self.edits.push(Edit::Attr { ino: self.ino, attr });
         self.fs.fork.edit(caller.request, inode, &self.edits)?;
         self.taken.clear();
+        // Bytes may have changed in place, without an extent that says so.
+        inode.content.sequence += 1;
         inode.written = self.fs.fork.age();
         Ok(())
     }

@@ -14,7 +14,7 @@ use rocksdb::{WriteBatch, WriteOptions};
 use super::meta::json;
 use super::{Fork, ForkId, Prefixes, Store, StoreError, Target, Version, family, keys, prefix_of};
 use crate::chunk::{self, ChunkId, varint};
-use crate::tree::{Node, NodeId};
+use crate::tree::{self, Node, NodeId};
 
 /// Content up to this many stored bytes goes into the batch that publishes it.
 const SMALL: usize = 8 << 20;
@@ -209,6 +209,24 @@ impl Ingest {
     }
 }
 
+/// The store with what this ingest adds to it, published or not.
+impl tree::Source for Ingest {
+    type Error = StoreError;
+
+    fn node(&self, id: NodeId) -> Result<Arc<Node>, StoreError> {
+        match self.store.node(id) {
+            Err(StoreError::Missing { what }) => {
+                let pending = self.pending.lock();
+                let found = pending.items.iter().find(|(target, at, ..)| *target == Target::Nodes && *at == id.0);
+                let Some((.., stored, _)) = found else { return Err(StoreError::Missing { what }) };
+                let bytes = chunk::unpack(stored, 1 << 20).map_err(|_| StoreError::Corrupt { what })?;
+                Ok(Arc::new(Node::decode(&bytes)?))
+            }
+            other => other,
+        }
+    }
+}
+
 impl Drop for Ingest {
     fn drop(&mut self) {
         self.store.hands.release(std::mem::take(&mut self.held.lock()));
@@ -238,16 +256,16 @@ impl Store {
     /// # Errors
     /// What the disk answered; the heads are the old ones then.
     pub fn publish(&self, ingests: &[Arc<Ingest>], publish: Publish) -> Result<Vec<Version>, StoreError> {
-        self.publish_if(ingests, publish, |_| Ok(()))
+        self.publish_with(ingests, publish, |_| Vec::new())
     }
 
-    /// Like [`Store::publish`], but asks `agree` first, with heads that no one else can move meanwhile.
-    pub fn publish_if<E: From<StoreError>>(
+    /// Like [`Store::publish`]; `more` is told the versions with their numbers and adds what becomes of forks.
+    pub fn publish_with(
         &self,
         ingests: &[Arc<Ingest>],
         publish: Publish,
-        agree: impl FnOnce(&Store) -> Result<(), E>,
-    ) -> Result<Vec<Version>, E> {
+        more: impl FnOnce(&[Version]) -> Vec<ForkChange>,
+    ) -> Result<Vec<Version>, StoreError> {
         let mut batch = WriteBatch::default();
         let mut spilled = false;
         for ingest in ingests {
@@ -267,7 +285,6 @@ impl Store {
             self.flush()?;
         }
         let _serial = self.publishing.lock();
-        agree(self)?;
         let mut versions = publish.versions;
         let mut heads: HashMap<u64, super::Volume> = HashMap::new();
         for version in &mut versions {
@@ -289,7 +306,8 @@ impl Store {
         for volume in heads.values() {
             self.put(&mut batch, Target::Meta, &keys::one(keys::VOLUME, volume.id), &json(volume))?;
         }
-        for change in &publish.forks {
+        let more = more(&versions);
+        for change in publish.forks.iter().chain(&more) {
             match change {
                 ForkChange::Remove(id, unused) => {
                     self.delete(&mut batch, Target::Meta, &keys::one(keys::FORK, id.0))?;

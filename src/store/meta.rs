@@ -75,9 +75,9 @@ pub struct Volume {
     pub head: u64,
     /// The number that the next version gets.
     pub next: u64,
-    /// Forks of versions up to this one were made before a reset or rollback took the head back.
+    /// Ranges of versions (first, last) that a rollback took back or a reset left behind: forks of them commit only by force.
     #[serde(default)]
-    pub taken_back: u64,
+    pub taken_back: Vec<(u64, u64)>,
 }
 
 /// A committed, immutable state of a volume.
@@ -126,9 +126,12 @@ pub struct ForkOptions {
 /// Where a fork is mounted.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct MountPoint {
-    pub path: std::path::PathBuf,
+    /// Escaped as bytes of a path may have to be.
+    pub path: String,
     /// The device number of the mount.
     pub dev: u64,
+    /// The mountpoint was made for the fork and goes with it.
+    pub created: bool,
 }
 
 /// A private, writable view of a version.
@@ -141,7 +144,6 @@ pub struct Fork {
     pub first_segment: u64,
     pub next_epoch: u64,
     pub boot: String,
-    pub inodes: Vec<Range<u64>>,
     pub options: ForkOptions,
     pub uid: u32,
     pub gid: u32,
@@ -178,7 +180,7 @@ impl Store {
             Some(bytes) => u64_of(&bytes, "the counter of volumes")?,
             None => 1,
         };
-        let volume = Volume { id, name: name.into(), created: now, used: now, head: 0, next: 1, taken_back: 0 };
+        let volume = Volume { id, name: name.into(), created: now, used: now, head: 0, next: 1, taken_back: Vec::new() };
         let mut batch = WriteBatch::default();
         let meta = Target::Meta;
         self.put(&mut batch, meta, keys::NEXT_VOLUME, &(id + 1).to_be_bytes())?;

@@ -133,6 +133,15 @@ pub fn new_session() -> io::Result<()> {
     check(unsafe { libc::setsid() }).map(drop)
 }
 
+/// Takes standard output over and puts /dev/null in its place.
+pub fn take_stdout() -> io::Result<std::fs::File> {
+    let null = std::fs::File::options().write(true).open("/dev/null")?;
+    let taken = std::os::fd::AsFd::as_fd(&io::stdout()).try_clone_to_owned()?;
+    // SAFETY: both descriptors are open; number 1 is replaced in one step.
+    check(unsafe { libc::dup2(null.as_raw_fd(), 1) })?;
+    Ok(taken.into())
+}
+
 /// Sets the mask of file modes; returns the one before.
 pub fn set_umask(mask: u32) -> u32 {
     // SAFETY: a plain number; umask cannot fail.
@@ -161,10 +170,20 @@ pub fn default_sigpipe() {
 
 /// Returns the number of the group `name`, or `None` if there is none.
 pub fn group_id(name: &str) -> Option<u32> {
+    find_group(|found, _| found == name).map(|(_, id)| id)
+}
+
+/// Returns the name of the group `id`, or `None` if it has none.
+pub fn group_name(id: u32) -> Option<String> {
+    find_group(|_, found| found == id).map(|(name, _)| name)
+}
+
+fn find_group(wanted: impl Fn(&str, u32) -> bool) -> Option<(String, u32)> {
     let groups = std::fs::read_to_string("/etc/group").ok()?;
     groups.lines().find_map(|line| {
         let mut fields = line.split(':');
-        (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok()).flatten()
+        let (name, id) = (fields.next()?, fields.nth(1)?.parse().ok()?);
+        wanted(name, id).then(|| (name.to_owned(), id))
     })
 }
 
@@ -192,6 +211,13 @@ mod tests {
         assert!(exists(1));
         assert!(!exists(i32::MAX as u32));
         assert!(!exists(u32::MAX));
+    }
+
+    #[test]
+    fn groups_have_names_and_numbers() {
+        assert_eq!(group_id("root"), Some(0));
+        assert_eq!(group_name(0).as_deref(), Some("root"));
+        assert_eq!(group_id("no such group"), None);
     }
 
     #[test]

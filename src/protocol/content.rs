@@ -1,9 +1,9 @@
-//! Raw content over a connection, as a writer and as a reader.
+//! Raw content over a connection, as a writer and as a reader; used by both sides.
 
 use std::io::{self, Read, Write};
 use std::time::Duration;
 
-use crate::protocol::{Connection, FrameError, MAX_CONTENT};
+use super::{Connection, FrameError, MAX_CONTENT};
 
 /// How long the other side may take for one frame.
 const TIMEOUT: Duration = Duration::from_secs(60);

@@ -1,0 +1,184 @@
+//! config.toml: what an administrator or a user sets once.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer};
+use serde_json::{Value, json};
+
+use super::values;
+use crate::protocol::{Code, Failure};
+
+/// Where the service's configuration lies; where there is one, a user's own is not read.
+pub const SYSTEM_FILE: &str = "/etc/forkvol/config.toml";
+
+/// What a file may say.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    store: Option<PathBuf>,
+    group: Option<String>,
+    #[serde(default, deserialize_with = "duration")]
+    idle: Option<Duration>,
+    #[serde(default, deserialize_with = "duration")]
+    orphan_after: Option<Duration>,
+    #[serde(default, deserialize_with = "size")]
+    cache: Option<u64>,
+    #[serde(default, deserialize_with = "size")]
+    reserve: Option<u64>,
+    #[serde(default, deserialize_with = "size")]
+    size: Option<u64>,
+    threads: Option<u16>,
+}
+
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    values::duration(&text).map(Some).map_err(serde::de::Error::custom)
+}
+
+fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    values::size(&text).map(Some).map_err(serde::de::Error::custom)
+}
+
+/// The settings in force.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// The file they were read from.
+    pub file: Option<PathBuf>,
+    said: File,
+}
+
+impl Config {
+    /// Reads the configuration of this caller.
+    pub fn load() -> Result<Config, Failure> {
+        for path in [Some(PathBuf::from(SYSTEM_FILE)), user_file()].into_iter().flatten() {
+            match fs::read_to_string(&path) {
+                Ok(text) => return Config::parse(&text, &path),
+                Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+                Err(e) => {
+                    let message = format!("cannot read {}: {e}", path.display());
+                    return Err(Failure::new(Code::Failed, message));
+                }
+            }
+        }
+        Ok(Config { file: None, said: File::default() })
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Config, Failure> {
+        let said = toml::from_str(text).map_err(|error: toml::de::Error| {
+            let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            let line = before.matches('\n').count() + 1;
+            let column = before.len() - before.rfind('\n').map_or(0, |at| at + 1) + 1;
+            let message = format!("{}:{line}:{column}: {}", path.display(), error.message());
+            Failure::new(Code::Usage, message)
+        })?;
+        Ok(Config { file: Some(path.into()), said })
+    }
+
+    /// The store of a caller who names none.
+    pub fn store(&self) -> Option<&Path> {
+        self.said.store.as_deref()
+    }
+
+    /// The group whose members may use the service.
+    pub fn group(&self) -> Option<&str> {
+        self.said.group.as_deref()
+    }
+
+    /// An embedded daemon ends after this long without a fork.
+    pub fn idle(&self) -> Duration {
+        self.said.idle.unwrap_or(Duration::from_secs(600))
+    }
+
+    /// A fork without mount is an orphan after this long.
+    pub fn orphan_after(&self) -> Duration {
+        self.said.orphan_after.unwrap_or(Duration::from_secs(3600))
+    }
+
+    /// Memory for decoded nodes and content.
+    pub fn cache(&self) -> u64 {
+        self.said.cache.unwrap_or(256 << 20)
+    }
+
+    /// Room on the store's disk that forks may not take; `None`: the larger of 1 GiB and 2 %.
+    pub fn reserve(&self) -> Option<u64> {
+        self.said.reserve
+    }
+
+    /// Room for new data in a fork.
+    pub fn size(&self) -> u64 {
+        self.said.size.unwrap_or(20 << 30)
+    }
+
+    /// Threads that store content at commit.
+    pub fn threads(&self) -> usize {
+        self.said.threads.map_or_else(
+            || std::thread::available_parallelism().map_or(2, |n| n.get().min(8)),
+            usize::from,
+        )
+    }
+
+    /// Each setting, its value, and where that came from.
+    pub fn table(&self) -> Vec<(&'static str, Value, String)> {
+        let file = self.file.as_ref().map_or_else(String::new, |f| f.display().to_string());
+        let origin = |said: bool| if said { file.clone() } else { "default".to_owned() };
+        let s = &self.said;
+        vec![
+            ("store", json!(s.store), origin(s.store.is_some())),
+            ("group", json!(s.group), origin(s.group.is_some())),
+            ("idle", json!(self.idle().as_secs_f64()), origin(s.idle.is_some())),
+            ("orphan_after", json!(self.orphan_after().as_secs_f64()), origin(s.orphan_after.is_some())),
+            ("cache", json!(self.cache()), origin(s.cache.is_some())),
+            ("reserve", json!(self.reserve()), origin(s.reserve.is_some())),
+            ("size", json!(self.size()), origin(s.size.is_some())),
+            ("threads", json!(self.threads()), origin(s.threads.is_some())),
+        ]
+    }
+}
+
+/// Where a user's own configuration lies.
+pub fn user_file() -> Option<PathBuf> {
+    let folder = match std::env::var_os("XDG_CONFIG_HOME").filter(|v| !v.is_empty()) {
+        Some(folder) => PathBuf::from(folder),
+        None => std::env::home_dir()?.join(".config"),
+    };
+    Some(folder.join("forkvol/config.toml"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(text, Path::new("/c.toml")).map_err(|f| f.message)
+    }
+
+    #[test]
+    fn what_a_file_says_is_in_force_and_the_rest_is_default() {
+        let config = parse("idle = \"30s\"\ncache = \"1g\"\nstore = \"/s\"\n").unwrap();
+        assert_eq!(config.idle(), Duration::from_secs(30));
+        assert_eq!(config.cache(), 1 << 30);
+        assert_eq!(config.store(), Some(Path::new("/s")));
+        assert_eq!(config.size(), 20 << 30);
+        let table = config.table();
+        assert!(table.contains(&("cache", json!(1 << 30), "/c.toml".into())));
+        assert!(table.iter().any(|(name, _, origin)| *name == "size" && origin == "default"));
+    }
+
+    #[test]
+    fn a_mistake_is_named_with_its_place_in_one_line() {
+        for (text, part) in [
+            ("idle = \"30s\"\nchache = \"1g\"\n", "/c.toml:2:1: unknown field `chache`"),
+            ("\n  cache = \"lots\"", "/c.toml:2:"),
+            ("threads = -1", "/c.toml:1:11:"),
+            ("store = ", "/c.toml:1:"),
+        ] {
+            let message = parse(text).unwrap_err();
+            assert!(message.contains(part), "{message}");
+            assert!(!message.contains('\n'), "{message}");
+        }
+    }
+}

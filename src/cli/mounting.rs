@@ -1,0 +1,458 @@
+//! Mountpoints: what may become one, mounting a fork there, and taking it away again.
+
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::client::Client;
+use super::holders;
+use super::output::warn;
+use super::place::{Place, real_path};
+use super::values::Busy;
+use crate::protocol::{Bytes, Code, Failure, Mount, Request, Serve};
+use crate::sys::mount::{self as kernel, HelperError, MountPoint, Options};
+use crate::sys::process;
+
+const ENOTCONN: i32 = 107;
+const ENODEV: i32 = 19;
+const EBUSY: i32 = 16;
+
+/// Folders that the system or its users cannot do without: nothing is put over them.
+const SACRED: [&str; 24] = [
+    "/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/lib32", "/lib64", "/libx32", "/media",
+    "/mnt", "/opt", "/proc", "/root", "/run", "/sbin", "/srv", "/sys", "/tmp", "/usr", "/usr/bin",
+    "/usr/lib", "/var",
+];
+/// Nothing at all is put below these.
+const SACRED_TREES: [&str; 3] = ["/proc", "/sys", "/dev"];
+
+/// A folder that a fork can be mounted on.
+#[derive(Debug)]
+pub struct Mountpoint {
+    pub path: PathBuf,
+    /// It was made for this fork.
+    pub created: bool,
+}
+
+/// Refuses a path that would take something vital away. `path` has no links.
+pub fn refuse_dangerous(path: &Path, place: &Place) -> Result<(), Failure> {
+    let refuse = |why: &str| {
+        Err(Failure::new(Code::Policy, format!("{} may not be covered: {why}", path.display()))
+            .hint("choose a folder below it"))
+    };
+    if SACRED.iter().any(|s| path == Path::new(s)) {
+        return refuse("the system needs it");
+    }
+    if SACRED_TREES.iter().any(|s| path.starts_with(s)) && !path.starts_with("/dev/shm/") {
+        return refuse("it belongs to the kernel");
+    }
+    let home = std::env::home_dir().and_then(|home| fs::canonicalize(home).ok());
+    if home.is_some_and(|home| home.starts_with(path)) {
+        return refuse("your home lies in it");
+    }
+    if let Place::Embedded { store, .. } = place
+        && (store.starts_with(path) || path.starts_with(store))
+    {
+        return Err(Failure::new(
+            Code::Policy,
+            format!("{} may not be covered: the store {} lies there", path.display(), store.display()),
+        ));
+    }
+    Ok(())
+}
+
+impl Mountpoint {
+    /// Checks that a fork can be mounted at `path`, and makes its last component if it is missing.
+    pub fn prepare(path: &Path, place: &Place) -> Result<Mountpoint, Failure> {
+        let failed = |code, why: &str| {
+            Failure::new(code, format!("cannot mount on {}: {why}", path.display()))
+        };
+        match fs::metadata(path) {
+            Ok(metadata) if !metadata.is_dir() => Err(failed(Code::Failed, "it is not a folder")),
+            Ok(_) => {
+                let path = fs::canonicalize(path).map_err(|e| failed(Code::Failed, &e.to_string()))?;
+                refuse_dangerous(&path, place)?;
+                if let Some(on_top) = topmost(&path)?.filter(|m| m.kind == kernel::FS_TYPE) {
+                    let source = on_top.source.to_string_lossy();
+                    let why = format!("{source} is mounted there already");
+                    return Err(failed(Code::Busy, &why).hint("commit or abandon that fork first"));
+                }
+                let mut entries =
+                    fs::read_dir(&path).map_err(|e| failed(Code::Failed, &e.to_string()))?;
+                if entries.next().is_some() {
+                    return Err(failed(Code::Failed, "it is not empty")
+                        .hint("choose an empty folder, or use forkvol run -p, which hides what is there"));
+                }
+                Ok(Mountpoint { path, created: false })
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                if fs::symlink_metadata(path).is_ok() {
+                    return Err(failed(Code::Failed, "it is a link that leads nowhere"));
+                }
+                let path = real_path(path).map_err(|e| failed(Code::Failed, &e.to_string()))?;
+                refuse_dangerous(&path, place)?;
+                match DirBuilder::new().mode(0o755).create(&path) {
+                    Ok(()) => Ok(Mountpoint { path, created: true }),
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                        Err(failed(Code::Failed, "the folder above it does not exist")
+                            .hint("only the last component is created"))
+                    }
+                    Err(e) => Err(failed(Code::Failed, &e.to_string())),
+                }
+            }
+            Err(e) if e.raw_os_error() == Some(ENOTCONN) => {
+                Err(failed(Code::Busy, "a mount there has lost its daemon")
+                    .hint(format!("umount -l {}", path.display())))
+            }
+            Err(e) => Err(failed(Code::Failed, &e.to_string())),
+        }
+    }
+
+    /// Removes the folder if it was made for the fork.
+    pub fn remove_if_created(&self) {
+        if self.created
+            && let Err(error) = fs::remove_dir(&self.path)
+        {
+            warn(&format!("cannot remove {}: {error}", self.path.display()));
+        }
+    }
+}
+
+/// Returns what is mounted on top at exactly this path.
+fn topmost(path: &Path) -> Result<Option<MountPoint>, Failure> {
+    let mounts = kernel::mounts()
+        .map_err(|e| Failure::new(Code::Failed, format!("cannot read the table of mounts: {e}")))?;
+    Ok(mounts.into_iter().rfind(|m| m.path == path))
+}
+
+/// How a fork is to be mounted.
+#[derive(Clone, Debug)]
+pub struct Manner {
+    pub volume: String,
+    pub read_only: bool,
+    pub suid: bool,
+    pub dev: bool,
+    pub by: By,
+}
+
+/// Whose rights a mount takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    /// The caller's own: root, or a user in a user namespace of its own.
+    Caller,
+    /// Those of fusermount3.
+    Helper,
+}
+
+impl By {
+    pub fn default_for_caller() -> By {
+        if process::euid() == 0 { By::Caller } else { By::Helper }
+    }
+}
+
+/// Mounts `fork` and lets the daemon serve it. When this returns it can be used, and the daemon alone holds its device.
+pub fn mount(
+    client: &mut Client,
+    fork: &str,
+    at: &Mountpoint,
+    manner: &Manner,
+) -> Result<Mount, Failure> {
+    let fuse = attach(&at.path, manner)?;
+    let served = serve(client, fork, at, &fuse);
+    if served.is_err() {
+        // The device goes first: an unmount asks nobody then.
+        drop(fuse);
+        if let Err(failure) = take_away(&at.path, manner.by) {
+            warn(&failure.message);
+        }
+    }
+    let mount = served?;
+    read_ahead(mount.device);
+    Ok(mount)
+}
+
+fn serve(
+    client: &mut Client,
+    fork: &str,
+    at: &Mountpoint,
+    fuse: &OwnedFd,
+) -> Result<Mount, Failure> {
+    let device = kernel::device_at(&at.path).map_err(|e| {
+        Failure::new(Code::Failed, format!("cannot look at the mount {}: {e}", at.path.display()))
+    })?;
+    let mount = Mount {
+        path: Bytes(at.path.as_os_str().as_bytes().to_vec()),
+        device: kernel::device_number(device),
+        created: at.created,
+    };
+    let serve = Serve {
+        fork: fork.into(),
+        mountpoint: mount.path.clone(),
+        device: mount.device,
+        created: mount.created,
+    };
+    client.call_with_fd(&Request::Serve(serve), Some(fuse.as_fd()))?;
+    Ok(mount)
+}
+
+/// Makes the mount; returns the device through which it is to be served.
+fn attach(at: &Path, manner: &Manner) -> Result<OwnedFd, Failure> {
+    let options = Options {
+        source: format!("forkvol:{}", manner.volume),
+        read_only: manner.read_only,
+        suid: manner.suid,
+        dev: manner.dev,
+        allow_other: manner.by == By::Caller || user_allow_other(),
+    };
+    let cannot = |why: String| Failure::new(Code::Failed, format!("cannot mount on {}: {why}", at.display()));
+    match manner.by {
+        By::Caller => {
+            let fuse = kernel::open_fuse().map_err(|e| explain_device(&e))?;
+            match kernel::mount_fuse(&fuse, at, &options) {
+                Ok(()) => Ok(fuse.into()),
+                Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+                    Err(cannot("the kernel does not permit it".into()).hint(
+                        "mounting needs CAP_SYS_ADMIN: in a container, --cap-add SYS_ADMIN and a profile that allows mount",
+                    ))
+                }
+                Err(e) if e.raw_os_error() == Some(ENODEV) => {
+                    Err(cannot("this kernel has no FUSE".into()).hint("modprobe fuse"))
+                }
+                Err(e) => Err(cannot(e.to_string())),
+            }
+        }
+        By::Helper => kernel::mount_with_helper(at, &options).map_err(|error| match error {
+            HelperError::Missing => cannot("fusermount3 is not installed".into())
+                .hint("install the package fuse3, or run as root"),
+            HelperError::Refused(words) => explain_refusal(at, &words),
+            HelperError::Io(e) => cannot(format!("fusermount3: {e}")),
+        }),
+    }
+}
+
+/// Says what is to be done where the FUSE device cannot be opened.
+pub fn explain_device(error: &io::Error) -> Failure {
+    let failure = Failure::new(Code::Failed, format!("cannot open {}: {error}", kernel::FUSE_DEVICE));
+    match (error.kind(), error.raw_os_error()) {
+        (io::ErrorKind::NotFound, _) => failure.hint(
+            "modprobe fuse; in a container, --device /dev/fuse, or on Kubernetes a device plugin for it",
+        ),
+        // EPERM comes from a container's device rules, EACCES from the mode of the node.
+        (_, Some(1)) => failure.hint(
+            "the container's device rules forbid it: --device /dev/fuse, or on Kubernetes a device plugin for it",
+        ),
+        (io::ErrorKind::PermissionDenied, _) => {
+            failure.hint(format!("chmod 0666 {}, or run as root", kernel::FUSE_DEVICE))
+        }
+        (_, Some(ENODEV) | Some(6)) => failure.hint("modprobe fuse"),
+        _ => failure,
+    }
+}
+
+fn explain_refusal(at: &Path, words: &str) -> Failure {
+    let failure =
+        Failure::new(Code::Failed, format!("cannot mount on {}: fusermount3: {words}", at.display()));
+    if words.contains("mount_max") || words.contains("too many FUSE filesystems") {
+        return failure.hint("raise mount_max in /etc/fuse.conf, or end forks: forkvol forks");
+    }
+    if words.contains("/dev/fuse") || words.contains("fuse device") {
+        return failure.hint("modprobe fuse; in a container, --device /dev/fuse");
+    }
+    if words.contains("user_allow_other") {
+        return failure.hint("set user_allow_other in /etc/fuse.conf");
+    }
+    if words.contains("Operation not permitted") {
+        return failure.hint(
+            "fusermount3 must be setuid root and may not run under no_new_privs; or use forkvol run",
+        );
+    }
+    failure
+}
+
+/// Whether ordinary users may open their mounts to others.
+pub fn user_allow_other() -> bool {
+    fs::read_to_string("/etc/fuse.conf")
+        .is_ok_and(|text| text.lines().any(|line| line.trim() == "user_allow_other"))
+}
+
+/// The kernel reads 128 KiB ahead unless told; only root may tell, and nothing is lost where it may not.
+fn read_ahead(device: u64) {
+    if process::euid() == 0 {
+        let (major, minor) = crate::sys::device_numbers(device);
+        fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), "1024").ok();
+    }
+}
+
+/// Waits, or fails, where the caller wants no busy mount to be taken away. Called before a commit.
+pub fn respect_busy(mount: &Mount, busy: Busy) -> Result<(), Failure> {
+    let deadline = match busy {
+        Busy::Detach => return Ok(()),
+        Busy::Fail => Instant::now(),
+        Busy::Wait(time) => Instant::now() + time,
+    };
+    loop {
+        let holders = holders::of(mount);
+        if holders.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            let message =
+                format!("{} is in use by {}", mount_path(mount).display(), holders::list(&holders));
+            return Err(Failure::new(Code::Busy, message).hint("end them, or use --busy detach"));
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+pub fn mount_path(mount: &Mount) -> &Path {
+    Path::new(std::ffi::OsStr::from_bytes(&mount.path.0))
+}
+
+/// Unmounts a fork that has been committed or abandoned. It never fails: what it could not do, or whom it took the mount from, is
+/// a warning.
+pub fn detach(mount: &Mount) {
+    detach_by(mount, By::default_for_caller());
+}
+
+pub fn detach_by(mount: &Mount, by: By) {
+    let path = mount_path(mount);
+    let device = crate::sys::device_numbers(mount.device);
+    match topmost(path) {
+        Ok(Some(on_top)) if on_top.device == device => {}
+        Ok(Some(other)) => {
+            let what = other.source.to_string_lossy();
+            return warn(&format!("{} is not unmounted: {what} is mounted there now", path.display()));
+        }
+        // Unmounted by somebody else, or mounted in a namespace that is not ours.
+        Ok(None) => return,
+        Err(failure) => return warn(&failure.message),
+    }
+    let result = match by {
+        By::Caller => match kernel::unmount_abort(path) {
+            Err(e) if e.raw_os_error() == Some(EBUSY) => {
+                warn_of_holders(mount);
+                take_away(path, by)
+            }
+            Err(e) => Err(cannot_unmount(path, &e.to_string())),
+            Ok(()) => Ok(()),
+        },
+        By::Helper => {
+            warn_of_holders(mount);
+            take_away(path, by)
+        }
+    };
+    match result {
+        Ok(()) if mount.created => {
+            Mountpoint { path: path.into(), created: true }.remove_if_created();
+        }
+        Ok(()) => {}
+        Err(failure) => warn(&failure.message),
+    }
+}
+
+fn warn_of_holders(mount: &Mount) {
+    let holders = holders::of(mount);
+    if !holders.is_empty() {
+        let (path, list) = (mount_path(mount).display(), holders::list(&holders));
+        warn(&format!("{path} was still in use by {list}; it is gone for them"));
+    }
+}
+
+fn take_away(path: &Path, by: By) -> Result<(), Failure> {
+    match by {
+        By::Caller => kernel::detach_abort(path).map_err(|e| cannot_unmount(path, &e.to_string())),
+        By::Helper => kernel::unmount_with_helper(path).map_err(|error| match error {
+            HelperError::Missing => cannot_unmount(path, "fusermount3 is not installed"),
+            HelperError::Refused(words) => cannot_unmount(path, &words),
+            HelperError::Io(e) => cannot_unmount(path, &e.to_string()),
+        }),
+    }
+}
+
+fn cannot_unmount(path: &Path, why: &str) -> Failure {
+    Failure::new(Code::Failed, format!("cannot unmount {}: {why}", path.display()))
+}
+
+/// Finds the fork in whose mount a path lies; returns its device, and where it is mounted.
+pub fn fork_mount_of(path: &Path) -> Result<((u32, u32), PathBuf), Failure> {
+    let none = || {
+        Failure::new(Code::NotFound, format!("no fork is mounted at {}", path.display()))
+            .hint("see forkvol forks")
+    };
+    // Nothing inside a mount is looked at, for its daemon may be gone.
+    let absolute = std::path::absolute(path).map_err(|_| none())?;
+    let resolved = real_path(&absolute).unwrap_or(absolute);
+    let mounts = kernel::mounts()
+        .map_err(|e| Failure::new(Code::Failed, format!("cannot read the table of mounts: {e}")))?;
+    mounts
+        .into_iter()
+        .enumerate()
+        .filter(|(_, m)| resolved.starts_with(&m.path))
+        .max_by_key(|(at, m)| (m.path.components().count(), *at))
+        .map(|(_, m)| m)
+        .filter(|m| m.kind == kernel::FS_TYPE)
+        .map(|m| (m.device, m.path))
+        .ok_or_else(none)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place() -> Place {
+        Place::Embedded { store: "/data/store".into(), named_by: "--store" }
+    }
+
+    #[test]
+    fn nothing_vital_is_covered() {
+        let home = fs::canonicalize(std::env::home_dir().unwrap()).unwrap();
+        for path in ["/", "/tmp", "/usr", "/proc/self", "/sys/fs", "/dev/x", "/data", "/data/store/forks"] {
+            let failure = refuse_dangerous(Path::new(path), &place()).unwrap_err();
+            assert_eq!(failure.code, Code::Policy, "{path}");
+        }
+        assert!(refuse_dangerous(&home, &place()).is_err());
+        for path in ["/tmp/x", "/data/stores", "/dev/shm/x", "/home/ci/.npm"] {
+            refuse_dangerous(Path::new(path), &place()).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_mountpoint_must_be_an_empty_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| Mountpoint::prepare(&dir.path().join(name), &place());
+        fs::write(dir.path().join("file"), "").unwrap();
+        fs::create_dir_all(dir.path().join("full/entry")).unwrap();
+        std::os::unix::fs::symlink("nowhere", dir.path().join("dangling")).unwrap();
+        for (name, why) in [
+            ("file", "not a folder"),
+            ("full", "not empty"),
+            ("dangling", "leads nowhere"),
+            ("a/b", "above it does not exist"),
+            ("file/x", "Not a directory"),
+        ] {
+            let failure = at(name).unwrap_err();
+            assert!(failure.message.contains(why), "{name}: {failure}");
+        }
+        let made = at("new").unwrap();
+        assert!(made.created && made.path.is_dir());
+        assert!(!at("new").unwrap().created);
+        made.remove_if_created();
+        assert!(!made.path.exists());
+    }
+
+    #[test]
+    fn a_path_outside_every_fork_is_not_found() {
+        assert_eq!(fork_mount_of(Path::new("/")).unwrap_err().code, Code::NotFound);
+    }
+
+    #[test]
+    fn the_helper_is_explained() {
+        let words = "too many FUSE filesystems mounted; mount_max=N can be set in /etc/fuse.conf";
+        let failure = explain_refusal(Path::new("/m"), words);
+        assert!(failure.hint.unwrap().contains("mount_max"));
+    }
+}

@@ -1,0 +1,179 @@
+//! The values that options take: sizes, durations, labels, names, owners.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::sys::process;
+
+/// A number of bytes: an integer with an optional k, m, g or t, 1024-based, and an optional "b" or "ib" after it.
+pub fn size(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is not a size such as 500m or 20g");
+    let lower = text.trim().to_ascii_lowercase();
+    let digits = lower.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = lower.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    let shift = match unit {
+        "" | "b" => 0,
+        _ => {
+            let (letter, rest) = unit.split_at_checked(1).ok_or_else(wrong)?;
+            if !matches!(rest, "" | "b" | "ib") {
+                return Err(wrong());
+            }
+            match letter {
+                "k" => 10,
+                "m" => 20,
+                "g" => 30,
+                "t" => 40,
+                _ => return Err(wrong()),
+            }
+        }
+    };
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too large"))
+}
+
+/// A time span: a number, which may have a fraction, with ms, s, m, h or d after it; seconds without.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is not a duration such as 500ms, 30s or 10m");
+    let text_ = text.trim();
+    let digits = text_.bytes().take_while(|b| b.is_ascii_digit() || *b == b'.').count();
+    let (number, unit) = text_.split_at(digits);
+    let number: f64 = number.parse().map_err(|_| wrong())?;
+    let unit = match unit {
+        "ms" => 0.001,
+        "" | "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        "d" => 86400.0,
+        _ => return Err(wrong()),
+    };
+    Duration::try_from_secs_f64(number * unit).map_err(|_| wrong())
+}
+
+/// `K=V`, with a key that is not empty.
+pub fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.into(), value.into())),
+        _ => Err(format!("{text:?} is not a label of the form KEY=VALUE")),
+    }
+}
+
+/// A volume's name, by the rules of the command line.
+pub fn volume(text: &str) -> Result<String, String> {
+    let legal = |b: u8| b.is_ascii_alphanumeric() || b"._-/".contains(&b);
+    let edge = |b: Option<u8>| b.is_some_and(|b| b.is_ascii_alphanumeric());
+    let fault = if text.is_empty() || text.len() > 128 {
+        "it must have 1 to 128 characters"
+    } else if !text.bytes().all(legal) {
+        "only letters, digits and . _ - / are allowed"
+    } else if text.split('/').any(|part| matches!(part, "" | "." | "..")) {
+        "no part between slashes may be empty, \".\" or \"..\""
+    } else if !edge(text.bytes().next()) || !edge(text.bytes().last()) {
+        "it must start and end with a letter or a digit"
+    } else {
+        return Ok(text.into());
+    };
+    Err(format!("{text:?} is not a volume's name: {fault}"))
+}
+
+/// `UID[:GID]`, `caller` or `keep`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    Keep,
+    Ids(u32, Option<u32>),
+}
+
+pub fn owner(text: &str) -> Result<Owner, String> {
+    let wrong = || format!("{text:?} is not an owner: UID[:GID], caller or keep");
+    let id = |text: &str| text.parse::<u32>().ok().filter(|id| *id != u32::MAX).ok_or_else(wrong);
+    match text {
+        "keep" => Ok(Owner::Keep),
+        "caller" => Ok(Owner::Ids(process::euid(), Some(process::egid()))),
+        _ => match text.split_once(':') {
+            Some((uid, gid)) => Ok(Owner::Ids(id(uid)?, Some(id(gid)?))),
+            None => Ok(Owner::Ids(id(text)?, None)),
+        },
+    }
+}
+
+/// A path in which a leading `~` stands for the caller's home, for no shell may have looked at it.
+pub fn home_path(text: &str) -> Result<PathBuf, String> {
+    let Some(rest) = text.strip_prefix('~').filter(|r| r.is_empty() || r.starts_with('/')) else {
+        return if text.is_empty() { Err("the path is empty".into()) } else { Ok(text.into()) };
+    };
+    let home = std::env::home_dir().ok_or("there is no home folder for ~")?;
+    Ok(home.join(rest.trim_start_matches('/')))
+}
+
+/// What to do about a mount that is still in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Busy {
+    Detach,
+    Fail,
+    Wait(Duration),
+}
+
+pub fn busy(text: &str) -> Result<Busy, String> {
+    match text {
+        "detach" => Ok(Busy::Detach),
+        "fail" => Ok(Busy::Fail),
+        _ => match text.strip_prefix("wait=") {
+            Some(time) => duration(time).map(Busy::Wait),
+            None => Err(format!("{text:?} is none of detach, fail and wait=DURATION")),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("20g", 20 << 30),
+            ("1K", 1024),
+            ("3MiB", 3 << 20),
+            ("7b", 7),
+            ("2tb", 2 << 40),
+        ] {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "g", "1.5g", "-1", "1x", "1kk", "1ibb", "99999999t", "1 g", "1ib", "1ä"] {
+            assert!(size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn durations() {
+        for (text, millis) in [("10", 10_000), ("250ms", 250), ("1.5m", 90_000), ("2h", 7_200_000)] {
+            assert_eq!(duration(text), Ok(Duration::from_millis(millis)), "{text}");
+        }
+        for text in ["", "s", "-1s", "1w", "1.2.3s"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn volume_names() {
+        for name in ["npm", "a/b/c", "a.b_c-d", "0", &"x".repeat(128)] {
+            assert_eq!(volume(name), Ok(name.to_owned()));
+        }
+        for name in
+            ["", "a//b", "/a", "a/", ".a", "a-", "a b", "a/../b", "ä", "a@1", &"x".repeat(129)]
+        {
+            assert!(volume(name).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn owners_labels_and_busy() {
+        assert_eq!(owner("7:8"), Ok(Owner::Ids(7, Some(8))));
+        assert_eq!(owner("7"), Ok(Owner::Ids(7, None)));
+        assert!(owner("root").is_err() && owner("4294967295").is_err() && owner("7:").is_err());
+        assert_eq!(label("a=b=c"), Ok(("a".into(), "b=c".into())));
+        assert!(label("=b").is_err() && label("a").is_err());
+        assert_eq!(busy("wait=2s"), Ok(Busy::Wait(Duration::from_secs(2))));
+        assert!(busy("wait").is_err());
+    }
+}

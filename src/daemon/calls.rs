@@ -1,0 +1,254 @@
+//! From requests of the protocol to calls of the engine, and back. One arm per request; no decision is made here but who may.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+
+use serde_json::{Value, json};
+
+use super::{Shared, access, failure};
+use crate::engine::{self, CommitRequest, Engine, ForkInfo, ForkRequest};
+use crate::protocol::{
+    Answer, Code, Commit, Connection, Failure, Fork, FrameError, Incoming, Outgoing, Owner,
+    Request, Serve, When,
+};
+use crate::sys::mount;
+use crate::sys::socket::Peer;
+
+/// Answers a request. The outer error ends the connection; the inner one is told to the client.
+pub fn answer(
+    shared: &Shared,
+    peer: Peer,
+    connection: &mut Connection,
+    request: Request,
+    fds: Vec<OwnedFd>,
+) -> Result<Result<Value, Failure>, FrameError> {
+    if !fds.is_empty() && !matches!(request, Request::Serve(_)) {
+        return Ok(Err(Failure::new(Code::Usage, "no descriptor belongs to this request")));
+    }
+    let call = Call { shared, engine: &shared.engine, peer };
+    Ok(match request {
+        Request::Serve(serve) => call.serve(&serve, fds),
+        Request::Cat { version, path } => {
+            connection.send(&Answer::Content)?;
+            let mut out = Outgoing::new(connection);
+            let result = call.engine.cat(&version, &path.0, &mut out);
+            out.finish()?;
+            result.map(|()| json!({})).map_err(failure)
+        }
+        Request::Export { version } => {
+            connection.send(&Answer::Content)?;
+            let mut out = Outgoing::new(connection);
+            let result = call.engine.export(&version, &mut out);
+            out.finish()?;
+            result.map(|warnings| json!({"warnings": warnings})).map_err(failure)
+        }
+        Request::Import { volume } => {
+            connection.send(&Answer::Send)?;
+            let mut content = Incoming::new(connection);
+            let result = call.engine.import(&volume, &mut content, (peer.uid, peer.gid));
+            // What the client still sends is read, so that it comes to the answer.
+            if std::io::copy(&mut content, &mut std::io::sink()).is_err() || !content.is_ended() {
+                return Err(FrameError::Closed);
+            }
+            result.map(|imported| json!(imported)).map_err(failure)
+        }
+        other => call.plain(other),
+    })
+}
+
+/// Returns the names of the forks that are being served.
+pub fn live_fork_names(engine: &Engine) -> Vec<String> {
+    engine
+        .forks()
+        .unwrap_or_default()
+        .iter()
+        .filter(|fork| fork.is_live())
+        .map(|fork| format!("{} ({})", fork.id, fork.volume))
+        .collect()
+}
+
+struct Call<'a> {
+    shared: &'a Shared,
+    engine: &'a Engine,
+    peer: Peer,
+}
+
+impl Call<'_> {
+    /// Requests with one question and one answer.
+    fn plain(&self, request: Request) -> Result<Value, Failure> {
+        let engine = self.engine;
+        let value = match request {
+            Request::Fork(fork) => return self.fork(*fork),
+            Request::Find { fork } => json!({"fork": engine.resolve_fork(&fork).map_err(failure)?}),
+            Request::Commit(commit) => return self.commit(commit),
+            Request::Abandon { forks } => return self.abandon(&forks),
+            Request::Unmounted { fork } => {
+                engine.unmounted(self.own(&fork)?.id).map_err(failure)?;
+                json!({})
+            }
+            Request::Orphans => {
+                let ids: Vec<String> =
+                    engine.orphans().map_err(failure)?.iter().map(ToString::to_string).collect();
+                json!({"orphans": ids})
+            }
+            Request::Forks => json!({"forks": engine.forks().map_err(failure)?}),
+            Request::Volumes => json!({"volumes": engine.volumes().map_err(failure)?}),
+            Request::Volume { name } => json!({"volume": engine.volume(&name).map_err(failure)?}),
+            Request::RemoveVolume { name, force } => {
+                engine.remove_volume(&name, force).map_err(failure)?;
+                json!({"removed": name})
+            }
+            Request::RenameVolume { old, new } => {
+                engine.rename_volume(&old, &new).map_err(failure)?;
+                json!({"renamed": old, "to": new})
+            }
+            Request::ResetVolume { name } => {
+                engine.reset_volume(&name).map_err(failure)?;
+                json!({"reset": name})
+            }
+            Request::Log { volume } => {
+                json!({"volume": volume, "versions": engine.log(&volume).map_err(failure)?})
+            }
+            Request::Rollback { volume, version } => {
+                json!({"version": engine.rollback(&volume, &version).map_err(failure)?})
+            }
+            Request::Pin { version, pinned } => {
+                json!({"version": engine.pin(&version, pinned).map_err(failure)?})
+            }
+            Request::Diff { a, b } => {
+                json!({"a": a, "b": b, "changes": engine.diff(&a, &b).map_err(failure)?})
+            }
+            Request::List { version, path } => {
+                let entries = engine.ls(&version, &path.0).map_err(failure)?;
+                json!({"version": version, "path": path, "entries": entries})
+            }
+            Request::Stats => json!({"stats": engine.stats().map_err(failure)?}),
+            Request::Gc { dry_run } => {
+                self.administer()?;
+                json!({"gc": engine.gc(dry_run).map_err(failure)?})
+            }
+            Request::Check => json!({"check": engine.check().map_err(failure)?}),
+            Request::Repair { yes } => {
+                self.administer()?;
+                json!({"repair": engine.repair(yes).map_err(failure)?})
+            }
+            Request::Hello(_)
+            | Request::Status
+            | Request::Stop(_)
+            | Request::Serve(_)
+            | Request::Cat { .. }
+            | Request::Export { .. }
+            | Request::Import { .. } => {
+                return Err(Failure::new(Code::Usage, "this request is answered elsewhere"));
+            }
+        };
+        Ok(value)
+    }
+
+    fn administer(&self) -> Result<(), Failure> {
+        access::administer(self.peer, self.shared.options.uid)
+    }
+
+    /// Finds a fork that the client may change.
+    fn own(&self, fork: &str) -> Result<ForkInfo, Failure> {
+        let info = self.engine.resolve_fork(fork).map_err(failure)?;
+        access::use_fork(self.peer, self.shared.options.uid, info.uid, fork)?;
+        Ok(info)
+    }
+
+    fn fork(&self, fork: Fork) -> Result<Value, Failure> {
+        if self.shared.closing.load(Ordering::Acquire) {
+            return Err(Failure::new(Code::Busy, "the daemon is stopping and takes no new forks"));
+        }
+        if fork.suid || fork.dev {
+            let facts = &self.shared.options;
+            access::mount_suid(self.peer, facts.uid, facts.shared_socket)?;
+        }
+        let info = self
+            .engine
+            .fork(ForkRequest {
+                volume: fork.volume,
+                from: fork.from,
+                parents: fork.parents,
+                read_only: fork.read_only,
+                ephemeral: fork.ephemeral,
+                size: fork.size,
+                labels: fork.labels,
+                excludes: fork.excludes,
+                default_excludes: fork.default_excludes,
+                owner: match fork.owner {
+                    Owner::Keep => engine::Owner::Keep,
+                    Owner::Ids(uid, gid) => engine::Owner::Ids(uid, gid),
+                },
+                acl: fork.acl,
+                suid: fork.suid,
+                dev: fork.dev,
+                strict: fork.strict,
+                job: fork.job,
+                uid: self.peer.uid,
+                gid: self.peer.gid,
+                pid: self.peer.pid,
+            })
+            .map_err(failure)?;
+        Ok(json!({"fork": info}))
+    }
+
+    fn serve(&self, serve: &Serve, fds: Vec<OwnedFd>) -> Result<Value, Failure> {
+        let usage = |message: &str| Failure::new(Code::Usage, message);
+        let mut fds = fds.into_iter();
+        let (Some(fd), None) = (fds.next(), fds.next()) else {
+            return Err(usage("exactly one descriptor must come with serve"));
+        };
+        let servable = mount::is_servable(&fd)
+            .map_err(|e| usage(&format!("cannot look at the descriptor: {e}")))?;
+        if !servable {
+            return Err(usage("the descriptor is not /dev/fuse, or its reads do not wait"));
+        }
+        let id = self.own(&serve.fork)?.id;
+        self.engine
+            .serve(id, fd, &serve.mountpoint.0, serve.device, serve.created)
+            .map_err(failure)?;
+        Ok(json!({}))
+    }
+
+    fn commit(&self, commit: Commit) -> Result<Value, Failure> {
+        let forks = commit
+            .forks
+            .iter()
+            .map(|fork| Ok(self.own(fork)?.id))
+            .collect::<Result<Vec<_>, Failure>>()?;
+        let request = CommitRequest {
+            keep: commit.keep,
+            labels: commit.labels,
+            message: commit.message,
+            if_head: commit.if_head,
+            if_base: commit.if_base,
+            force: commit.force,
+            when: match commit.when {
+                When::Always => engine::When::Always,
+                When::OnChange => engine::When::OnChange,
+                When::IfMissing => engine::When::IfMissing,
+            },
+        };
+        Ok(json!({"commits": self.engine.commit(forks, request).map_err(failure)?}))
+    }
+
+    /// Drops one fork after the other; what could not be dropped is told with the rest.
+    fn abandon(&self, forks: &[String]) -> Result<Value, Failure> {
+        let mut abandoned = Vec::new();
+        let mut failed = None;
+        for fork in forks {
+            match self.own(fork).and_then(|info| {
+                let mount = self.engine.abandon(info.id).map_err(failure)?;
+                Ok(json!({"fork": info.id.to_string(), "volume": info.volume, "mount": mount}))
+            }) {
+                Ok(value) => abandoned.push(value),
+                Err(failure) => failed = Some(failure),
+            }
+        }
+        match failed {
+            Some(failure) if abandoned.is_empty() => Err(failure),
+            failure => Ok(json!({"abandoned": abandoned, "failed": failure})),
+        }
+    }
+}

@@ -1,0 +1,566 @@
+//! The verbs of forkvol on one open store: what a daemon is asked to do. Owns the store, the forks and their sessions.
+//!
+//! Lock order: the table of forks is held for a moment and never while anything else is done; a fork's `committing` before its
+//! gate; several forks in order of their ids.
+
+mod archive;
+mod commit;
+mod info;
+mod read;
+#[cfg(test)]
+mod tests;
+mod upkeep;
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
+
+use crate::fork::error::FsError;
+use crate::fork::{Fork, Origin};
+use crate::fs::{Fs, Options, Ownership};
+use crate::mount::{Requests, session};
+use crate::store::{self, ForkId, ForkOptions, Ingest, MountPoint, Store, StoreError, StoreOptions, VersionRef};
+use crate::volume::{self, Found, VersionSpec};
+
+pub use archive::Imported;
+pub use commit::{CommitRequest, Committed, When};
+pub use info::{ForkInfo, MountInfo, VersionInfo, VolumeInfo};
+pub use read::{DiffEntry, DiffKind, ListEntry};
+pub use store::{CheckReport, GcReport, Stats};
+
+/// The kinds of failure, one per exit status of the command line.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Code {
+    Failed,
+    Usage,
+    NotFound,
+    HeadMoved,
+    Damaged,
+    Policy,
+    Busy,
+    NoSpace,
+}
+
+/// Why something was not done, in one line, and what may help.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct EngineError {
+    pub code: Code,
+    pub message: String,
+    pub hint: Option<String>,
+}
+
+impl EngineError {
+    fn new(code: Code, message: impl Into<String>) -> EngineError {
+        EngineError { code, message: message.into(), hint: None }
+    }
+
+    fn hint(mut self, hint: impl Into<String>) -> EngineError {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+impl From<StoreError> for EngineError {
+    fn from(error: StoreError) -> EngineError {
+        let message = error.to_string();
+        match error {
+            StoreError::Missing { .. } | StoreError::Corrupt { .. } => EngineError::new(Code::Damaged, message)
+                .hint("`forkvol check` says which versions it hits, `forkvol check --repair` sets them aside"),
+            StoreError::Newer { .. } | StoreError::NotAStore { .. } => EngineError::new(Code::Failed, message),
+            StoreError::Locked { .. } => EngineError::new(Code::Busy, message),
+            StoreError::NoSpace => {
+                EngineError::new(Code::NoSpace, message).hint("free some room, or run `forkvol gc`")
+            }
+            StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+                EngineError::new(Code::NoSpace, message)
+            }
+            StoreError::Io { .. } | StoreError::Database(_) => EngineError::new(Code::Failed, message),
+        }
+    }
+}
+
+impl From<FsError> for EngineError {
+    fn from(error: FsError) -> EngineError {
+        match error {
+            FsError::Store(error) => error.into(),
+            FsError::NoSpace => EngineError::new(Code::NoSpace, error.to_string()),
+            FsError::Io(e) if e.kind() == std::io::ErrorKind::StorageFull => {
+                EngineError::new(Code::NoSpace, "the disk of the store is full")
+            }
+            FsError::ReadOnly => EngineError::new(Code::Busy, "a commit of the fork is under way or done"),
+            other => EngineError::new(Code::Failed, other.to_string()),
+        }
+    }
+}
+
+type Result<T> = std::result::Result<T, EngineError>;
+
+/// How an engine works.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Bytes of memory for decoded nodes and chunks.
+    pub cache: u64,
+    /// Bytes of the disk that forks may not fill; None: 2 %, at least 1 GiB.
+    pub reserve: Option<u64>,
+    /// Threads that ingest; None: one a core.
+    pub threads: Option<usize>,
+    /// A job's fork without a mount is abandoned after this.
+    pub orphan_after: Duration,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        let orphan_after = Duration::from_secs(3600);
+        EngineConfig { cache: 160 << 20, reserve: None, threads: None, orphan_after }
+    }
+}
+
+/// Whose the files of a fork appear to be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Owner {
+    Keep,
+    Ids(u32, Option<u32>),
+}
+
+/// What a fork is to be.
+#[derive(Clone, Debug)]
+pub struct ForkRequest {
+    pub volume: String,
+    pub from: Option<String>,
+    pub parents: Vec<String>,
+    pub read_only: bool,
+    pub ephemeral: bool,
+    pub size: u64,
+    pub labels: BTreeMap<String, String>,
+    pub excludes: Vec<String>,
+    pub default_excludes: bool,
+    pub owner: Owner,
+    pub acl: bool,
+    pub suid: bool,
+    pub dev: bool,
+    pub strict: bool,
+    pub job: Option<String>,
+    /// Who asks.
+    pub uid: u32,
+    pub gid: u32,
+}
+
+/// Counters since the daemon started.
+#[derive(Debug, Default)]
+pub struct Counters {
+    pub forks: AtomicU64,
+    pub commits: AtomicU64,
+    pub unchanged: AtomicU64,
+    pub abandoned: AtomicU64,
+    pub refused: AtomicU64,
+}
+
+/// One fork as the engine keeps it.
+struct Live {
+    id: ForkId,
+    /// None for one of another boot, or whose log is damaged: it can only be abandoned.
+    fork: Option<Arc<Fork>>,
+    record: Mutex<store::Fork>,
+    /// The number of the session that serves it, 0 for none, and since when there is none.
+    session: Mutex<(u64, Instant)>,
+    requests: Arc<Requests>,
+    committing: Mutex<()>,
+    /// What background ingest has in hand for the next commit.
+    ahead: Mutex<Option<Arc<Ingest>>>,
+    /// Published or abandoned: what is left goes with the session.
+    over: AtomicBool,
+    why_lost: Option<String>,
+}
+
+impl Live {
+    fn fork(&self) -> Result<&Arc<Fork>> {
+        self.fork.as_ref().ok_or_else(|| {
+            let why = self.why_lost.as_deref().unwrap_or("it is of another boot of this machine");
+            EngineError::new(Code::Failed, format!("fork {} is lost: {why}", self.id))
+                .hint(format!("`forkvol abandon {}` drops it", self.id))
+        })
+    }
+
+    fn is_served(&self) -> bool {
+        self.session.lock().0 != 0
+    }
+}
+
+/// The engine of one store.
+pub struct Engine {
+    pub store: Arc<Store>,
+    config: EngineConfig,
+    forks: Mutex<HashMap<ForkId, Arc<Live>>>,
+    counters: Counters,
+    stopping: AtomicBool,
+    upkeep: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Engine({})", self.store.dir().display())
+    }
+}
+
+fn now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
+
+fn boot_id() -> Result<String> {
+    let id = crate::sys::boot_id();
+    id.map(Into::into).map_err(|e| EngineError::new(Code::Failed, format!("the id of this boot: {e}")))
+}
+
+impl Engine {
+    /// Opens the store in `dir` and the forks that it knows.
+    ///
+    /// # Errors
+    /// Whatever keeps the store from being opened; nothing was changed then.
+    pub fn open(dir: &Path, config: EngineConfig) -> Result<Arc<Engine>> {
+        let options = StoreOptions {
+            node_cache: config.cache * 3 / 5,
+            chunk_cache: config.cache * 2 / 5,
+            reserve: config.reserve,
+        };
+        let store = Store::open(dir, options)?;
+        let boot = boot_id()?;
+        let mut forks = HashMap::new();
+        for record in store.forks()? {
+            let live = reopen(&store, record, &boot);
+            forks.insert(live.id, Arc::new(live));
+        }
+        let engine = Arc::new(Engine {
+            store,
+            config,
+            forks: Mutex::new(forks),
+            counters: Counters::default(),
+            stopping: AtomicBool::new(false),
+            upkeep: Mutex::new(None),
+        });
+        engine.remove_strays();
+        *engine.upkeep.lock() = Some(upkeep::start(&engine)?);
+        Ok(engine)
+    }
+
+    fn fork_dir(&self, id: ForkId) -> PathBuf {
+        self.store.dir().join("forks").join(id.to_string())
+    }
+
+    fn threads(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(2, usize::from);
+        self.config.threads.unwrap_or_else(cores)
+    }
+
+    /// Finds the version that a text names.
+    fn find_version(&self, text: &str) -> Result<(store::Volume, store::Version)> {
+        let spec: VersionSpec = text.parse().map_err(usage)?;
+        match volume::find(&self.store, &spec)? {
+            Found::Version(found) => Ok(*found),
+            Found::Ambiguous => Err(EngineError::new(Code::Usage, format!("{text} names more than one version"))
+                .hint("write more digits")),
+            Found::Nothing(None) => Err(no_volume(&spec.volume)),
+            Found::Nothing(Some(_)) => Err(EngineError::new(Code::NotFound, format!("there is no version {text}"))
+                .hint(format!("`forkvol log {}` lists them", spec.volume))),
+        }
+    }
+
+    /// The version that a fork begins with: the one asked for, or the first of head and parents that exists.
+    fn choose_base(&self, request: &ForkRequest) -> Result<Option<(store::Volume, store::Version)>> {
+        if let Some(from) = &request.from {
+            return self.find_version(from).map(Some);
+        }
+        for text in std::iter::once(&request.volume).chain(&request.parents) {
+            match self.find_version(text) {
+                Ok(found) => return Ok(Some(found)),
+                Err(error) if error.code == Code::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Makes a fork. It costs the same whatever the volume holds.
+    ///
+    /// # Errors
+    /// `Usage`, `NotFound`, `NoSpace`; what the disk answered.
+    pub fn fork(&self, request: ForkRequest) -> Result<ForkInfo> {
+        volume::check_name(&request.volume).map_err(usage)?;
+        if self.stopping.load(Ordering::Acquire) {
+            return Err(EngineError::new(Code::Busy, "the daemon is stopping"));
+        }
+        if !request.excludes.is_empty() {
+            return Err(EngineError::new(Code::Usage, "exclude patterns are not supported by this version")
+                .hint("leave --exclude away, and keep what must not be committed outside of the fork"));
+        }
+        if self.store.room() == 0 {
+            return Err(EngineError::new(Code::NoSpace, "the disk of the store has no room above its reserve")
+                .hint("free some room, or run `forkvol gc`"));
+        }
+        let base = self.choose_base(&request)?;
+        let volume = self.store.create_volume(&request.volume, now())?;
+        let root = base.as_ref().map_or_else(|| crate::tree::empty().0, |(_, version)| version.root);
+        // Kept from gc until the fork's own record and lease do it.
+        let _lease = self.store.lease(root);
+        let mut bits = [0; 8];
+        crate::sys::random(&mut bits).map_err(|e| EngineError::new(Code::Failed, format!("random numbers: {e}")))?;
+        let id = ForkId(u64::from_le_bytes(bits) >> 16);
+        let has_acl = base.as_ref().is_some_and(|(_, version)| version.has_acl);
+        let owner = match request.owner {
+            Owner::Keep => None,
+            Owner::Ids(uid, gid) => Some((uid, gid.unwrap_or(request.gid))),
+        };
+        let record = store::Fork {
+            id,
+            volume: volume.id,
+            base: base.map(|(volume, version)| VersionRef { volume: volume.id, number: version.number }),
+            root,
+            first_segment: 1,
+            next_epoch: 1,
+            boot: boot_id()?,
+            options: ForkOptions {
+                read_only: request.read_only,
+                ephemeral: request.ephemeral,
+                size: request.size,
+                labels: request.labels,
+                owner,
+                acl: request.acl || has_acl,
+                suid: request.suid,
+                dev: request.dev,
+                job: request.job,
+            },
+            uid: request.uid,
+            gid: request.gid,
+            created: now(),
+            mount: None,
+        };
+        let origin = Origin { id, root, first_segment: 1, size: request.size };
+        let root_owner = owner.unwrap_or((request.uid, request.gid));
+        let fork = Fork::create(self.store.clone(), &self.fork_dir(id), origin, root_owner, now())?;
+        self.store.put_fork(&record)?;
+        let live = Arc::new(Live::new(record, Ok(Arc::new(fork))));
+        self.forks.lock().insert(id, live.clone());
+        self.counters.forks.fetch_add(1, Ordering::Relaxed);
+        let info = self.info(&live)?;
+        log::info!("fork {id} of {} from {}", info.volume, info.base.as_deref().unwrap_or("nothing"));
+        Ok(info)
+    }
+
+    /// Serves a fork on a connection to the kernel that its caller mounted at `mountpoint`; returns when it is usable.
+    ///
+    /// # Errors
+    /// `Busy` if it is served already; `Failed` if the descriptor is not of a mount.
+    pub fn serve(
+        self: &Arc<Self>,
+        id: ForkId,
+        fd: OwnedFd,
+        mountpoint: &str,
+        dev: u64,
+        created: bool,
+    ) -> Result<()> {
+        let live = self.live(id)?;
+        let fork = live.fork()?.clone();
+        let epoch = {
+            let mut session = live.session.lock();
+            if session.0 != 0 {
+                let at = live.record.lock().mount.as_ref().map(|m| m.path.clone()).unwrap_or_default();
+                return Err(EngineError::new(Code::Busy, format!("fork {id} is mounted already, at {at}")));
+            }
+            let mut record = live.record.lock();
+            let epoch = record.next_epoch;
+            record.next_epoch += 1;
+            record.mount = Some(MountPoint { path: mountpoint.into(), dev, created });
+            self.store.put_fork(&record)?;
+            session.0 = epoch;
+            epoch
+        };
+        let options = live.record.lock().options.clone();
+        let ownership = match options.owner {
+            Some((uid, gid)) => Ownership::As { uid, gid },
+            None => Ownership::Keep,
+        };
+        let fs = Fs::new(fork, Options { read_only: options.read_only, ownership, acl: options.acl });
+        let used = self.used(&live)?;
+        let (engine, ended) = (Arc::downgrade(self), live.clone());
+        let result = session::serve(fs, fd, epoch, used, 2, live.requests.clone(), move || {
+            ended.end_session(epoch);
+            if ended.over.load(Ordering::Acquire)
+                && let Some(engine) = engine.upgrade()
+            {
+                engine.remove_delta(&ended);
+            }
+        });
+        result.map_err(|e| {
+            live.end_session(epoch);
+            EngineError::new(Code::Failed, format!("fork {id} cannot be served at {mountpoint}: {e}"))
+        })
+    }
+
+    /// Blocks and files of the version below a fork.
+    fn used(&self, live: &Live) -> Result<(u64, u64)> {
+        let Some(base) = live.record.lock().base else { return Ok((0, 1)) };
+        let version = self.store.version(base)?;
+        Ok(version.map_or((0, 1), |version| (version.blocks.div_ceil(8), version.files)))
+    }
+
+    fn live(&self, id: ForkId) -> Result<Arc<Live>> {
+        self.forks.lock().get(&id).cloned().ok_or_else(|| no_fork(&id.to_string()))
+    }
+
+    /// Finds a fork by its id, as text.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn find_fork(&self, text: &str) -> Result<ForkInfo> {
+        let id = text.parse().map_err(|()| no_fork(text))?;
+        self.info(&*self.live(id)?)
+    }
+
+    /// All forks, oldest first.
+    pub fn forks(&self) -> Result<Vec<ForkInfo>> {
+        let lives: Vec<Arc<Live>> = self.forks.lock().values().cloned().collect();
+        let mut infos = lives.iter().map(|live| self.info(live)).collect::<Result<Vec<_>>>()?;
+        infos.sort_by(|a, b| (a.created, &a.id).cmp(&(b.created, &b.id)));
+        Ok(infos)
+    }
+
+    /// How many forks are served to somebody.
+    pub fn live_forks(&self) -> usize {
+        self.forks.lock().values().filter(|live| live.is_served()).count()
+    }
+
+    /// Drops what a fork changed; returns the mount that its caller is to take away. Never fails for being busy.
+    ///
+    /// # Errors
+    /// `NotFound`; what the disk answered.
+    pub fn abandon(&self, id: ForkId) -> Result<Option<MountInfo>> {
+        let live = self.live(id)?;
+        let _one = live.committing.lock();
+        let unused = live.fork.as_ref().map(|fork| fork.uncommitted_numbers()).unwrap_or_default();
+        self.store.remove_fork(id, &unused)?;
+        self.counters.abandoned.fetch_add(1, Ordering::Relaxed);
+        log::info!("fork {id} abandoned");
+        Ok(self.finish(&live, true))
+    }
+
+    /// Takes a fork off the list; what is left of it goes with its session, or at once if there is none.
+    fn finish(&self, live: &Arc<Live>, abandoned: bool) -> Option<MountInfo> {
+        self.forks.lock().remove(&live.id);
+        live.ahead.lock().take();
+        let mount = live.record.lock().mount.clone().filter(|_| live.is_served());
+        if abandoned && let Some(fork) = &live.fork {
+            fork.end();
+        }
+        live.over.store(true, Ordering::Release);
+        if !live.is_served() {
+            self.remove_delta(live);
+        }
+        mount.map(MountInfo::from)
+    }
+
+    /// Notes that the caller has taken a fork's mount away. The end of the connection says the same, a moment later.
+    pub fn unmounted(&self, id: ForkId) {
+        if let Some(live) = self.forks.lock().get(&id) {
+            live.record.lock().mount = None;
+        }
+    }
+
+    /// Forks of jobs whose mount is gone.
+    pub fn orphans(&self) -> Vec<ForkId> {
+        let forks = self.forks.lock();
+        let gone = forks.values().filter(|live| !live.is_served() && live.record.lock().options.job.is_some());
+        gone.map(|live| live.id).collect()
+    }
+
+    /// Takes no new forks from now on.
+    pub fn drain(&self) {
+        self.stopping.store(true, Ordering::Release);
+    }
+
+    /// Ends the engine: what was acknowledged is in the logs of the forks, and the database is flushed.
+    ///
+    /// # Errors
+    /// `Busy` while forks are served, unless `force`; what the disk answered.
+    pub fn shutdown(&self, force: bool) -> Result<()> {
+        if !force && self.live_forks() > 0 {
+            return Err(EngineError::new(Code::Busy, "forks are live")
+                .hint("commit or abandon them, or stop with --drain or --force"));
+        }
+        self.drain();
+        if let Some(thread) = self.upkeep.lock().take() {
+            thread.thread().unpark();
+            thread.join().expect("a panic ends the process");
+        }
+        Ok(self.store.flush()?)
+    }
+}
+
+fn usage(error: volume::NameError) -> EngineError {
+    EngineError::new(Code::Usage, error.to_string())
+}
+
+fn no_volume(name: &str) -> EngineError {
+    EngineError::new(Code::NotFound, format!("there is no volume {name}")).hint("`forkvol volumes` lists them")
+}
+
+fn no_fork(text: &str) -> EngineError {
+    EngineError::new(Code::NotFound, format!("there is no fork {text}")).hint("`forkvol forks` lists them")
+}
+
+impl Live {
+    fn new(record: store::Fork, fork: std::result::Result<Arc<Fork>, String>) -> Live {
+        let (fork, why_lost) = match fork {
+            Ok(fork) => (Some(fork), None),
+            Err(why) => (None, Some(why)),
+        };
+        Live {
+            id: record.id,
+            fork,
+            record: Mutex::new(record),
+            session: Mutex::new((0, Instant::now())),
+            requests: Arc::default(),
+            committing: Mutex::default(),
+            ahead: Mutex::default(),
+            over: AtomicBool::new(false),
+            why_lost,
+        }
+    }
+
+    fn end_session(&self, epoch: u64) {
+        let mut session = self.session.lock();
+        if session.0 == epoch {
+            *session = (0, Instant::now());
+            if let Some(fork) = &self.fork {
+                fork.end_session();
+            }
+        }
+    }
+}
+
+/// Opens a fork that an earlier daemon left behind.
+fn reopen(store: &Arc<Store>, record: store::Fork, boot: &str) -> Live {
+    let fork = if record.boot == boot {
+        let (id, root) = (record.id, record.root);
+        let origin = Origin { id, root, first_segment: record.first_segment, size: record.options.size };
+        let dir = store.dir().join("forks").join(id.to_string());
+        let opened = Fork::open(store.clone(), &dir, origin);
+        opened.map(Arc::new).map_err(|error| {
+            log::error!("fork {id} cannot be opened: {error}");
+            error.to_string()
+        })
+    } else {
+        Err("it is of another boot of this machine".into())
+    };
+    if let Ok(fork) = &fork {
+        // Nobody reaches the orphans of a session that is gone.
+        fork.end_session();
+    }
+    Live::new(record, fork)
+}

@@ -1,0 +1,355 @@
+//! commit, and what moves heads besides: rollback, reset, removal, repair.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::{Code, Engine, EngineError, Live, MountInfo, Result, VersionInfo, no_fork, now};
+use crate::commit::{Changed, Ingested, changed, prepare};
+use crate::store::{self, ForkChange, ForkId, Ingest, Publish, VersionRef};
+
+/// When a commit makes a version.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum When {
+    Always,
+    /// Only if more than times changed.
+    OnChange,
+    /// Only if the volume has no version.
+    IfMissing,
+}
+
+/// What a commit is to be.
+#[derive(Clone, Debug)]
+pub struct CommitRequest {
+    pub keep: bool,
+    pub labels: BTreeMap<String, String>,
+    pub message: Option<String>,
+    /// Refuse unless this is the head.
+    pub if_head: Option<String>,
+    /// Refuse unless the head is what the fork was made from.
+    pub if_base: bool,
+    /// Commit even forks of versions that were taken back.
+    pub force: bool,
+    pub when: When,
+}
+
+/// What came of one fork.
+#[derive(Clone, Debug)]
+pub struct Committed {
+    pub fork: ForkId,
+    /// None: nothing had changed, so there is no new version.
+    pub version: Option<VersionInfo>,
+    /// The mount that the caller is to take away.
+    pub mount: Option<MountInfo>,
+}
+
+impl Engine {
+    /// Commits forks, all or none. The new versions are heads when this returns.
+    ///
+    /// # Errors
+    /// `NotFound`, `Policy`, `HeadMoved`, `NoSpace`; the forks go on as before then.
+    pub fn commit(&self, mut forks: Vec<ForkId>, request: CommitRequest) -> Result<Vec<Committed>> {
+        forks.sort_unstable();
+        forks.dedup();
+        let lives = forks.iter().map(|id| self.live(*id)).collect::<Result<Vec<_>>>()?;
+        let _one_each: Vec<_> = lives.iter().map(|live| live.committing.lock()).collect();
+        let result = self.commit_locked(&lives, &request);
+        if let Err(error) = &result {
+            self.counters.refused.fetch_add(1, Ordering::Relaxed);
+            log::warn!("commit of {forks:?} refused: {error}");
+        }
+        result
+    }
+
+    fn commit_locked(&self, lives: &[Arc<Live>], request: &CommitRequest) -> Result<Vec<Committed>> {
+        for live in lives {
+            if live.over.load(Ordering::Acquire) {
+                return Err(no_fork(&live.id.to_string()));
+            }
+            live.fork()?;
+            let record = live.record.lock();
+            let refuse = |why: &str| Err(EngineError::new(Code::Policy, format!("fork {} {why}", live.id)));
+            if record.options.read_only {
+                return refuse("is read-only and never commits");
+            }
+            if record.options.ephemeral {
+                return refuse("is ephemeral and never commits");
+            }
+        }
+        self.check_heads(lives, request)?;
+        let mut prepared: Vec<(usize, Ingested)> = Vec::new();
+        for (index, live) in lives.iter().enumerate() {
+            match prepare(live.fork()?, request.keep, self.threads()) {
+                Ok(ingested) => prepared.push((index, ingested)),
+                Err(error) => {
+                    prepared.iter().for_each(|(_, done)| done.fork.thaw());
+                    return Err(error.into());
+                }
+            }
+        }
+        let published = self.publish(lives, request, &prepared);
+        if published.is_err() {
+            prepared.iter().for_each(|(_, done)| done.fork.thaw());
+        }
+        published
+    }
+
+    /// Fails if a head is not what the caller or the history of the volume says it must be.
+    fn check_heads(&self, lives: &[Arc<Live>], request: &CommitRequest) -> Result<()> {
+        let wanted = request.if_head.as_deref().map(|text| self.find_version(text)).transpose()?;
+        for live in lives {
+            let (volume, base) = {
+                let record = live.record.lock();
+                (record.volume, record.base)
+            };
+            let volume = self.store.volume_by_id(volume)?;
+            let volume = volume.ok_or_else(|| EngineError::new(Code::NotFound, "the volume was removed"))?;
+            let moved = |why: String| Err(EngineError::new(Code::HeadMoved, why));
+            let own = base.filter(|base| base.volume == volume.id).map_or(0, |base| base.number);
+            if let Some((_, version)) = &wanted
+                && (version.volume, version.number) != (volume.id, volume.head)
+            {
+                return moved(format!("the head of {} is {}@{}", volume.name, volume.name, volume.head));
+            }
+            if request.if_base && volume.head != own {
+                return moved(format!("the head of {} is {}, the fork was made from {own}", volume.name, volume.head));
+            }
+            let taken_back = volume.taken_back.iter().any(|(first, last)| (*first..=*last).contains(&own));
+            if taken_back && !request.force {
+                return moved(format!("fork {} was made from {}@{own}, which was taken back", live.id, volume.name));
+            }
+        }
+        Ok(())
+    }
+
+    fn publish(
+        &self,
+        lives: &[Arc<Live>],
+        request: &CommitRequest,
+        prepared: &[(usize, Ingested)],
+    ) -> Result<Vec<Committed>> {
+        let mut publish = Publish::default();
+        let mut ingests: Vec<Arc<Ingest>> = Vec::new();
+        // Which fork each version is of; forks without one are unchanged.
+        let mut made = Vec::new();
+        for (index, done) in prepared {
+            let live = &lives[*index];
+            ingests.extend(live.ahead.lock().clone());
+            ingests.push(done.ingest.clone());
+            let is_new = self.is_new(live, request, done)?;
+            if is_new {
+                publish.versions.push(self.new_version(live, request, done)?);
+                made.push(*index);
+            }
+            if !request.keep {
+                let unused = done.fork.unused_numbers();
+                publish.forks.push(ForkChange::Remove(live.id, unused));
+            }
+        }
+        // With keep the forks' records name numbers that only the publish gives.
+        let versions = if request.keep {
+            self.publish_kept(lives, &ingests, publish, prepared, &made)?
+        } else {
+            self.store.publish(&ingests, publish)?
+        };
+        let mut out = Vec::new();
+        for (index, done) in prepared {
+            let live = &lives[*index];
+            let version = made.iter().position(|at| at == index).map(|at| &versions[at]);
+            let counter = if version.is_some() { &self.counters.commits } else { &self.counters.unchanged };
+            counter.fetch_add(1, Ordering::Relaxed);
+            let info = version.map(|version| self.published_info(version)).transpose()?;
+            if let Some(info) = &info {
+                log::info!("fork {} committed as {}@{}, {} bytes new", live.id, info.volume, info.number, info.new_bytes);
+            }
+            let mount = if request.keep {
+                match version {
+                    Some(version) => {
+                        done.fork.rebase(version.root, done.sealed.segment.unwrap_or(1));
+                        live.ahead.lock().take();
+                    }
+                    None => done.fork.thaw(),
+                }
+                None
+            } else {
+                self.finish(live, false)
+            };
+            out.push(Committed { fork: live.id, version: info, mount });
+        }
+        Ok(out)
+    }
+
+    fn published_info(&self, version: &store::Version) -> Result<VersionInfo> {
+        let volume = self.store.volume_by_id(version.volume)?;
+        let volume = volume.ok_or_else(|| EngineError::new(Code::NotFound, "the volume was removed"))?;
+        self.version_info(&volume, version)
+    }
+
+    /// Whether a commit of this fork makes a version.
+    fn is_new(&self, live: &Live, request: &CommitRequest, done: &Ingested) -> Result<bool> {
+        let volume = live.record.lock().volume;
+        let head = self.store.volume_by_id(volume)?.map_or(0, |volume| volume.head);
+        if request.when == When::IfMissing && head != 0 {
+            return Ok(false);
+        }
+        // Of another volume's version, or of one that is not the head's volume yet: the first version of its own.
+        let base = live.record.lock().base;
+        if base.is_none_or(|base| base.volume != volume) && head == 0 && base.is_some() {
+            return Ok(true);
+        }
+        let least = if request.when == When::OnChange { Changed::Yes } else { Changed::Times };
+        if done.root == done.sealed.root.id {
+            return Ok(false);
+        }
+        Ok(changed(&*done.ingest, done.sealed.root.id, done.root)? >= least)
+    }
+
+    fn new_version(&self, live: &Live, request: &CommitRequest, done: &Ingested) -> Result<store::Version> {
+        let record = live.record.lock().clone();
+        let below = match record.base {
+            Some(base) => self.store.version(base)?,
+            None => None,
+        };
+        let add = |value: fn(&store::Version) -> u64, change: i64| {
+            below.as_ref().map_or(0, value).saturating_add_signed(change)
+        };
+        let mut labels = record.options.labels.clone();
+        labels.extend(request.labels.clone());
+        Ok(store::Version {
+            volume: record.volume,
+            number: 0,
+            root: done.root,
+            base: record.base,
+            previous: 0,
+            time: now(),
+            job: record.options.job.clone(),
+            labels,
+            message: request.message.clone(),
+            files: add(|v| v.files, done.change.files),
+            logical_bytes: add(|v| v.logical_bytes, done.change.logical_bytes),
+            blocks: add(|v| v.blocks, done.change.blocks),
+            new_bytes: done.ingest.new_bytes() + live.ahead.lock().as_ref().map_or(0, |ahead| ahead.new_bytes()),
+            has_acl: done.change.has_acl || record.options.acl,
+            has_links: done.change.has_links || below.as_ref().is_some_and(|v| v.has_links),
+            uid_map: None,
+        })
+    }
+
+    /// Publishes versions of forks that go on, with their records on top of them.
+    fn publish_kept(
+        &self,
+        lives: &[Arc<Live>],
+        ingests: &[Arc<Ingest>],
+        publish: Publish,
+        prepared: &[(usize, Ingested)],
+        made: &[usize],
+    ) -> Result<Vec<store::Version>> {
+        self.store.publish_with(ingests, publish, |versions| {
+            let mut changes = Vec::new();
+            for (version, index) in versions.iter().zip(made) {
+                let Some((_, done)) = prepared.iter().find(|(at, _)| at == index) else { continue };
+                let mut record = lives[*index].record.lock();
+                record.root = version.root;
+                record.first_segment = done.sealed.segment.unwrap_or(record.first_segment);
+                record.base = Some(VersionRef { volume: version.volume, number: version.number });
+                changes.push(ForkChange::Put(record.clone()));
+            }
+            changes
+        })
+        .map_err(Into::into)
+    }
+
+    /// Makes an older version the head again, as a new version.
+    pub fn rollback(&self, name: &str, text: &str) -> Result<VersionInfo> {
+        let volume = self.volume_record(name)?;
+        let text = if text.bytes().all(|b| b.is_ascii_digit()) { format!("{name}@{text}") } else { text.into() };
+        let (from, version) = self.find_version(&text)?;
+        if from.id != volume.id {
+            return Err(EngineError::new(Code::Usage, format!("{text} is not a version of {name}")));
+        }
+        let at = VersionRef { volume: volume.id, number: version.number };
+        if let Some(why) = self.store.damage(at)? {
+            return Err(EngineError::new(Code::Damaged, format!("{text} was set aside: {why}")));
+        }
+        let again = store::Version {
+            base: Some(at),
+            time: now(),
+            message: Some(format!("rollback to {}", version.number)),
+            new_bytes: 0,
+            ..version.clone()
+        };
+        let made = self.store.publish(&[], Publish { versions: vec![again], forks: Vec::new() })?;
+        let made = made.first().ok_or_else(|| EngineError::new(Code::Failed, "nothing was published"))?;
+        let (first, last) = (version.number + 1, made.number - 1);
+        if first <= last {
+            self.store.update_volume(volume.id, |volume| volume.taken_back.push((first, last)))?;
+        }
+        log::info!("{name} rolled back to {} as {}", version.number, made.number);
+        self.published_info(made)
+    }
+
+    /// Lets the next fork of a volume start empty; its history stays.
+    pub fn reset_volume(&self, name: &str) -> Result<()> {
+        let volume = self.volume_record(name)?;
+        log::info!("{name} reset");
+        Ok(self.store.update_volume(volume.id, |volume| {
+            if volume.head > 0 {
+                volume.taken_back.push((1, volume.next - 1));
+            }
+            volume.head = 0;
+        })?)
+    }
+
+    /// Removes a volume with its versions.
+    ///
+    /// # Errors
+    /// `Busy` while it has forks, unless `force`, which abandons them.
+    pub fn remove_volume(&self, name: &str, force: bool) -> Result<Vec<MountInfo>> {
+        let volume = self.volume_record(name)?;
+        let forks: Vec<ForkId> = {
+            let forks = self.forks.lock();
+            forks.values().filter(|live| live.record.lock().volume == volume.id).map(|live| live.id).collect()
+        };
+        if !forks.is_empty() && !force {
+            let ids: Vec<String> = forks.iter().map(ToString::to_string).collect();
+            return Err(EngineError::new(Code::Busy, format!("volume {name} has forks: {}", ids.join(", ")))
+                .hint("commit or abandon them, or use --force, which abandons them"));
+        }
+        let mut mounts = Vec::new();
+        for id in forks {
+            mounts.extend(self.abandon(id)?);
+        }
+        self.store.remove_volume(&volume)?;
+        log::info!("volume {name} removed");
+        Ok(mounts)
+    }
+
+    /// Gives a volume another name; its forks go on.
+    pub fn rename_volume(&self, old: &str, new: &str) -> Result<()> {
+        let volume = self.volume_record(old)?;
+        crate::volume::check_name(new).map_err(super::usage)?;
+        if self.store.volume(new)?.is_some() {
+            return Err(EngineError::new(Code::Usage, format!("there is a volume {new} already")));
+        }
+        Ok(self.store.update_volume(volume.id, |volume| volume.name = new.into())?)
+    }
+
+    /// Keeps a version from being removed, or lets it go.
+    pub fn pin(&self, text: &str, pinned: bool) -> Result<VersionInfo> {
+        let (volume, version) = self.find_version(text)?;
+        self.store.set_pin(VersionRef { volume: volume.id, number: version.number }, pinned)?;
+        self.version_info(&volume, &version)
+    }
+
+    /// Sets damaged versions aside, so that the newest whole one is forked from; removes nothing.
+    pub fn repair(&self) -> Result<store::CheckReport> {
+        let report = self.store.check()?;
+        for problem in &report.problems {
+            if let Some(at) = problem.at {
+                self.store.set_aside(at, &problem.what)?;
+                log::warn!("{}@{} set aside: {}", problem.volume, problem.number, problem.what);
+            }
+        }
+        Ok(report)
+    }
+}

@@ -1,0 +1,253 @@
+//! Reading versions without a mount: ls, cat, diff; and looking after the store: stats, gc, check.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
+
+use super::{Code, Engine, EngineError, Result};
+use crate::fork::view;
+use crate::record::{self, Attr, Ino, Key, Kind, ROOT};
+use crate::store::{CheckReport, GcReport, Lease, Stats};
+use crate::tree::{self, NodeId};
+
+/// An entry of a directory of a version.
+#[derive(Clone, PartialEq, Debug)]
+pub struct ListEntry {
+    pub name: Vec<u8>,
+    pub ino: u64,
+    /// st_mode, with the type.
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub size: u64,
+    /// Nanoseconds since 1970.
+    pub mtime: i64,
+    pub nlink: u32,
+    /// Of a symbolic link.
+    pub target: Option<Vec<u8>>,
+}
+
+/// How a path differs.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum DiffKind {
+    Added,
+    Removed,
+    Changed,
+    Renamed,
+}
+
+/// A path that differs between two versions.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DiffEntry {
+    pub kind: DiffKind,
+    pub path: Vec<u8>,
+    /// The old path of what was renamed.
+    pub from: Option<Vec<u8>>,
+    pub old_size: u64,
+    pub new_size: u64,
+}
+
+/// A root that is read, and what keeps it.
+pub(super) struct Held {
+    pub root: NodeId,
+    _lease: Lease,
+}
+
+impl Engine {
+    /// The root of a version.
+    pub(super) fn hold(&self, text: &str) -> Result<Held> {
+        let (_, version) = self.find_version(text)?;
+        Ok(Held { root: version.root, _lease: self.store.lease(version.root) })
+    }
+
+    /// The root of a version, or of a fork as it is now.
+    fn hold_any(&self, text: &str) -> Result<Held> {
+        if !text.starts_with("f-") {
+            return self.hold(text);
+        }
+        let id = text.parse().map_err(|()| super::no_fork(text))?;
+        let live = self.live(id)?;
+        let _one = live.committing.lock();
+        let prepared = crate::commit::prepare(live.fork()?, true, self.threads())?;
+        let root = prepared.root;
+        let lease = self.store.lease(root);
+        // The edits go back into the fork; what was ingested stays for as long as it is read, and is garbage then.
+        prepared.fork.thaw();
+        self.store.publish(&[prepared.ingest], crate::store::Publish::default())?;
+        Ok(Held { root, _lease: lease })
+    }
+
+    fn attr(&self, root: NodeId, ino: Ino) -> Result<Attr> {
+        view::base_attr(&self.store, root, ino)?
+            .ok_or_else(|| EngineError::new(Code::Damaged, format!("inode {ino} has no attributes")))
+    }
+
+    /// Finds the inode at a path.
+    fn walk(&self, root: NodeId, path: &[u8]) -> Result<Option<Ino>> {
+        if root == tree::empty().0 {
+            return Ok(None);
+        }
+        let mut at = ROOT;
+        for part in path.split(|b| *b == b'/').filter(|part| !part.is_empty() && *part != b".") {
+            match view::base_entry(&self.store, root, at, record::hash56(part), part)? {
+                Some((child, _)) => at = child,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(at))
+    }
+
+    fn at(&self, text: &str, path: &[u8], held: &Held) -> Result<Ino> {
+        let path_text = String::from_utf8_lossy(path).into_owned();
+        self.walk(held.root, path)?
+            .ok_or_else(|| EngineError::new(Code::NotFound, format!("{text} has no {path_text}")))
+    }
+
+    pub(super) fn children(&self, root: NodeId, dir: Ino) -> Result<BTreeMap<Vec<u8>, (Ino, Kind)>> {
+        let mut out = BTreeMap::new();
+        for item in tree::prefix(&*self.store, root, &record::entries_prefix(dir)) {
+            let (key, value) = item?;
+            if let (Some(Key::Entry { name, .. }), Some(child)) = (Key::parse(&key), record::decode_entry(&value)) {
+                out.insert(name.to_vec(), child);
+            }
+        }
+        Ok(out)
+    }
+
+    pub(super) fn bytes(&self, root: NodeId, ino: Ino, size: u64) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; size as usize];
+        view::read_base(&self.store, root, ino, 0, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Lists a directory of a version, or the one file that is there.
+    pub fn ls(&self, text: &str, path: &[u8]) -> Result<Vec<ListEntry>> {
+        let held = self.hold(text)?;
+        let ino = self.at(text, path, &held)?;
+        let entry = |name: Vec<u8>, ino: Ino| -> Result<ListEntry> {
+            let attr = self.attr(held.root, ino)?;
+            let is_link = attr.kind == Kind::Symlink;
+            let target = is_link.then(|| self.bytes(held.root, ino, attr.size)).transpose()?;
+            Ok(ListEntry {
+                name,
+                ino: ino.0,
+                mode: attr.kind.mode() | u32::from(attr.mode),
+                uid: attr.uid,
+                gid: attr.gid,
+                size: attr.size,
+                mtime: attr.mtime,
+                nlink: attr.nlink,
+                target,
+            })
+        };
+        if self.attr(held.root, ino)?.kind != Kind::Directory {
+            let name = path.rsplit(|b| *b == b'/').next().unwrap_or_default();
+            return Ok(vec![entry(name.to_vec(), ino)?]);
+        }
+        self.children(held.root, ino)?.into_iter().map(|(name, (ino, _))| entry(name, ino)).collect()
+    }
+
+    /// Writes the content of a file of a version.
+    pub fn cat(&self, text: &str, path: &[u8], out: &mut dyn Write) -> Result<()> {
+        let held = self.hold(text)?;
+        let ino = self.at(text, path, &held)?;
+        let attr = self.attr(held.root, ino)?;
+        if attr.kind != Kind::File {
+            let path = String::from_utf8_lossy(path).into_owned();
+            return Err(EngineError::new(Code::Failed, format!("{path} in {text} is no regular file")));
+        }
+        self.copy_out(held.root, ino, attr.size, out)
+    }
+
+    pub(super) fn copy_out(&self, root: NodeId, ino: Ino, size: u64, out: &mut dyn Write) -> Result<()> {
+        let mut buffer = vec![0; 1 << 20];
+        let mut at = 0;
+        while at < size {
+            let part = ((size - at) as usize).min(buffer.len());
+            view::read_base(&self.store, root, ino, at, &mut buffer[..part])?;
+            out.write_all(&buffer[..part]).map_err(|e| EngineError::new(Code::Failed, format!("output: {e}")))?;
+            at += part as u64;
+        }
+        Ok(())
+    }
+
+    /// Returns the paths that differ between two versions, or a version and a fork as it is now.
+    pub fn diff(&self, a: &str, b: &str) -> Result<Vec<DiffEntry>> {
+        let (old, new) = (self.hold_any(a)?, self.hold_any(b)?);
+        let (old, new) = (old.root, new.root);
+        let mut inodes: BTreeSet<Ino> = BTreeSet::new();
+        for difference in tree::diff(&*self.store, old, new) {
+            let key = difference?.key;
+            inodes.extend(match Key::parse(&key) {
+                Some(Key::Attr(ino) | Key::Xattr { ino, .. } | Key::Content { ino, .. } | Key::Backref { ino, .. }) => {
+                    vec![ino]
+                }
+                _ => vec![],
+            });
+        }
+        let mut out = Vec::new();
+        for ino in inodes {
+            self.diff_inode(old, new, ino, &mut out)?;
+        }
+        out.sort_by(|x, y| (&x.path, x.kind).cmp(&(&y.path, y.kind)));
+        Ok(out)
+    }
+
+    fn diff_inode(&self, old: NodeId, new: NodeId, ino: Ino, out: &mut Vec<DiffEntry>) -> Result<()> {
+        let before = view::base_attr(&self.store, old, ino)?;
+        let after = view::base_attr(&self.store, new, ino)?;
+        // The same number and birth is the same file; a number that was used again is another one.
+        let same = matches!((&before, &after), (Some(a), Some(b)) if a.btime == b.btime && a.kind == b.kind);
+        let paths = |root: NodeId, attr: &Option<Attr>| -> Result<BTreeSet<Vec<u8>>> {
+            let Some(attr) = attr else { return Ok(BTreeSet::new()) };
+            if attr.kind == Kind::Directory {
+                let path = self.store.dir_path(root, ino)?;
+                return Ok(BTreeSet::from([path.trim_end_matches('/').as_bytes().to_vec()]));
+            }
+            Ok(self.store.paths(root, ino)?.into_iter().map(String::into_bytes).collect())
+        };
+        let (mut was, mut is) = (paths(old, &before)?, paths(new, &after)?);
+        let (old_size, new_size) = (before.as_ref().map_or(0, |a| a.size), after.as_ref().map_or(0, |a| a.size));
+        let entry = |kind, path: Vec<u8>, from| DiffEntry { kind, path, from, old_size, new_size };
+        if same {
+            let both: Vec<Vec<u8>> = was.intersection(&is).cloned().collect();
+            let only_times = |a: &Attr, b: &Attr| {
+                a.kind == Kind::Directory
+                    && Attr { atime: b.atime, mtime: b.mtime, ctime: b.ctime, nlink: b.nlink, ..a.clone() } == *b
+            };
+            let quiet = matches!((&before, &after), (Some(a), Some(b)) if only_times(a, b));
+            for path in both {
+                was.remove(&path);
+                is.remove(&path);
+                if !quiet {
+                    out.push(entry(DiffKind::Changed, path, None));
+                }
+            }
+            while let (Some(from), Some(to)) = (was.pop_first(), is.pop_first()) {
+                out.push(entry(DiffKind::Renamed, to, Some(from)));
+            }
+        }
+        out.extend(was.into_iter().map(|path| entry(DiffKind::Removed, path, None)));
+        out.extend(is.into_iter().map(|path| entry(DiffKind::Added, path, None)));
+        Ok(())
+    }
+
+    /// Counts what the store holds.
+    pub fn stats(&self) -> Result<Stats> {
+        Ok(self.store.stats()?)
+    }
+
+    /// Removes what nothing names any more.
+    pub fn gc(&self, dry_run: bool) -> Result<GcReport> {
+        let report = self.store.gc(dry_run, || {
+            let lives: Vec<_> = self.forks.lock().values().cloned().collect();
+            lives.iter().filter_map(|live| live.fork.as_ref()).flat_map(|fork| fork.roots()).collect()
+        })?;
+        log::info!("gc removed {} chunks and freed {} bytes", report.removed_chunks, report.freed_bytes);
+        Ok(report)
+    }
+
+    /// Checks every version.
+    pub fn check(&self) -> Result<CheckReport> {
+        Ok(self.store.check()?)
+    }
+}

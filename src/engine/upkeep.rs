@@ -1,0 +1,151 @@
+//! What an engine does by itself: ingest ahead of commits, give room back, drop what jobs left behind, flush when idle.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
+
+use super::{Code, Engine, EngineError, Live, Result};
+use crate::commit;
+
+const PAUSE: Duration = Duration::from_millis(300);
+/// Files of one fork that are ingested between two looks at the others.
+const AT_A_TIME: usize = 256;
+/// A file is cut down in steps of this size before it is unlinked, so that the disk is never held for long.
+const STEP: u64 = 64 << 20;
+
+/// Starts the thread that looks after an engine until it stops.
+pub fn start(engine: &Arc<Engine>) -> Result<thread::JoinHandle<()>> {
+    let weak = Arc::downgrade(engine);
+    let run = move || {
+        if let Err(error) = crate::sys::idle_priority() {
+            log::debug!("background work runs at normal priority: {error}");
+        }
+        loop {
+            let Some(engine) = weak.upgrade() else { return };
+            if engine.stopping.load(Ordering::Acquire) {
+                return;
+            }
+            let busy = engine.look_after();
+            drop(engine);
+            if !busy {
+                thread::park_timeout(PAUSE);
+            }
+        }
+    };
+    let thread = thread::Builder::new().name("upkeep".into()).spawn(run);
+    thread.map_err(|e| EngineError::new(Code::Failed, format!("a thread for background work: {e}")))
+}
+
+impl Engine {
+    /// Looks after every fork once; returns whether there is more to do at once.
+    fn look_after(&self) -> bool {
+        let lives: Vec<Arc<Live>> = self.forks.lock().values().cloned().collect();
+        let mut busy = false;
+        for live in &lives {
+            busy |= self.ingest_ahead(live);
+            if let Some(fork) = &live.fork
+                && let Err(error) = fork.spool.punch()
+            {
+                log::debug!("fork {}: room was not given back: {error}", live.id);
+            }
+            self.drop_orphan(live);
+        }
+        busy
+    }
+
+    fn ingest_ahead(&self, live: &Live) -> bool {
+        let Some(fork) = &live.fork else { return false };
+        let will_commit = {
+            let record = live.record.lock();
+            !record.options.ephemeral && !record.options.read_only
+        };
+        if !will_commit || !live.is_served() {
+            return false;
+        }
+        // A commit does the work itself, and faster.
+        let Some(_one) = live.committing.try_lock() else { return false };
+        let ingest = live.ahead.lock().get_or_insert_with(|| Arc::new(self.store.ingest())).clone();
+        match commit::ahead(fork, &ingest, AT_A_TIME) {
+            Ok(files) => files == AT_A_TIME,
+            Err(error) => {
+                log::debug!("fork {}: nothing was ingested ahead: {error}", live.id);
+                false
+            }
+        }
+    }
+
+    /// Abandons the fork of a job whose mount has been gone for long.
+    fn drop_orphan(&self, live: &Live) {
+        let gone = {
+            let session = live.session.lock();
+            session.0 == 0 && session.1.elapsed() > self.config.orphan_after
+        };
+        if gone && live.record.lock().options.job.is_some() {
+            log::info!("fork {} of a job that is gone is abandoned", live.id);
+            if let Err(error) = self.abandon(live.id) {
+                log::warn!("fork {} was not abandoned: {error}", live.id);
+            }
+        }
+    }
+
+    /// Removes the folder of a fork that is over, in the background.
+    pub(super) fn remove_delta(&self, live: &Live) {
+        if let Some(fork) = &live.fork {
+            fork.end();
+        }
+        let dir = self.fork_dir(live.id);
+        let aside = dir.with_extension("gone");
+        if let Err(error) = fs::rename(&dir, &aside) {
+            if error.kind() != std::io::ErrorKind::NotFound {
+                log::warn!("{}: {error}", dir.display());
+            }
+            return;
+        }
+        remove_in_background(aside.as_path());
+    }
+
+    /// Removes folders that no fork's record names.
+    pub(super) fn remove_strays(&self) {
+        let Ok(entries) = fs::read_dir(self.store.dir().join("forks")) else { return };
+        for entry in entries.filter_map(std::result::Result::ok) {
+            let name = entry.file_name();
+            let id = name.to_str().and_then(|name| name.parse().ok());
+            if id.is_none_or(|id| !self.forks.lock().contains_key(&id)) {
+                remove_in_background(&entry.path());
+            }
+        }
+    }
+}
+
+fn remove_in_background(dir: &Path) {
+    let dir = dir.to_path_buf();
+    let work = move || {
+        if let Err(error) = crate::sys::idle_priority() {
+            log::debug!("{}: removed at normal priority: {error}", dir.display());
+        }
+        if let Err(error) = remove_slowly(&dir) {
+            log::warn!("{} was not removed: {error}", dir.display());
+        }
+    };
+    // Without a thread the folder stays, and goes at the next start.
+    if let Err(error) = thread::Builder::new().name("remove".into()).spawn(work) {
+        log::warn!("a thread to remove a fork: {error}");
+    }
+}
+
+fn remove_slowly(dir: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let file = fs::File::options().write(true).open(&path)?;
+        let mut len = file.metadata()?.len();
+        while len > STEP {
+            len -= STEP;
+            file.set_len(len)?;
+        }
+        fs::remove_file(&path)?;
+    }
+    fs::remove_dir(dir)
+}

@@ -1,0 +1,142 @@
+//! Names of volumes and versions: what is legal, and which version a text names.
+
+use crate::store::{Store, StoreError, Version, VersionRef, Volume};
+
+/// A text that names a version: `VOLUME`, `VOLUME@head`, `VOLUME@NUMBER` or `VOLUME@xHEX`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VersionSpec {
+    pub volume: String,
+    pub which: Which,
+}
+
+/// Which version of a volume.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Which {
+    Head,
+    Number(u64),
+    /// The first hex digits of the version's id.
+    Hex(String),
+}
+
+/// Why a name or a version is none.
+#[derive(Debug, thiserror::Error)]
+pub enum NameError {
+    #[error("{0:?} is no volume name: 1 to 128 of A-Z a-z 0-9 . _ - /, beginning and ending with a letter or digit, no empty, \".\" or \"..\" part")]
+    Volume(String),
+    #[error("{0:?} is no version: write VOLUME, VOLUME@head, VOLUME@NUMBER or VOLUME@xHEX with at least 6 hex digits")]
+    Version(String),
+}
+
+/// Checks the name of a volume.
+pub fn check_name(name: &str) -> Result<(), NameError> {
+    let legal = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
+    let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+    let parts = name.split('/').all(|part| !part.is_empty() && part != "." && part != "..");
+    let edges = edge(name.chars().next()) && edge(name.chars().next_back());
+    if name.len() <= 128 && name.chars().all(legal) && edges && parts {
+        Ok(())
+    } else {
+        Err(NameError::Volume(name.into()))
+    }
+}
+
+impl std::str::FromStr for VersionSpec {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<VersionSpec, NameError> {
+        let (volume, which) = text.split_once('@').unwrap_or((text, "head"));
+        check_name(volume)?;
+        let bad = || NameError::Version(text.into());
+        let which = if which == "head" {
+            Which::Head
+        } else if let Some(hex) = which.strip_prefix('x') {
+            let digits = hex.len() >= 6 && hex.len() <= 64 && hex.bytes().all(|b| b.is_ascii_hexdigit());
+            Which::Hex(digits.then(|| hex.to_ascii_lowercase()).ok_or_else(bad)?)
+        } else if !which.is_empty() && which.bytes().all(|b| b.is_ascii_digit()) {
+            Which::Number(which.parse().map_err(|_| bad())?)
+        } else {
+            return Err(bad());
+        };
+        Ok(VersionSpec { volume: volume.into(), which })
+    }
+}
+
+/// What a version was found to be.
+pub enum Found {
+    Version(Box<(Volume, Version)>),
+    /// The volume has no version, or there is no volume of that name.
+    Nothing(Option<Volume>),
+    Ambiguous,
+}
+
+/// Finds the version that a text names.
+///
+/// # Errors
+/// What the store answered.
+pub fn find(store: &Store, spec: &VersionSpec) -> Result<Found, StoreError> {
+    let Some(volume) = store.volume(&spec.volume)? else { return Ok(Found::Nothing(None)) };
+    let version = match &spec.which {
+        Which::Head => head(store, &volume)?,
+        Which::Number(number) => store.version(VersionRef { volume: volume.id, number: *number })?,
+        Which::Hex(digits) => {
+            let versions = store.versions(volume.id)?.into_iter();
+            let mut named = versions.filter(|v| Store::version_id(v).to_hex().starts_with(digits));
+            let first = named.next();
+            if named.next().is_some() {
+                return Ok(Found::Ambiguous);
+            }
+            first
+        }
+    };
+    Ok(match version {
+        Some(version) => Found::Version(Box::new((volume, version))),
+        None => Found::Nothing(Some(volume)),
+    })
+}
+
+/// Returns the newest version that was not set aside as damaged, from the head down.
+///
+/// # Errors
+/// What the store answered.
+pub fn head(store: &Store, volume: &Volume) -> Result<Option<Version>, StoreError> {
+    let mut number = volume.head;
+    while number > 0 {
+        let at = VersionRef { volume: volume.id, number };
+        let Some(version) = store.version(at)? else {
+            return Err(StoreError::Missing { what: format!("the record of {}@{number}", volume.name) });
+        };
+        if store.damage(at)?.is_none() {
+            return Ok(Some(version));
+        }
+        number = version.previous;
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_volumes_are_checked() {
+        for good in ["npm", "a", "shop/branch/x", "A.b_c-d9"] {
+            assert!(check_name(good).is_ok(), "{good}");
+        }
+        let long = "a".repeat(129);
+        for bad in ["", "/a", "a/", "a//b", "a/./b", "a/../b", ".a", "a-", "a b", "ä", "a@1", &long] {
+            assert!(check_name(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn versions_are_read() {
+        let parse = |text: &str| text.parse::<VersionSpec>().map(|spec| spec.which).ok();
+        assert_eq!(parse("npm"), Some(Which::Head));
+        assert_eq!(parse("npm@head"), Some(Which::Head));
+        assert_eq!(parse("npm@42"), Some(Which::Number(42)));
+        assert_eq!(parse("npm@x9F3c1a"), Some(Which::Hex("9f3c1a".into())));
+        for bad in ["npm@", "npm@x9f3", "npm@1a", "npm@xzzzzzz", "@1", "npm@99999999999999999999"] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+}
