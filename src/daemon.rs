@@ -6,6 +6,7 @@
 
 mod access;
 mod calls;
+mod documents;
 mod log;
 mod socket;
 
@@ -21,7 +22,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use crate::engine::{self, Engine, EngineConfig, EngineError};
+use crate::engine::{self, Engine, EngineError};
 use crate::protocol::{
     Answer, Bytes, Code, Connection, Failure, FrameError, Hello, MAX_REQUEST, PROTOCOL, Request,
     Status, Stop, VERSION,
@@ -30,6 +31,8 @@ use crate::sys;
 use crate::sys::process::{self, Signals};
 use crate::sys::socket::Peer;
 use socket::Listening;
+
+pub use crate::engine::EngineConfig;
 
 /// A client says who it is within this time, or is sent away.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);

@@ -150,6 +150,7 @@ impl Fork {
             fork.log.lock().append(Request::default(), [&edit])?;
             let cell = Cell::new(ROOT, Inode::created(attr));
             fork.layers.write().live.inodes.insert(ROOT, cell);
+            fork.created.store(1, Ordering::Relaxed);
         }
         Ok(fork)
     }
@@ -438,6 +439,9 @@ impl Fork {
         }
         for cell in layers.live.inodes.values() {
             let mut inode = cell.state.write();
+            if inode.created && inode.base.is_none() {
+                self.created.fetch_sub(1, Ordering::Relaxed);
+            }
             inode.base = inode.base.or(Some(layers.root.id));
             inode.created = true;
         }

@@ -100,7 +100,7 @@ pub enum Request {
     Stats,
     Gc { dry_run: bool },
     Check,
-    Repair { yes: bool },
+    Repair,
 }
 
 /// The first words of both sides.

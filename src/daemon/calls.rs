@@ -1,16 +1,18 @@
 //! From requests of the protocol to calls of the engine, and back. One arm per request; no decision is made here but who may.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 
-use super::{Shared, access, failure};
+use super::{Shared, access, documents, failure};
 use crate::engine::{self, CommitRequest, Engine, ForkInfo, ForkRequest};
 use crate::protocol::{
     Answer, Code, Commit, Connection, Failure, Fork, FrameError, Incoming, Outgoing, Owner,
     Request, Serve, When,
 };
+use crate::store::ForkId;
 use crate::sys::mount;
 use crate::sys::socket::Peer;
 
@@ -62,14 +64,14 @@ pub fn live_fork_names(engine: &Engine) -> Vec<String> {
         .forks()
         .unwrap_or_default()
         .iter()
-        .filter(|fork| fork.is_live())
+        .filter(|fork| fork.state == "live")
         .map(|fork| format!("{} ({})", fork.id, fork.volume))
         .collect()
 }
 
 struct Call<'a> {
     shared: &'a Shared,
-    engine: &'a Engine,
+    engine: &'a Arc<Engine>,
     peer: Peer,
 }
 
@@ -79,24 +81,34 @@ impl Call<'_> {
         let engine = self.engine;
         let value = match request {
             Request::Fork(fork) => return self.fork(*fork),
-            Request::Find { fork } => json!({"fork": engine.resolve_fork(&fork).map_err(failure)?}),
+            Request::Find { fork } => {
+                json!({"fork": documents::fork(&engine.find_fork(&fork).map_err(failure)?)})
+            }
             Request::Commit(commit) => return self.commit(commit),
             Request::Abandon { forks } => return self.abandon(&forks),
             Request::Unmounted { fork } => {
-                engine.unmounted(self.own(&fork)?.id).map_err(failure)?;
+                let (id, _) = self.own(&fork)?;
+                engine.unmounted(id);
                 json!({})
             }
             Request::Orphans => {
-                let ids: Vec<String> =
-                    engine.orphans().map_err(failure)?.iter().map(ToString::to_string).collect();
+                let ids: Vec<String> = engine.orphans().iter().map(ToString::to_string).collect();
                 json!({"orphans": ids})
             }
-            Request::Forks => json!({"forks": engine.forks().map_err(failure)?}),
-            Request::Volumes => json!({"volumes": engine.volumes().map_err(failure)?}),
-            Request::Volume { name } => json!({"volume": engine.volume(&name).map_err(failure)?}),
+            Request::Forks => {
+                let forks = engine.forks().map_err(failure)?;
+                json!({"forks": documents::list(&forks, documents::fork)})
+            }
+            Request::Volumes => {
+                let volumes = engine.volumes().map_err(failure)?;
+                json!({"volumes": documents::list(&volumes, documents::volume)})
+            }
+            Request::Volume { name } => {
+                json!({"volume": documents::volume(&engine.volume(&name).map_err(failure)?)})
+            }
             Request::RemoveVolume { name, force } => {
-                engine.remove_volume(&name, force).map_err(failure)?;
-                json!({"removed": name})
+                let mounts = engine.remove_volume(&name, force).map_err(failure)?;
+                json!({"removed": name, "mounts": documents::mounts(&mounts)})
             }
             Request::RenameVolume { old, new } => {
                 engine.rename_volume(&old, &new).map_err(failure)?;
@@ -107,30 +119,36 @@ impl Call<'_> {
                 json!({"reset": name})
             }
             Request::Log { volume } => {
-                json!({"volume": volume, "versions": engine.log(&volume).map_err(failure)?})
+                let versions = engine.log(&volume).map_err(failure)?;
+                json!({"volume": volume, "versions": documents::list(&versions, documents::version)})
             }
             Request::Rollback { volume, version } => {
-                json!({"version": engine.rollback(&volume, &version).map_err(failure)?})
+                let version = engine.rollback(&volume, &version).map_err(failure)?;
+                json!({"version": documents::version(&version)})
             }
             Request::Pin { version, pinned } => {
-                json!({"version": engine.pin(&version, pinned).map_err(failure)?})
+                let version = engine.pin(&version, pinned).map_err(failure)?;
+                json!({"version": documents::version(&version)})
             }
             Request::Diff { a, b } => {
-                json!({"a": a, "b": b, "changes": engine.diff(&a, &b).map_err(failure)?})
+                let changes = engine.diff(&a, &b).map_err(failure)?;
+                json!({"a": a, "b": b, "changes": documents::list(&changes, documents::change)})
             }
             Request::List { version, path } => {
                 let entries = engine.ls(&version, &path.0).map_err(failure)?;
-                json!({"version": version, "path": path, "entries": entries})
+                json!({"version": version, "path": path, "entries": documents::list(&entries, documents::entry)})
             }
-            Request::Stats => json!({"stats": engine.stats().map_err(failure)?}),
+            Request::Stats => {
+                json!({"stats": engine.stats().map_err(failure)?, "counters": engine.counters()})
+            }
             Request::Gc { dry_run } => {
                 self.administer()?;
                 json!({"gc": engine.gc(dry_run).map_err(failure)?})
             }
             Request::Check => json!({"check": engine.check().map_err(failure)?}),
-            Request::Repair { yes } => {
+            Request::Repair => {
                 self.administer()?;
-                json!({"repair": engine.repair(yes).map_err(failure)?})
+                json!({"repair": engine.repair().map_err(failure)?})
             }
             Request::Hello(_)
             | Request::Status
@@ -150,10 +168,11 @@ impl Call<'_> {
     }
 
     /// Finds a fork that the client may change.
-    fn own(&self, fork: &str) -> Result<ForkInfo, Failure> {
-        let info = self.engine.resolve_fork(fork).map_err(failure)?;
+    fn own(&self, fork: &str) -> Result<(ForkId, ForkInfo), Failure> {
+        let info = self.engine.find_fork(fork).map_err(failure)?;
         access::use_fork(self.peer, self.shared.options.uid, info.uid, fork)?;
-        Ok(info)
+        let id = info.id.parse().map_err(|()| Failure::new(Code::NotFound, format!("no fork {fork}")))?;
+        Ok((id, info))
     }
 
     fn fork(&self, fork: Fork) -> Result<Value, Failure> {
@@ -187,10 +206,9 @@ impl Call<'_> {
                 job: fork.job,
                 uid: self.peer.uid,
                 gid: self.peer.gid,
-                pid: self.peer.pid,
             })
             .map_err(failure)?;
-        Ok(json!({"fork": info}))
+        Ok(json!({"fork": documents::fork(&info)}))
     }
 
     fn serve(&self, serve: &Serve, fds: Vec<OwnedFd>) -> Result<Value, Failure> {
@@ -204,10 +222,10 @@ impl Call<'_> {
         if !servable {
             return Err(usage("the descriptor is not /dev/fuse, or its reads do not wait"));
         }
-        let id = self.own(&serve.fork)?.id;
-        self.engine
-            .serve(id, fd, &serve.mountpoint.0, serve.device, serve.created)
-            .map_err(failure)?;
+        let mountpoint = str::from_utf8(&serve.mountpoint.0)
+            .map_err(|_| usage("the mountpoint's name is not valid UTF-8"))?;
+        let (id, _) = self.own(&serve.fork)?;
+        self.engine.serve(id, fd, mountpoint, serve.device, serve.created).map_err(failure)?;
         Ok(json!({}))
     }
 
@@ -215,7 +233,7 @@ impl Call<'_> {
         let forks = commit
             .forks
             .iter()
-            .map(|fork| Ok(self.own(fork)?.id))
+            .map(|fork| Ok(self.own(fork)?.0))
             .collect::<Result<Vec<_>, Failure>>()?;
         let request = CommitRequest {
             keep: commit.keep,
@@ -230,7 +248,8 @@ impl Call<'_> {
                 When::IfMissing => engine::When::IfMissing,
             },
         };
-        Ok(json!({"commits": self.engine.commit(forks, request).map_err(failure)?}))
+        let commits = self.engine.commit(forks, request).map_err(failure)?;
+        Ok(json!({"commits": documents::list(&commits, documents::commit)}))
     }
 
     /// Drops one fork after the other; what could not be dropped is told with the rest.
@@ -238,9 +257,10 @@ impl Call<'_> {
         let mut abandoned = Vec::new();
         let mut failed = None;
         for fork in forks {
-            match self.own(fork).and_then(|info| {
-                let mount = self.engine.abandon(info.id).map_err(failure)?;
-                Ok(json!({"fork": info.id.to_string(), "volume": info.volume, "mount": mount}))
+            match self.own(fork).and_then(|(id, info)| {
+                let mount = self.engine.abandon(id).map_err(failure)?;
+                let mount = mount.as_ref().map(documents::mount);
+                Ok(json!({"fork": info.id, "volume": info.volume, "mount": mount}))
             }) {
                 Ok(value) => abandoned.push(value),
                 Err(failure) => failed = Some(failure),

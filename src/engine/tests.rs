@@ -1,1 +1,452 @@
+use std::collections::BTreeMap;
 
+use super::*;
+use crate::fork::log::Request;
+use crate::fs::{Caller, NewNode, RenameMode, SetAttr, XattrMode};
+use crate::record::{Ino, Kind, ROOT};
+
+const ME: Caller = Caller { uid: 0, gid: 0, request: Request { epoch: 0, unique: 0 } };
+
+struct Bench {
+    dir: tempfile::TempDir,
+    engine: Option<Arc<Engine>>,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let dir = tempfile::tempdir().unwrap();
+        let mut bench = Bench { dir, engine: None };
+        bench.reopen();
+        bench
+    }
+
+    fn engine(&self) -> &Arc<Engine> {
+        self.engine.as_ref().unwrap()
+    }
+
+    /// What a new daemon does after the old one was killed: nothing is flushed or ended in between.
+    fn reopen(&mut self) {
+        if let Some(engine) = self.engine.take() {
+            engine.drain();
+            let thread = engine.upkeep.lock().take().unwrap();
+            thread.thread().unpark();
+            thread.join().unwrap();
+        }
+        let config = EngineConfig { reserve: Some(0), ..EngineConfig::default() };
+        self.engine = Some(Engine::open(&self.dir.path().join("store"), config).unwrap());
+    }
+
+    fn fork(&self, volume: &str) -> ForkId {
+        self.fork_sized(volume, 1 << 30)
+    }
+
+    fn fork_sized(&self, volume: &str, size: u64) -> ForkId {
+        let request = ForkRequest {
+            volume: volume.into(),
+            from: None,
+            parents: Vec::new(),
+            read_only: false,
+            ephemeral: false,
+            size,
+            labels: BTreeMap::new(),
+            excludes: Vec::new(),
+            default_excludes: false,
+            owner: Owner::Keep,
+            acl: false,
+            suid: false,
+            dev: false,
+            strict: false,
+            job: None,
+            uid: 0,
+            gid: 0,
+        };
+        self.engine().fork(request).unwrap().id.parse().unwrap()
+    }
+
+    fn fs(&self, id: ForkId) -> Fs {
+        let fork = self.engine().live(id).unwrap().fork.clone().unwrap();
+        Fs::new(fork, Options { read_only: false, ownership: Ownership::Keep, acl: false })
+    }
+
+    fn commit(&self, id: ForkId, keep: bool) -> Option<u64> {
+        let mut done = self.engine().commit(vec![id], request(keep)).unwrap();
+        done.remove(0).version.map(|version| version.number)
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        if let Some(engine) = self.engine.take() {
+            engine.shutdown(true).unwrap();
+        }
+    }
+}
+
+fn request(keep: bool) -> CommitRequest {
+    CommitRequest {
+        keep,
+        labels: BTreeMap::new(),
+        message: None,
+        if_head: None,
+        if_base: false,
+        force: false,
+        when: When::Always,
+    }
+}
+
+fn noise(len: usize, mut seed: u64) -> Vec<u8> {
+    let mut out = Vec::with_capacity(len);
+    while out.len() < len {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        out.extend_from_slice(&seed.to_le_bytes());
+    }
+    out.truncate(len);
+    out
+}
+
+fn put(fs: &Fs, name: &str, bytes: &[u8]) -> Ino {
+    let ino = fs.make(ME, ROOT, name.as_bytes(), NewNode::new(Kind::File, 0o644)).unwrap().ino;
+    for (n, part) in bytes.chunks(100_000).enumerate() {
+        fs.write(ME, ino, n as u64 * 100_000, part, false).unwrap();
+    }
+    ino
+}
+
+fn get(fs: &Fs, name: &str) -> Option<Vec<u8>> {
+    let entry = fs.lookup(ROOT, name.as_bytes()).unwrap()?;
+    Some(fs.read(entry.ino, 0, entry.attr.size as usize).unwrap())
+}
+
+fn check(bench: &Bench) {
+    let report = bench.engine().check().unwrap();
+    assert!(report.problems.is_empty(), "{:?}", report.problems);
+}
+
+#[test]
+fn a_commit_is_what_the_next_fork_starts_from() {
+    let bench = Bench::new();
+    let a = bench.fork("npm");
+    let files = [("empty", 0), ("small", 700), ("one", 90_000), ("large", 1_500_000)];
+    for (name, len) in files {
+        put(&bench.fs(a), name, &noise(len, 7));
+    }
+    assert_eq!(bench.commit(a, false), Some(1));
+    let fs = bench.fs(bench.fork("npm"));
+    for (name, len) in files {
+        assert_eq!(get(&fs, name), Some(noise(len, 7)), "{name}");
+    }
+    check(&bench);
+}
+
+#[test]
+fn forks_of_one_volume_see_only_their_base_and_themselves_and_the_last_commit_wins() {
+    let bench = Bench::new();
+    let first = bench.fork("v");
+    put(&bench.fs(first), "base", b"base");
+    bench.commit(first, false);
+    let (a, b) = (bench.fork("v"), bench.fork("v"));
+    put(&bench.fs(a), "a", b"a");
+    put(&bench.fs(b), "b", b"b");
+    assert_eq!(get(&bench.fs(a), "b"), None);
+    assert_eq!(get(&bench.fs(b), "a"), None);
+    assert_eq!((bench.commit(a, false), bench.commit(b, false)), (Some(2), Some(3)));
+    let fs = bench.fs(bench.fork("v"));
+    assert_eq!((get(&fs, "a"), get(&fs, "b")), (None, Some(b"b".to_vec())));
+    let log = bench.engine().log("v").unwrap();
+    assert_eq!(log[0].base.as_deref(), Some("v@1"));
+    assert_eq!(log[0].previous, Some(2));
+    check(&bench);
+}
+
+#[test]
+fn an_abandoned_fork_leaves_the_head_as_it_was() {
+    let bench = Bench::new();
+    let first = bench.fork("v");
+    put(&bench.fs(first), "kept", b"1");
+    bench.commit(first, false);
+    let doomed = bench.fork("v");
+    let fs = bench.fs(doomed);
+    fs.unlink(ME, ROOT, b"kept").unwrap();
+    bench.engine().abandon(doomed).unwrap();
+    assert!(matches!(fs.getattr(ROOT), Err(FsError::Ended)));
+    assert_eq!(get(&bench.fs(bench.fork("v")), "kept"), Some(b"1".to_vec()));
+    assert_eq!(bench.engine().volume("v").unwrap().head, Some(1));
+}
+
+#[test]
+fn a_commit_of_an_unchanged_fork_makes_no_version() {
+    let bench = Bench::new();
+    let first = bench.fork("v");
+    put(&bench.fs(first), "f", b"1");
+    bench.commit(first, false);
+    let idle = bench.fork("v");
+    assert_eq!(bench.commit(idle, false), None);
+    let undone = bench.fork("v");
+    put(&bench.fs(undone), "g", b"1");
+    bench.fs(undone).unlink(ME, ROOT, b"g").unwrap();
+    assert_eq!(bench.commit(undone, false), None, "the root's times alone are no change");
+    assert_eq!(bench.engine().log("v").unwrap().len(), 1);
+}
+
+#[test]
+fn keep_commits_a_point_in_time_and_the_fork_goes_on_from_it() {
+    let mut bench = Bench::new();
+    let id = bench.fork("v");
+    let fs = bench.fs(id);
+    let ino = put(&fs, "f", &noise(300_000, 1));
+    put(&fs, "gone", b"x");
+    assert_eq!(bench.commit(id, true), Some(1));
+    fs.write(ME, ino, 100_000, &[7; 5000], false).unwrap();
+    fs.unlink(ME, ROOT, b"gone").unwrap();
+    assert_eq!(bench.commit(id, true), Some(2));
+    fs.write(ME, ino, 200_000, &[8; 10], false).unwrap();
+    let mut now = noise(300_000, 1);
+    now[100_000..105_000].fill(7);
+    let second = now.clone();
+    now[200_000..200_010].fill(8);
+    assert_eq!(get(&fs, "f"), Some(now.clone()));
+    drop(fs);
+    bench.reopen();
+    assert_eq!(get(&bench.fs(id), "f"), Some(now), "after a restart");
+    let read = |number: u32| {
+        let mut out = Vec::new();
+        bench.engine().cat(&format!("v@{number}"), b"f", &mut out).unwrap();
+        out
+    };
+    assert_eq!((read(1), read(2)), (noise(300_000, 1), second));
+    assert_eq!(bench.engine().ls("v@2", b"/").unwrap().len(), 1);
+    check(&bench);
+}
+
+#[test]
+fn everything_that_was_acknowledged_is_there_after_the_daemon_was_killed() {
+    let mut bench = Bench::new();
+    let first = bench.fork("v");
+    put(&bench.fs(first), "base", &noise(200_000, 3));
+    bench.commit(first, false);
+    let id = bench.fork("v");
+    let fs = bench.fs(id);
+    let base = fs.lookup(ROOT, b"base").unwrap().unwrap().ino;
+    fs.write(ME, base, 5_000, b"patched", false).unwrap();
+    let dir = fs.make(ME, ROOT, b"dir", NewNode::new(Kind::Directory, 0o755)).unwrap().ino;
+    let file = fs.make(ME, dir, b"file", NewNode::new(Kind::File, 0o600)).unwrap().ino;
+    fs.write(ME, file, 10, b"hello", false).unwrap();
+    fs.link(ME, file, ROOT, b"other").unwrap();
+    fs.rename(ME, (dir, b"file"), (ROOT, b"moved"), RenameMode::Replace).unwrap();
+    fs.setxattr(ME, file, b"user.k", b"v", XattrMode::Any).unwrap();
+    fs.setattr(ME, file, SetAttr { mode: Some(0o711), mtime: Some(5), ..SetAttr::default() }).unwrap();
+    let before = (fs.getattr(file).unwrap(), get(&fs, "base"));
+    drop(fs);
+    bench.reopen();
+    let fs = bench.fs(id);
+    assert_eq!((fs.getattr(file).unwrap(), get(&fs, "base")), before);
+    assert_eq!(get(&fs, "moved"), Some(b"\0\0\0\0\0\0\0\0\0\0hello".to_vec()));
+    assert_eq!(fs.getxattr(file, b"user.k").unwrap(), b"v");
+    drop(fs);
+    assert_eq!(bench.commit(id, false), Some(2));
+    let fs = bench.fs(bench.fork("v"));
+    assert_eq!((fs.getattr(file).unwrap(), get(&fs, "base")), before);
+    check(&bench);
+}
+
+#[test]
+fn changing_little_of_a_large_committed_file_stores_little() {
+    let bench = Bench::new();
+    let first = bench.fork("v");
+    let mut bytes = noise(8 << 20, 9);
+    put(&bench.fs(first), "big", &bytes);
+    bench.commit(first, false);
+    let id = bench.fork("v");
+    let fs = bench.fs(id);
+    let ino = fs.lookup(ROOT, b"big").unwrap().unwrap().ino;
+    fs.write(ME, ino, 3_000_001, &[5; 4096], false).unwrap();
+    bytes[3_000_001..3_004_097].fill(5);
+    assert!(bench.engine().find_fork(&id.to_string()).unwrap().bytes <= 8192);
+    bench.commit(id, false);
+    let newest = &bench.engine().log("v").unwrap()[0];
+    assert!(newest.new_bytes < 700_000, "{} bytes for 4 KiB", newest.new_bytes);
+    let fs = bench.fs(bench.fork("v"));
+    assert_eq!(get(&fs, "big").unwrap(), bytes);
+    // The same bytes give the same tree, however they came to be.
+    let other = bench.fork("w");
+    put(&bench.fs(other), "big", &bytes);
+    bench.commit(other, false);
+    assert_eq!(bench.engine().log("w").unwrap()[0].new_bytes / 10_000, 0);
+    check(&bench);
+}
+
+#[test]
+fn beyond_its_size_a_fork_answers_no_space_and_nothing_else_breaks() {
+    let bench = Bench::new();
+    let id = bench.fork_sized("v", 1 << 20);
+    let fs = bench.fs(id);
+    let ino = put(&fs, "a", &vec![1; 900_000]);
+    assert!(matches!(fs.write(ME, ino, 900_000, &vec![1; 300_000], false), Err(FsError::NoSpace)));
+    assert_eq!(get(&fs, "a"), Some(vec![1; 900_000]));
+    fs.unlink(ME, ROOT, b"a").unwrap();
+    fs.fork.forget(ino, 10);
+    put(&fs, "b", &vec![2; 900_000]);
+    assert_eq!(bench.commit(id, false), Some(1));
+    assert_eq!(get(&bench.fs(bench.fork("v")), "b"), Some(vec![2; 900_000]));
+}
+
+#[test]
+fn an_open_file_without_names_lives_until_it_is_forgotten_and_is_never_committed() {
+    let bench = Bench::new();
+    let first = bench.fork("v");
+    put(&bench.fs(first), "f", &noise(50_000, 2));
+    bench.commit(first, false);
+    let id = bench.fork("v");
+    let fs = bench.fs(id);
+    let ino = fs.lookup(ROOT, b"f").unwrap().unwrap().ino;
+    fs.unlink(ME, ROOT, b"f").unwrap();
+    fs.write(ME, ino, 50_000, b"more", false).unwrap();
+    assert_eq!(bench.commit(id, true), Some(2));
+    let bytes = [noise(50_000, 2), b"more".to_vec()].concat();
+    assert_eq!(fs.read(ino, 0, 60_000).unwrap(), bytes, "after a commit with keep");
+    assert!(bench.engine().ls("v", b"/").unwrap().is_empty());
+    fs.fork.forget(ino, 1);
+    assert!(matches!(fs.getattr(ino), Err(FsError::Stale)));
+    check(&bench);
+}
+
+#[test]
+fn gc_frees_what_nothing_names_and_leaves_every_version_whole() {
+    let bench = Bench::new();
+    for volume in ["keep", "drop"] {
+        let id = bench.fork(volume);
+        put(&bench.fs(id), "f", &noise(20 << 20, volume.len() as u64 + u64::from(volume == "drop")));
+        bench.commit(id, false);
+    }
+    bench.engine().store.flush().unwrap();
+    let live = bench.fork("keep");
+    put(&bench.fs(live), "mine", &noise(100_000, 77));
+    bench.engine().remove_volume("drop", false).unwrap();
+    let dry = bench.engine().gc(true).unwrap();
+    let report = bench.engine().gc(false).unwrap();
+    assert_eq!(dry.removed_chunks, report.removed_chunks);
+    assert!(report.freed_bytes > 15 << 20, "{report:?}");
+    assert_eq!(get(&bench.fs(live), "f").map(|f| f.len()), Some(20 << 20));
+    assert_eq!(bench.commit(live, false), Some(2));
+    check(&bench);
+}
+
+#[test]
+fn a_version_survives_export_and_import() {
+    let bench = Bench::new();
+    let id = bench.fork("v");
+    let fs = bench.fs(id);
+    let file = put(&fs, "file", &noise(300_000, 4));
+    fs.link(ME, file, ROOT, b"link").unwrap();
+    fs.setxattr(ME, file, b"user.k", b"v\0w", XattrMode::Any).unwrap();
+    let long = "n".repeat(200);
+    let dir = fs.make(ME, ROOT, long.as_bytes(), NewNode::new(Kind::Directory, 0o750)).unwrap().ino;
+    let node = NewNode { target: b"../file", ..NewNode::new(Kind::Symlink, 0) };
+    fs.make(ME, dir, b"\xff\xfe", node).unwrap();
+    fs.make(ME, dir, b"pipe", NewNode::new(Kind::Fifo, 0o640)).unwrap();
+    fs.make(ME, dir, b"sock", NewNode::new(Kind::Socket, 0o640)).unwrap();
+    let times = SetAttr { mtime: Some(1_600_000_000_123_456_789), uid: Some(70_000), ..SetAttr::default() };
+    fs.setattr(ME, dir, times).unwrap();
+    bench.commit(id, false);
+    let mut tar = Vec::new();
+    bench.engine().export("v", &mut tar).unwrap();
+    let imported = bench.engine().import("w", &mut tar.as_slice(), 0, 0).unwrap();
+    assert!(imported.warnings.is_empty(), "{:?}", imported.warnings);
+    let list = |volume: &str, path: &[u8]| -> Vec<_> {
+        let entries = bench.engine().ls(volume, path).unwrap().into_iter();
+        entries.map(|e| (e.name, e.mode, e.uid, e.size, e.mtime, e.nlink, e.target)).collect()
+    };
+    assert_eq!(list("v", b"/"), list("w", b"/"));
+    assert_eq!(list("v", long.as_bytes()), list("w", long.as_bytes()));
+    let fs = bench.fs(bench.fork("w"));
+    let file = fs.lookup(ROOT, b"link").unwrap().unwrap().ino;
+    assert_eq!(fs.getxattr(file, b"user.k").unwrap(), b"v\0w");
+    assert_eq!(get(&fs, "file"), Some(noise(300_000, 4)));
+}
+
+#[test]
+fn a_rollback_is_a_new_version_and_what_it_took_back_commits_only_by_force() {
+    let bench = Bench::new();
+    for text in ["one", "two"] {
+        let id = bench.fork("v");
+        if text == "two" {
+            bench.fs(id).unlink(ME, ROOT, b"f").unwrap();
+        }
+        put(&bench.fs(id), "f", text.as_bytes());
+        bench.commit(id, false);
+    }
+    let late = bench.fork("v");
+    put(&bench.fs(late), "late", b"1");
+    assert_eq!(bench.engine().rollback("v", "1").unwrap().number, 3);
+    assert_eq!(get(&bench.fs(bench.fork("v")), "f"), Some(b"one".to_vec()));
+    let refused = bench.engine().commit(vec![late], request(false)).unwrap_err();
+    assert_eq!(refused.code, Code::HeadMoved);
+    let forced = CommitRequest { force: true, ..request(false) };
+    assert!(bench.engine().commit(vec![late], forced).is_ok());
+}
+
+#[test]
+fn a_diff_names_paths_that_were_added_removed_changed_and_renamed() {
+    let bench = Bench::new();
+    let id = bench.fork("v");
+    for name in ["same", "changed", "removed", "old"] {
+        put(&bench.fs(id), name, name.as_bytes());
+    }
+    bench.commit(id, true);
+    let fs = bench.fs(id);
+    let changed = fs.lookup(ROOT, b"changed").unwrap().unwrap().ino;
+    fs.write(ME, changed, 0, b"CHANGED", false).unwrap();
+    fs.unlink(ME, ROOT, b"removed").unwrap();
+    fs.rename(ME, (ROOT, b"old"), (ROOT, b"new"), RenameMode::Replace).unwrap();
+    put(&fs, "added", b"1");
+    let expected = [
+        (DiffKind::Added, "/added"),
+        (DiffKind::Changed, "/changed"),
+        (DiffKind::Renamed, "/new"),
+        (DiffKind::Removed, "/removed"),
+    ];
+    let against = |other: &str| -> Vec<(DiffKind, String)> {
+        let found = bench.engine().diff("v@1", other).unwrap().into_iter();
+        found.map(|d| (d.kind, String::from_utf8(d.path).unwrap())).collect()
+    };
+    let expected: Vec<_> = expected.iter().map(|(kind, path)| (*kind, (*path).to_string())).collect();
+    assert_eq!(against(&id.to_string()), expected, "against the fork");
+    bench.commit(id, false);
+    assert_eq!(against("v@2"), expected, "against the version");
+}
+
+#[test]
+fn a_fork_of_another_boot_is_lost_and_can_only_be_abandoned() {
+    let mut bench = Bench::new();
+    let id = bench.fork("v");
+    let live = bench.engine().live(id).unwrap();
+    live.record.lock().boot = "another".into();
+    bench.engine().store.put_fork(&live.record.lock()).unwrap();
+    drop(live);
+    bench.reopen();
+    assert_eq!(bench.engine().find_fork(&id.to_string()).unwrap().state, "lost");
+    assert_eq!(bench.engine().commit(vec![id], request(false)).unwrap_err().code, Code::Failed);
+    bench.engine().abandon(id).unwrap();
+    assert!(bench.engine().forks().unwrap().is_empty());
+}
+
+#[test]
+fn a_damaged_head_is_set_aside_and_the_newest_whole_version_is_forked() {
+    let bench = Bench::new();
+    for n in [1_u64, 2] {
+        let id = bench.fork("v");
+        if n == 2 {
+            bench.fs(id).unlink(ME, ROOT, b"f").unwrap();
+        }
+        put(&bench.fs(id), "f", &noise(50_000, n));
+        bench.commit(id, false);
+    }
+    let chunk = crate::chunk::ChunkId::of(&noise(50_000, 2));
+    bench.engine().store.damage_chunk(chunk);
+    let report = bench.engine().repair().unwrap();
+    assert_eq!(report.problems.len(), 1);
+    assert_eq!((report.problems[0].number, &report.problems[0].paths), (2, &vec!["/f".to_string()]));
+    assert_eq!(get(&bench.fs(bench.fork("v")), "f"), Some(noise(50_000, 1)));
+}

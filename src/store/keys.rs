@@ -1,8 +1,8 @@
 //! Every key of the family `meta`, in one table. Numbers are big-endian, so that records of one kind lie in order.
 //!
 //! ```text
-//! "format"                    format version, u32
-//! "next-volume", "next-ino"   counters, u64
+//! "!format"                   format version, u32
+//! "!next-volume", "!next-ino" counters, u64
 //! 'v' ‖ volume id             volume record (JSON)
 //! 'n' ‖ name                  volume id, u64
 //! 'r' ‖ volume id ‖ number    version record (JSON)
@@ -12,9 +12,9 @@
 //! 'u' ‖ first number          free inode numbers: how many, u64
 //! ```
 
-pub const FORMAT: &[u8] = b"format";
-pub const NEXT_VOLUME: &[u8] = b"next-volume";
-pub const NEXT_INO: &[u8] = b"next-ino";
+pub const FORMAT: &[u8] = b"!format";
+pub const NEXT_VOLUME: &[u8] = b"!next-volume";
+pub const NEXT_INO: &[u8] = b"!next-ino";
 
 pub const VOLUME: u8 = b'v';
 pub const NAME: u8 = b'n';

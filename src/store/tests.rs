@@ -1,0 +1,98 @@
+use super::*;
+
+impl Store {
+    /// Flips a bit of a stored chunk, as a bad disk does.
+    pub(crate) fn damage_chunk(&self, id: ChunkId) {
+        let mut stored = self.with(|db| Ok(db.get_cf(family(db, Target::Chunks)?, id.0)?)).unwrap().unwrap();
+        let last = stored.len() - 1;
+        stored[last] ^= 1;
+        let mut batch = WriteBatch::default();
+        self.put(&mut batch, Target::Chunks, &id.0, &stored).unwrap();
+        self.write_synced(batch).unwrap();
+        self.chunks.clear();
+    }
+}
+
+fn open(dir: &Path) -> Result<Arc<Store>, StoreError> {
+    Store::open(dir, StoreOptions { reserve: Some(0), ..StoreOptions::default() })
+}
+
+#[test]
+fn a_store_belongs_to_one_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let _store = open(dir.path()).unwrap();
+    assert!(matches!(open(dir.path()), Err(StoreError::Locked { .. })));
+}
+
+#[test]
+fn a_store_of_a_newer_format_is_refused_and_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path()).unwrap();
+    let mut batch = WriteBatch::default();
+    store.put(&mut batch, Target::Meta, keys::FORMAT, &9_u32.to_be_bytes()).unwrap();
+    store.write_synced(batch).unwrap();
+    drop(store);
+    assert!(matches!(open(dir.path()), Err(StoreError::Newer { found: 9, .. })));
+    assert!(matches!(open(dir.path()), Err(StoreError::Newer { found: 9, .. })));
+}
+
+#[test]
+fn a_folder_with_other_things_in_it_is_no_store() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("thesis.tex"), "x").unwrap();
+    assert!(matches!(open(dir.path()), Err(StoreError::NotAStore { .. })));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_store_whose_database_is_gone_is_never_replaced_by_an_empty_one() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(open(dir.path()).unwrap());
+    std::fs::remove_file(dir.path().join("db/CURRENT")).unwrap();
+    assert!(matches!(open(dir.path()), Err(StoreError::Corrupt { .. })));
+    assert!(!dir.path().join("db/CURRENT").exists());
+}
+
+#[test]
+fn content_comes_back_verified_and_is_stored_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path()).unwrap();
+    let bytes = vec![3; 100_000];
+    let first = Arc::new(store.ingest());
+    let id = first.chunk(&bytes).unwrap();
+    store.publish(std::slice::from_ref(&first), Publish::default()).unwrap();
+    let again = store.ingest();
+    assert_eq!(again.chunk(&bytes).unwrap(), id);
+    assert_eq!(again.new_bytes(), 0);
+    assert_eq!(&*store.chunk(id).unwrap(), &bytes[..]);
+    store.damage_chunk(id);
+    assert!(matches!(store.chunk(id), Err(StoreError::Corrupt { .. })));
+    let nothing = ChunkId([1; 32]);
+    assert!(matches!(store.chunk(nothing), Err(StoreError::Missing { .. })));
+}
+
+#[test]
+fn what_is_in_hand_is_never_collected() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path()).unwrap();
+    let ingest = Arc::new(store.ingest());
+    let id = ingest.chunk(&[1; 5000]).unwrap();
+    store.publish(std::slice::from_ref(&ingest), Publish::default()).unwrap();
+    assert_eq!(store.gc(false, Vec::new).unwrap().removed_chunks, 0);
+    drop(ingest);
+    assert_eq!(store.gc(false, Vec::new).unwrap().removed_chunks, 1);
+    assert!(store.chunk(id).is_err());
+}
+
+#[test]
+fn inode_numbers_are_given_once_and_again_when_nothing_has_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path()).unwrap();
+    let id = ForkId(1);
+    assert_eq!(store.lease_inodes(id, 64).unwrap(), 2..66);
+    assert_eq!(store.lease_inodes(id, 128).unwrap(), 66..194);
+    store.remove_fork(id, &[70..194]).unwrap();
+    assert_eq!(store.lease_inodes(id, 64).unwrap(), 70..134);
+    assert_eq!(store.lease_inodes(id, 1000).unwrap(), 134..194);
+    assert_eq!(store.lease_inodes(id, 64).unwrap(), 194..258);
+}
