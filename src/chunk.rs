@@ -127,13 +127,20 @@ pub fn unpack(mut stored: &[u8], max: usize) -> Result<Vec<u8>, PackError> {
     let (&codec, rest) = stored.split_first().ok_or(PackError::Head)?;
     stored = rest;
     let len = varint::take(&mut stored).ok_or(PackError::Head)?;
-    let len = usize::try_from(len).ok().filter(|len| *len <= max).ok_or(PackError::TooLong)?;
+    let len = usize::try_from(len)
+        .ok()
+        .filter(|len| *len <= max)
+        .ok_or(PackError::TooLong)?;
     let raw = match codec {
         RAW => stored.to_vec(),
         ZSTD => zstd::bulk::decompress(stored, len).map_err(|_| PackError::Payload)?,
         other => return Err(PackError::Codec(other)),
     };
-    if raw.len() == len { Ok(raw) } else { Err(PackError::Payload) }
+    if raw.len() == len {
+        Ok(raw)
+    } else {
+        Err(PackError::Payload)
+    }
 }
 
 #[cfg(test)]
@@ -167,7 +174,12 @@ mod tests {
         let mut edited = data.clone();
         edited.splice(1_000_000..1_000_100, noise(300, 5));
         let (a, b) = (cuts(&data), cuts(&edited));
-        let same = b.iter().rev().zip(a.iter().rev()).take_while(|(x, y)| **x == **y + 200).count();
+        let same = b
+            .iter()
+            .rev()
+            .zip(a.iter().rev())
+            .take_while(|(x, y)| **x == **y + 200)
+            .count();
         assert!(same > a.len() / 2, "{same} of {} cuts", a.len());
     }
 
@@ -190,7 +202,10 @@ mod tests {
             assert_eq!(unpack(&pack(&raw, 3), 100_000), Ok(raw));
         }
         assert_eq!(pack(&noise(5000, 1), 3)[0], RAW);
-        assert_eq!(unpack(&pack(&vec![7; 100_000], 3), 99_999), Err(PackError::TooLong));
+        assert_eq!(
+            unpack(&pack(&vec![7; 100_000], 3), 99_999),
+            Err(PackError::TooLong)
+        );
         assert_eq!(unpack(&[9, 0], 10), Err(PackError::Codec(9)));
     }
 

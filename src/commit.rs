@@ -9,8 +9,8 @@ mod ingest;
 
 use std::sync::Arc;
 
-use crate::fork::{Fork, Sealed};
 use crate::fork::error::FsError;
+use crate::fork::{Fork, Sealed};
 use crate::record::{Attr, Key, Kind};
 use crate::store::Ingest;
 use crate::tree::{self, NodeId};
@@ -55,7 +55,13 @@ pub fn prepare(fork: &Arc<Fork>, keep: bool, threads: usize) -> Result<Ingested,
     let sealed = fork.seal(keep)?;
     let ingest = Arc::new(fork.store.ingest());
     match ingest::run(fork, &sealed, &ingest, threads) {
-        Ok((root, change)) => Ok(Ingested { fork: fork.clone(), sealed, root, ingest, change }),
+        Ok((root, change)) => Ok(Ingested {
+            fork: fork.clone(),
+            sealed,
+            root,
+            ingest,
+            change,
+        }),
         Err(error) => {
             fork.thaw();
             Err(error)
@@ -72,12 +78,20 @@ pub fn changed(ingest: &Ingest, old: NodeId, new: NodeId) -> Result<Changed, FsE
     let mut most = Changed::No;
     for difference in tree::diff(ingest, old, new) {
         let difference = difference?;
-        let (Some(Key::Attr(_)), Some(a), Some(b)) = (Key::parse(&difference.key), difference.old, difference.new)
+        let (Some(Key::Attr(_)), Some(a), Some(b)) =
+            (Key::parse(&difference.key), difference.old, difference.new)
         else {
             return Ok(Changed::Yes);
         };
-        let (Some(a), Some(b)) = (Attr::decode(&a), Attr::decode(&b)) else { return Ok(Changed::Yes) };
-        let with_times = Attr { atime: b.atime, mtime: b.mtime, ctime: b.ctime, ..a.clone() };
+        let (Some(a), Some(b)) = (Attr::decode(&a), Attr::decode(&b)) else {
+            return Ok(Changed::Yes);
+        };
+        let with_times = Attr {
+            atime: b.atime,
+            mtime: b.mtime,
+            ctime: b.ctime,
+            ..a.clone()
+        };
         if with_times != b {
             return Ok(Changed::Yes);
         }

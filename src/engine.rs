@@ -25,7 +25,9 @@ use crate::fork::error::FsError;
 use crate::fork::{Fork, Origin};
 use crate::fs::{Fs, Options, Ownership};
 use crate::mount::{Requests, session};
-use crate::store::{self, ForkId, ForkOptions, Ingest, MountPoint, Store, StoreError, StoreOptions, VersionRef};
+use crate::store::{
+    self, ForkId, ForkOptions, Ingest, MountPoint, Store, StoreError, StoreOptions, VersionRef,
+};
 use crate::volume::{self, Found, VersionSpec};
 
 pub use archive::Imported;
@@ -58,7 +60,11 @@ pub struct EngineError {
 
 impl EngineError {
     fn new(code: Code, message: impl Into<String>) -> EngineError {
-        EngineError { code, message: message.into(), hint: None }
+        EngineError {
+            code,
+            message: message.into(),
+            hint: None,
+        }
     }
 
     fn hint(mut self, hint: impl Into<String>) -> EngineError {
@@ -94,7 +100,9 @@ impl From<FsError> for EngineError {
             FsError::Io(e) if e.kind() == std::io::ErrorKind::StorageFull => {
                 EngineError::new(Code::NoSpace, "the disk of the store is full")
             }
-            FsError::ReadOnly => EngineError::new(Code::Busy, "a commit of the fork is under way or done"),
+            FsError::ReadOnly => {
+                EngineError::new(Code::Busy, "a commit of the fork is under way or done")
+            }
             other => EngineError::new(Code::Failed, other.to_string()),
         }
     }
@@ -118,7 +126,12 @@ pub struct EngineConfig {
 impl Default for EngineConfig {
     fn default() -> Self {
         let orphan_after = Duration::from_secs(3600);
-        EngineConfig { cache: 160 << 20, reserve: None, threads: None, orphan_after }
+        EngineConfig {
+            cache: 160 << 20,
+            reserve: None,
+            threads: None,
+            orphan_after,
+        }
     }
 }
 
@@ -182,7 +195,10 @@ struct Live {
 impl Live {
     fn fork(&self) -> Result<&Arc<Fork>> {
         self.fork.as_ref().ok_or_else(|| {
-            let why = self.why_lost.as_deref().unwrap_or("it is of another boot of this machine");
+            let why = self
+                .why_lost
+                .as_deref()
+                .unwrap_or("it is of another boot of this machine");
             EngineError::new(Code::Failed, format!("fork {} is lost: {why}", self.id))
                 .hint(format!("`forkvol abandon {}` drops it", self.id))
         })
@@ -210,13 +226,16 @@ impl fmt::Debug for Engine {
 }
 
 fn now() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
 
 fn boot_id() -> Result<String> {
     let id = crate::sys::boot_id();
-    id.map(Into::into).map_err(|e| EngineError::new(Code::Failed, format!("the id of this boot: {e}")))
+    id.map(Into::into)
+        .map_err(|e| EngineError::new(Code::Failed, format!("the id of this boot: {e}")))
 }
 
 impl Engine {
@@ -264,16 +283,25 @@ impl Engine {
         let spec: VersionSpec = text.parse().map_err(usage)?;
         match volume::find(&self.store, &spec)? {
             Found::Version(found) => Ok(*found),
-            Found::Ambiguous => Err(EngineError::new(Code::Usage, format!("{text} names more than one version"))
-                .hint("write more digits")),
+            Found::Ambiguous => Err(EngineError::new(
+                Code::Usage,
+                format!("{text} names more than one version"),
+            )
+            .hint("write more digits")),
             Found::Nothing(None) => Err(no_volume(&spec.volume)),
-            Found::Nothing(Some(_)) => Err(EngineError::new(Code::NotFound, format!("there is no version {text}"))
-                .hint(format!("`forkvol log {}` lists them", spec.volume))),
+            Found::Nothing(Some(_)) => Err(EngineError::new(
+                Code::NotFound,
+                format!("there is no version {text}"),
+            )
+            .hint(format!("`forkvol log {}` lists them", spec.volume))),
         }
     }
 
     /// The version that a fork begins with: the one asked for, or the first of head and parents that exists.
-    fn choose_base(&self, request: &ForkRequest) -> Result<Option<(store::Volume, store::Version)>> {
+    fn choose_base(
+        &self,
+        request: &ForkRequest,
+    ) -> Result<Option<(store::Volume, store::Version)>> {
         if let Some(from) = &request.from {
             return self.find_version(from).map(Some);
         }
@@ -297,20 +325,31 @@ impl Engine {
             return Err(EngineError::new(Code::Busy, "the daemon is stopping"));
         }
         if !request.excludes.is_empty() {
-            return Err(EngineError::new(Code::Usage, "exclude patterns are not supported by this version")
-                .hint("leave --exclude away, and keep what must not be committed outside of the fork"));
+            return Err(EngineError::new(
+                Code::Usage,
+                "exclude patterns are not supported by this version",
+            )
+            .hint(
+                "leave --exclude away, and keep what must not be committed outside of the fork",
+            ));
         }
         if self.store.room() == 0 {
-            return Err(EngineError::new(Code::NoSpace, "the disk of the store has no room above its reserve")
-                .hint("free some room, or run `forkvol gc`"));
+            return Err(EngineError::new(
+                Code::NoSpace,
+                "the disk of the store has no room above its reserve",
+            )
+            .hint("free some room, or run `forkvol gc`"));
         }
         let base = self.choose_base(&request)?;
         let volume = self.store.create_volume(&request.volume, now())?;
-        let root = base.as_ref().map_or_else(|| crate::tree::empty().0, |(_, version)| version.root);
+        let root = base
+            .as_ref()
+            .map_or_else(|| crate::tree::empty().0, |(_, version)| version.root);
         // Kept from gc until the fork's own record and lease do it.
         let _lease = self.store.lease(root);
         let mut bits = [0; 8];
-        crate::sys::random(&mut bits).map_err(|e| EngineError::new(Code::Failed, format!("random numbers: {e}")))?;
+        crate::sys::random(&mut bits)
+            .map_err(|e| EngineError::new(Code::Failed, format!("random numbers: {e}")))?;
         let id = ForkId(u64::from_le_bytes(bits) >> 16);
         let has_acl = base.as_ref().is_some_and(|(_, version)| version.has_acl);
         let owner = match request.owner {
@@ -320,7 +359,10 @@ impl Engine {
         let record = store::Fork {
             id,
             volume: volume.id,
-            base: base.map(|(volume, version)| VersionRef { volume: volume.id, number: version.number }),
+            base: base.map(|(volume, version)| VersionRef {
+                volume: volume.id,
+                number: version.number,
+            }),
             root,
             first_segment: 1,
             next_epoch: 1,
@@ -341,15 +383,30 @@ impl Engine {
             created: now(),
             mount: None,
         };
-        let origin = Origin { id, root, first_segment: 1, size: request.size };
+        let origin = Origin {
+            id,
+            root,
+            first_segment: 1,
+            size: request.size,
+        };
         let root_owner = owner.unwrap_or((request.uid, request.gid));
-        let fork = Fork::create(self.store.clone(), &self.fork_dir(id), origin, root_owner, now())?;
+        let fork = Fork::create(
+            self.store.clone(),
+            &self.fork_dir(id),
+            origin,
+            root_owner,
+            now(),
+        )?;
         self.store.put_fork(&record)?;
         let live = Arc::new(Live::new(record, Ok(Arc::new(fork))));
         self.forks.lock().insert(id, live.clone());
         self.counters.forks.fetch_add(1, Ordering::Relaxed);
         let info = self.info(&live)?;
-        log::info!("fork {id} of {} from {}", info.volume, info.base.as_deref().unwrap_or("nothing"));
+        log::info!(
+            "fork {id} of {} from {}",
+            info.volume,
+            info.base.as_deref().unwrap_or("nothing")
+        );
         Ok(info)
     }
 
@@ -370,13 +427,26 @@ impl Engine {
         let epoch = {
             let mut session = live.session.lock();
             if session.0 != 0 {
-                let at = live.record.lock().mount.as_ref().map(|m| m.path.clone()).unwrap_or_default();
-                return Err(EngineError::new(Code::Busy, format!("fork {id} is mounted already, at {at}")));
+                let at = live
+                    .record
+                    .lock()
+                    .mount
+                    .as_ref()
+                    .map(|m| m.path.clone())
+                    .unwrap_or_default();
+                return Err(EngineError::new(
+                    Code::Busy,
+                    format!("fork {id} is mounted already, at {at}"),
+                ));
             }
             let mut record = live.record.lock();
             let epoch = record.next_epoch;
             record.next_epoch += 1;
-            record.mount = Some(MountPoint { path: mountpoint.into(), dev, created });
+            record.mount = Some(MountPoint {
+                path: mountpoint.into(),
+                dev,
+                created,
+            });
             self.store.put_fork(&record)?;
             session.0 = epoch;
             epoch
@@ -386,7 +456,14 @@ impl Engine {
             Some((uid, gid)) => Ownership::As { uid, gid },
             None => Ownership::Keep,
         };
-        let fs = Fs::new(fork, Options { read_only: options.read_only, ownership, acl: options.acl });
+        let fs = Fs::new(
+            fork,
+            Options {
+                read_only: options.read_only,
+                ownership,
+                acl: options.acl,
+            },
+        );
         let used = self.used(&live)?;
         let (engine, ended) = (Arc::downgrade(self), live.clone());
         let result = session::serve(fs, fd, epoch, used, 2, live.requests.clone(), move || {
@@ -399,19 +476,30 @@ impl Engine {
         });
         result.map_err(|e| {
             live.end_session(epoch);
-            EngineError::new(Code::Failed, format!("fork {id} cannot be served at {mountpoint}: {e}"))
+            EngineError::new(
+                Code::Failed,
+                format!("fork {id} cannot be served at {mountpoint}: {e}"),
+            )
         })
     }
 
     /// Blocks and files of the version below a fork.
     fn used(&self, live: &Live) -> Result<(u64, u64)> {
-        let Some(base) = live.record.lock().base else { return Ok((0, 1)) };
+        let Some(base) = live.record.lock().base else {
+            return Ok((0, 1));
+        };
         let version = self.store.version(base)?;
-        Ok(version.map_or((0, 1), |version| (version.blocks.div_ceil(8), version.files)))
+        Ok(version.map_or((0, 1), |version| {
+            (version.blocks.div_ceil(8), version.files)
+        }))
     }
 
     fn live(&self, id: ForkId) -> Result<Arc<Live>> {
-        self.forks.lock().get(&id).cloned().ok_or_else(|| no_fork(&id.to_string()))
+        self.forks
+            .lock()
+            .get(&id)
+            .cloned()
+            .ok_or_else(|| no_fork(&id.to_string()))
     }
 
     /// Finds a fork by its id, as text.
@@ -426,14 +514,21 @@ impl Engine {
     /// All forks, oldest first.
     pub fn forks(&self) -> Result<Vec<ForkInfo>> {
         let lives: Vec<Arc<Live>> = self.forks.lock().values().cloned().collect();
-        let mut infos = lives.iter().map(|live| self.info(live)).collect::<Result<Vec<_>>>()?;
+        let mut infos = lives
+            .iter()
+            .map(|live| self.info(live))
+            .collect::<Result<Vec<_>>>()?;
         infos.sort_by(|a, b| (a.created, &a.id).cmp(&(b.created, &b.id)));
         Ok(infos)
     }
 
     /// How many forks are served to somebody.
     pub fn live_forks(&self) -> usize {
-        self.forks.lock().values().filter(|live| live.is_served()).count()
+        self.forks
+            .lock()
+            .values()
+            .filter(|live| live.is_served())
+            .count()
     }
 
     /// Drops what a fork changed; returns the mount that its caller is to take away. Never fails for being busy.
@@ -443,7 +538,11 @@ impl Engine {
     pub fn abandon(&self, id: ForkId) -> Result<Option<MountInfo>> {
         let live = self.live(id)?;
         let _one = live.committing.lock();
-        let unused = live.fork.as_ref().map(|fork| fork.uncommitted_numbers()).unwrap_or_default();
+        let unused = live
+            .fork
+            .as_ref()
+            .map(|fork| fork.uncommitted_numbers())
+            .unwrap_or_default();
         self.store.remove_fork(id, &unused)?;
         self.counters.abandoned.fetch_add(1, Ordering::Relaxed);
         log::info!("fork {id} abandoned");
@@ -454,7 +553,12 @@ impl Engine {
     fn finish(&self, live: &Arc<Live>, abandoned: bool) -> Option<MountInfo> {
         self.forks.lock().remove(&live.id);
         live.ahead.lock().take();
-        let mount = live.record.lock().mount.clone().filter(|_| live.is_served());
+        let mount = live
+            .record
+            .lock()
+            .mount
+            .clone()
+            .filter(|_| live.is_served());
         if abandoned && let Some(fork) = &live.fork {
             fork.end();
         }
@@ -475,7 +579,9 @@ impl Engine {
     /// Forks of jobs whose mount is gone.
     pub fn orphans(&self) -> Vec<ForkId> {
         let forks = self.forks.lock();
-        let gone = forks.values().filter(|live| !live.is_served() && live.record.lock().options.job.is_some());
+        let gone = forks
+            .values()
+            .filter(|live| !live.is_served() && live.record.lock().options.job.is_some());
         gone.map(|live| live.id).collect()
     }
 
@@ -507,11 +613,13 @@ fn usage(error: volume::NameError) -> EngineError {
 }
 
 fn no_volume(name: &str) -> EngineError {
-    EngineError::new(Code::NotFound, format!("there is no volume {name}")).hint("`forkvol volumes` lists them")
+    EngineError::new(Code::NotFound, format!("there is no volume {name}"))
+        .hint("`forkvol volumes` lists them")
 }
 
 fn no_fork(text: &str) -> EngineError {
-    EngineError::new(Code::NotFound, format!("there is no fork {text}")).hint("`forkvol forks` lists them")
+    EngineError::new(Code::NotFound, format!("there is no fork {text}"))
+        .hint("`forkvol forks` lists them")
 }
 
 impl Live {
@@ -548,7 +656,12 @@ impl Live {
 fn reopen(store: &Arc<Store>, record: store::Fork, boot: &str) -> Live {
     let fork = if record.boot == boot {
         let (id, root) = (record.id, record.root);
-        let origin = Origin { id, root, first_segment: record.first_segment, size: record.options.size };
+        let origin = Origin {
+            id,
+            root,
+            first_segment: record.first_segment,
+            size: record.options.size,
+        };
         let dir = store.dir().join("forks").join(id.to_string());
         let opened = Fork::open(store.clone(), &dir, origin);
         opened.map(Arc::new).map_err(|error| {

@@ -146,7 +146,10 @@ impl Fork {
                 btime: now,
                 parent: ROOT,
             };
-            let edit = Edit::Attr { ino: ROOT, attr: attr.clone() };
+            let edit = Edit::Attr {
+                ino: ROOT,
+                attr: attr.clone(),
+            };
             fork.log.lock().append(Request::default(), [&edit])?;
             let cell = Cell::new(ROOT, Inode::created(attr));
             fork.layers.write().live.inodes.insert(ROOT, cell);
@@ -176,10 +179,20 @@ impl Fork {
         *fork.log.lock() = replayed.map_err(log_error)?;
         let layers = fork.layers.read();
         let extents = layers.live.inodes.values().flat_map(|cell| {
-            cell.state.read().content.extents.iter().collect::<Vec<Extent>>()
+            cell.state
+                .read()
+                .content
+                .extents
+                .iter()
+                .collect::<Vec<Extent>>()
         });
         fork.spool.adopt(extents);
-        let created = layers.live.inodes.values().filter(|cell| cell.state.read().created).count();
+        let created = layers
+            .live
+            .inodes
+            .values()
+            .filter(|cell| cell.state.read().created)
+            .count();
         fork.created.store(created as u64, Ordering::Relaxed);
         drop(layers);
         Ok(fork)
@@ -188,8 +201,16 @@ impl Fork {
     fn with(store: Arc<Store>, dir: &Path, origin: Origin, log: Log) -> Result<Fork, FsError> {
         let root = root(&store, origin.root);
         let spool = Spool::open(&dir.join("spool"))?;
-        let layers = Layers { root, live: Table::default(), frozen: None };
-        let numbers = Numbers { left: 0..0, next_lease: LEASE.start, uncommitted: Vec::new() };
+        let layers = Layers {
+            root,
+            live: Table::default(),
+            frozen: None,
+        };
+        let numbers = Numbers {
+            left: 0..0,
+            next_lease: LEASE.start,
+            uncommitted: Vec::new(),
+        };
         Ok(Fork {
             id: origin.id,
             store,
@@ -234,7 +255,8 @@ impl Fork {
         match edit {
             Edit::Attr { ino, .. } | Edit::Extent { ino, .. } | Edit::Truncate { ino, .. } => {
                 let cell = layers.live.inodes.get(ino);
-                cell.map(|cell| apply_inode(&mut cell.state.write(), edit)).unwrap_or_default()
+                cell.map(|cell| apply_inode(&mut cell.state.write(), edit))
+                    .unwrap_or_default()
             }
             Edit::Orphan { ino } => {
                 if let Some(cell) = layers.live.inodes.get(ino).cloned() {
@@ -245,9 +267,14 @@ impl Fork {
                 Vec::new()
             }
             Edit::Remove { ino } => {
-                let created = layers.live.inodes.get(ino).is_some_and(|c| c.state.read().created);
+                let created = layers
+                    .live
+                    .inodes
+                    .get(ino)
+                    .is_some_and(|c| c.state.read().created);
                 let cell = layers.live.remove(*ino, created);
-                cell.map(|cell| cell.state.read().content.extents.iter().collect()).unwrap_or_default()
+                cell.map(|cell| cell.state.read().content.extents.iter().collect())
+                    .unwrap_or_default()
             }
             _ => Vec::new(),
         }
@@ -258,7 +285,9 @@ impl Fork {
         if layers.live.inodes.contains_key(&ino) {
             return Ok(true);
         }
-        let Some(inode) = layers.below(&self.store, ino)? else { return Ok(false) };
+        let Some(inode) = layers.below(&self.store, ino)? else {
+            return Ok(false);
+        };
         self.spool.retain(inode.content.extents.iter());
         layers.live.inodes.insert(ino, Cell::new(ino, inode));
         Ok(true)
@@ -289,7 +318,11 @@ impl Fork {
 
     /// Fails if the fork answers nothing any more.
     pub fn check_alive(&self) -> Result<(), FsError> {
-        if *self.gate.read() == Gate::Ended { Err(FsError::Ended) } else { Ok(()) }
+        if *self.gate.read() == Gate::Ended {
+            Err(FsError::Ended)
+        } else {
+            Ok(())
+        }
     }
 
     /// Takes the next inode number.
@@ -328,12 +361,18 @@ impl Fork {
 
     /// Room that is left for new data, in bytes: the fork's own, or the disk's where that is less.
     pub fn room(&self) -> u64 {
-        self.size.saturating_sub(self.charged()).min(self.store.room())
+        self.size
+            .saturating_sub(self.charged())
+            .min(self.store.room())
     }
 
     /// Fails if there is no room for so many new pages.
     pub fn want_pages(&self, pages: u64) -> Result<(), FsError> {
-        if pages * PAGE <= self.room() { Ok(()) } else { Err(FsError::NoSpace) }
+        if pages * PAGE <= self.room() {
+            Ok(())
+        } else {
+            Err(FsError::NoSpace)
+        }
     }
 
     /// Counts that the kernel was told of an inode once more.
@@ -345,7 +384,9 @@ impl Fork {
     pub fn forget(&self, ino: Ino, times: u64) {
         {
             let mut lookups = self.lookups.lock();
-            let Some(count) = lookups.get_mut(&ino) else { return };
+            let Some(count) = lookups.get_mut(&ino) else {
+                return;
+            };
             *count = count.saturating_sub(times);
             if *count > 0 {
                 return;
@@ -354,7 +395,11 @@ impl Fork {
         }
         let is_orphan = {
             let layers = self.layers.read();
-            layers.live.inodes.get(&ino).is_some_and(|cell| cell.state.read().orphan)
+            layers
+                .live
+                .inodes
+                .get(&ino)
+                .is_some_and(|cell| cell.state.read().orphan)
         };
         if is_orphan {
             self.drop_orphan(ino);
@@ -384,7 +429,10 @@ impl Fork {
         let orphans: Vec<Ino> = {
             let layers = self.layers.read();
             let cells = layers.live.inodes.values();
-            cells.filter(|cell| cell.state.read().orphan).map(|cell| cell.ino).collect()
+            cells
+                .filter(|cell| cell.state.read().orphan)
+                .map(|cell| cell.ino)
+                .collect()
         };
         for ino in orphans {
             self.drop_orphan(ino);
@@ -395,15 +443,24 @@ impl Fork {
     pub fn delta_size(&self) -> DeltaSize {
         let layers = self.layers.read();
         let tables = std::iter::once(&layers.live).chain(layers.frozen.as_deref());
-        let changed = tables.map(|t| t.inodes.len() + t.removed.len()).sum::<usize>() as u64;
+        let changed = tables
+            .map(|t| t.inodes.len() + t.removed.len())
+            .sum::<usize>() as u64;
         drop(layers);
-        DeltaSize { changed, bytes: self.charged() }
+        DeltaSize {
+            changed,
+            bytes: self.charged(),
+        }
     }
 
     /// Roots that gc must keep for this fork beside its own: what carried orphans show.
     pub fn roots(&self) -> Vec<NodeId> {
         let layers = self.layers.read();
-        let carried = layers.live.inodes.values().filter_map(|cell| cell.state.read().base);
+        let carried = layers
+            .live
+            .inodes
+            .values()
+            .filter_map(|cell| cell.state.read().base);
         std::iter::once(layers.root.id).chain(carried).collect()
     }
 
@@ -447,7 +504,11 @@ impl Fork {
         }
         let table = Arc::new(table);
         layers.frozen = Some(table.clone());
-        Ok(Sealed { root: layers.root.clone(), table, segment })
+        Ok(Sealed {
+            root: layers.root.clone(),
+            table,
+            segment,
+        })
     }
 
     /// Opens the fork again after a commit that failed before it was published.
@@ -467,7 +528,9 @@ impl Fork {
     /// Puts the fork on top of the version that holds its frozen table: the end of a commit with `keep`.
     pub fn rebase(&self, root: NodeId, first_segment: u64) {
         let mut layers = self.layers.write();
-        let Some(frozen) = layers.frozen.take() else { return };
+        let Some(frozen) = layers.frozen.take() else {
+            return;
+        };
         layers.root = self::root(&self.store, root);
         let mut gone = Vec::new();
         for cell in layers.live.inodes.values() {
@@ -496,7 +559,10 @@ impl Fork {
         }
         self.spool.release(gone);
         if let Err(error) = log::remove_before(&self.dir, first_segment) {
-            ::log::warn!("{}: old segments of the log stay: {error}", self.dir.display());
+            ::log::warn!(
+                "{}: old segments of the log stay: {error}",
+                self.dir.display()
+            );
         }
     }
 
@@ -520,21 +586,31 @@ fn carry_orphans(layers: &Layers) -> Vec<(Arc<Cell>, Vec<Edit>)> {
                 base: inode.base.unwrap_or(layers.root.id),
                 base_pages: inode.content.base_pages,
             }];
-            edits.extend(inode.content.extents.iter().map(|extent| Edit::Extent { ino, extent }));
+            edits.extend(
+                inode
+                    .content
+                    .extents
+                    .iter()
+                    .map(|extent| Edit::Extent { ino, extent }),
+            );
             (cell.clone(), edits)
         })
         .collect()
 }
 
 fn root(store: &Arc<Store>, id: NodeId) -> Arc<Root> {
-    Arc::new(Root { id, _lease: store.lease(id) })
+    Arc::new(Root {
+        id,
+        _lease: store.lease(id),
+    })
 }
 
 fn log_error(error: LogError) -> FsError {
     match error {
         LogError::Io(_, error) => FsError::Io(error),
-        damaged @ LogError::Damaged { .. } => {
-            StoreError::Corrupt { what: damaged.to_string() }.into()
+        damaged @ LogError::Damaged { .. } => StoreError::Corrupt {
+            what: damaged.to_string(),
         }
+        .into(),
     }
 }

@@ -10,18 +10,18 @@ mod io;
 mod name;
 mod node;
 mod rename;
-mod xattr;
 #[cfg(test)]
 mod tests;
+mod xattr;
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::fork::{Fork, Layers};
 use crate::fork::error::FsError;
 use crate::fork::extent::PAGE;
 use crate::fork::log::Request;
 use crate::fork::view::{InodeView, Listed};
+use crate::fork::{Fork, Layers};
 use crate::record::{Attr, Ino, Kind, NAME_MAX, Nanos, hash56};
 
 pub use attr::SetAttr;
@@ -84,7 +84,9 @@ pub struct Fs {
 }
 
 fn now() -> Nanos {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
 
@@ -93,7 +95,8 @@ fn check_name(name: &[u8]) -> Result<(), FsError> {
     if name.len() > NAME_MAX {
         return Err(FsError::NameTooLong);
     }
-    if name.is_empty() || name == b"." || name == b".." || name.contains(&b'/') || name.contains(&0) {
+    if name.is_empty() || name == b"." || name == b".." || name.contains(&b'/') || name.contains(&0)
+    {
         return Err(FsError::Invalid);
     }
     Ok(())
@@ -106,7 +109,11 @@ impl Fs {
     }
 
     fn writable(&self) -> Result<(), FsError> {
-        if self.options.read_only { Err(FsError::ReadOnly) } else { Ok(()) }
+        if self.options.read_only {
+            Err(FsError::ReadOnly)
+        } else {
+            Ok(())
+        }
     }
 
     /// The attributes as the caller is to see them.
@@ -149,13 +156,20 @@ impl Fs {
     fn known(&self, layers: &Layers, ino: Ino) -> Result<Entry, FsError> {
         let attr = layers.attr(&self.fork.store, ino)?.ok_or(FsError::Stale)?;
         self.fork.looked_up(ino);
-        Ok(Entry { ino, attr: self.shown(attr) })
+        Ok(Entry {
+            ino,
+            attr: self.shown(attr),
+        })
     }
 
     /// Returns the attributes of an inode.
     pub fn getattr(&self, ino: Ino) -> Result<Attr, FsError> {
         self.fork.check_alive()?;
-        let attr = self.fork.layers().attr(&self.fork.store, ino)?.ok_or(FsError::Stale)?;
+        let attr = self
+            .fork
+            .layers()
+            .attr(&self.fork.store, ino)?
+            .ok_or(FsError::Stale)?;
         Ok(self.shown(attr))
     }
 
@@ -183,7 +197,12 @@ impl Fs {
         }
         let dots: [(u64, &[u8], Ino); 2] = [(1, b".", dir), (2, b"..", attr.parent)];
         for (at, name, ino) in dots {
-            let entry = Listed { cookie: at, name: name.into(), ino, kind: Kind::Directory };
+            let entry = Listed {
+                cookie: at,
+                name: name.into(),
+                ino,
+                kind: Kind::Directory,
+            };
             if at > cookie && !each(entry) {
                 return Ok(());
             }
@@ -195,11 +214,19 @@ impl Fs {
     pub fn statfs(&self, used: (u64, u64)) -> Statfs {
         let free = self.fork.room() / PAGE;
         let (blocks, files) = used;
-        Statfs { blocks: blocks + free, free, files: files + free, files_free: free }
+        Statfs {
+            blocks: blocks + free,
+            free,
+            files: files + free,
+            files_free: free,
+        }
     }
 
     fn view(&self, ino: Ino) -> Result<InodeView, FsError> {
         self.fork.check_alive()?;
-        self.fork.layers().inode(&self.fork.store, ino)?.ok_or(FsError::Stale)
+        self.fork
+            .layers()
+            .inode(&self.fork.store, ino)?
+            .ok_or(FsError::Stale)
     }
 }

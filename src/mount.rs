@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem,
-    FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner,
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType,
+    Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner,
     OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
     ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
     Request, TimeOrNow, WriteFlags,
@@ -44,8 +44,15 @@ struct Mount {
 impl Mount {
     fn caller(&self, request: &Request, kind: &'static str) -> Caller {
         self.requests.count(kind);
-        let request_id = RequestId { epoch: self.epoch, unique: request.unique().0 };
-        Caller { uid: request.uid(), gid: request.gid(), request: request_id }
+        let request_id = RequestId {
+            epoch: self.epoch,
+            unique: request.unique().0,
+        };
+        Caller {
+            uid: request.uid(),
+            gid: request.gid(),
+            request: request_id,
+        }
     }
 }
 
@@ -103,7 +110,11 @@ fn file_attr(ino: Ino, attr: &Attr) -> FileAttr {
 
 /// How long the kernel may trust attributes: never those that grant rights, for a write by another may have taken them.
 fn ttl(attr: &Attr) -> Duration {
-    if attr.is_privileged() { Duration::ZERO } else { FOREVER }
+    if attr.is_privileged() {
+        Duration::ZERO
+    } else {
+        FOREVER
+    }
 }
 
 fn answer_entry(what: &str, reply: ReplyEntry, result: Result<Entry, FsError>) {
@@ -153,7 +164,10 @@ impl Filesystem for Mount {
                 log::debug!("the kernel does not offer {flag:?}");
             }
         }
-        for result in [config.set_max_write(MAX_IO), config.set_max_readahead(MAX_IO)] {
+        for result in [
+            config.set_max_write(MAX_IO),
+            config.set_max_readahead(MAX_IO),
+        ] {
             if let Err(nearest) = result {
                 log::debug!("the kernel allows {nearest} bytes at a time");
             }
@@ -240,13 +254,25 @@ impl Filesystem for Mount {
         reply: ReplyEntry,
     ) {
         let caller = self.caller(request, "mknod");
-        let kind = if mode & 0o170_000 == 0 { Some(Kind::File) } else { Kind::from_mode(mode) };
+        let kind = if mode & 0o170_000 == 0 {
+            Some(Kind::File)
+        } else {
+            Kind::from_mode(mode)
+        };
         let Some(kind) = kind.filter(|k| !matches!(k, Kind::Directory | Kind::Symlink)) else {
             reply.error(Errno::EINVAL);
             return;
         };
-        let node = NewNode { rdev, umask: self.umask(umask), ..NewNode::new(kind, (mode & 0o7777) as u16) };
-        answer_entry("mknod", reply, self.fs.make(caller, Ino(parent.0), name.as_bytes(), node));
+        let node = NewNode {
+            rdev,
+            umask: self.umask(umask),
+            ..NewNode::new(kind, (mode & 0o7777) as u16)
+        };
+        answer_entry(
+            "mknod",
+            reply,
+            self.fs.make(caller, Ino(parent.0), name.as_bytes(), node),
+        );
     }
 
     fn mkdir(
@@ -260,25 +286,54 @@ impl Filesystem for Mount {
     ) {
         let caller = self.caller(request, "mkdir");
         let umask = self.umask(umask);
-        let node = NewNode { umask, ..NewNode::new(Kind::Directory, (mode & 0o1777) as u16) };
-        answer_entry("mkdir", reply, self.fs.make(caller, Ino(parent.0), name.as_bytes(), node));
+        let node = NewNode {
+            umask,
+            ..NewNode::new(Kind::Directory, (mode & 0o1777) as u16)
+        };
+        answer_entry(
+            "mkdir",
+            reply,
+            self.fs.make(caller, Ino(parent.0), name.as_bytes(), node),
+        );
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let caller = self.caller(request, "unlink");
-        answer_empty("unlink", reply, self.fs.unlink(caller, Ino(parent.0), name.as_bytes()));
+        answer_empty(
+            "unlink",
+            reply,
+            self.fs.unlink(caller, Ino(parent.0), name.as_bytes()),
+        );
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let caller = self.caller(request, "rmdir");
-        answer_empty("rmdir", reply, self.fs.rmdir(caller, Ino(parent.0), name.as_bytes()));
+        answer_empty(
+            "rmdir",
+            reply,
+            self.fs.rmdir(caller, Ino(parent.0), name.as_bytes()),
+        );
     }
 
-    fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+    fn symlink(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        target: &Path,
+        reply: ReplyEntry,
+    ) {
         let caller = self.caller(request, "symlink");
         let target = target.as_os_str().as_bytes();
-        let node = NewNode { target, ..NewNode::new(Kind::Symlink, 0o777) };
-        answer_entry("symlink", reply, self.fs.make(caller, Ino(parent.0), name.as_bytes(), node));
+        let node = NewNode {
+            target,
+            ..NewNode::new(Kind::Symlink, 0o777)
+        };
+        answer_entry(
+            "symlink",
+            reply,
+            self.fs.make(caller, Ino(parent.0), name.as_bytes(), node),
+        );
     }
 
     fn rename(
@@ -303,13 +358,28 @@ impl Filesystem for Mount {
                 return;
             }
         };
-        let (from, to) = ((Ino(parent.0), name.as_bytes()), (Ino(to.0), new_name.as_bytes()));
+        let (from, to) = (
+            (Ino(parent.0), name.as_bytes()),
+            (Ino(to.0), new_name.as_bytes()),
+        );
         answer_empty("rename", reply, self.fs.rename(caller, from, to, mode));
     }
 
-    fn link(&self, request: &Request, ino: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn link(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        parent: INodeNo,
+        name: &OsStr,
+        reply: ReplyEntry,
+    ) {
         let caller = self.caller(request, "link");
-        answer_entry("link", reply, self.fs.link(caller, Ino(ino.0), Ino(parent.0), name.as_bytes()));
+        answer_entry(
+            "link",
+            reply,
+            self.fs
+                .link(caller, Ino(ino.0), Ino(parent.0), name.as_bytes()),
+        );
     }
 
     /// Files need no handle: the kernel is told not to ask again.
@@ -376,11 +446,23 @@ impl Filesystem for Mount {
         reply.error(Errno::ENOSYS);
     }
 
-    fn readdir(&self, request: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
         self.caller(request, "readdir");
         let listed = self.fs.readdir(Ino(ino.0), offset, |entry| {
             let name = OsStr::from_bytes(&entry.name);
-            !reply.add(INodeNo(entry.ino.0), entry.cookie, file_type(entry.kind), name)
+            !reply.add(
+                INodeNo(entry.ino.0),
+                entry.cookie,
+                file_type(entry.kind),
+                name,
+            )
         });
         match listed {
             Ok(()) => reply.ok(),
@@ -419,7 +501,14 @@ impl Filesystem for Mount {
             let attr = file_attr(found.ino, &found.attr);
             let name = OsStr::from_bytes(&entry.name);
             // One TTL stands for entry and attributes here, so a privileged inode is asked for again.
-            let full = reply.add(attr.ino, entry.cookie, name, &ttl(&found.attr), &attr, Generation(0));
+            let full = reply.add(
+                attr.ino,
+                entry.cookie,
+                name,
+                &ttl(&found.attr),
+                &attr,
+                Generation(0),
+            );
             if full || is_dot {
                 self.fs.fork.forget(found.ino, 1);
             }
@@ -433,7 +522,16 @@ impl Filesystem for Mount {
     fn statfs(&self, request: &Request, _: INodeNo, reply: ReplyStatfs) {
         self.caller(request, "statfs");
         let s = self.fs.statfs(self.used);
-        reply.statfs(s.blocks, s.free, s.free, s.files, s.files_free, 4096, 255, 4096);
+        reply.statfs(
+            s.blocks,
+            s.free,
+            s.free,
+            s.files,
+            s.files_free,
+            4096,
+            255,
+            4096,
+        );
     }
 
     fn setxattr(
@@ -456,22 +554,48 @@ impl Filesystem for Mount {
                 return;
             }
         };
-        answer_empty("setxattr", reply, self.fs.setxattr(caller, Ino(ino.0), name.as_bytes(), value, mode));
+        answer_empty(
+            "setxattr",
+            reply,
+            self.fs
+                .setxattr(caller, Ino(ino.0), name.as_bytes(), value, mode),
+        );
     }
 
-    fn getxattr(&self, request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+    fn getxattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        size: u32,
+        reply: ReplyXattr,
+    ) {
         self.caller(request, "getxattr");
-        answer_xattr("getxattr", reply, size, self.fs.getxattr(Ino(ino.0), name.as_bytes()));
+        answer_xattr(
+            "getxattr",
+            reply,
+            size,
+            self.fs.getxattr(Ino(ino.0), name.as_bytes()),
+        );
     }
 
     fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         let caller = self.caller(request, "listxattr");
-        answer_xattr("listxattr", reply, size, self.fs.listxattr(caller, Ino(ino.0)));
+        answer_xattr(
+            "listxattr",
+            reply,
+            size,
+            self.fs.listxattr(caller, Ino(ino.0)),
+        );
     }
 
     fn removexattr(&self, request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let caller = self.caller(request, "removexattr");
-        answer_empty("removexattr", reply, self.fs.removexattr(caller, Ino(ino.0), name.as_bytes()));
+        answer_empty(
+            "removexattr",
+            reply,
+            self.fs.removexattr(caller, Ino(ino.0), name.as_bytes()),
+        );
     }
 
     /// The kernel checks rights by itself (`default_permissions`).
@@ -491,7 +615,10 @@ impl Filesystem for Mount {
         reply: ReplyCreate,
     ) {
         let caller = self.caller(request, "create");
-        let node = NewNode { umask: self.umask(umask), ..NewNode::new(Kind::File, (mode & 0o7777) as u16) };
+        let node = NewNode {
+            umask: self.umask(umask),
+            ..NewNode::new(Kind::File, (mode & 0o7777) as u16)
+        };
         match self.fs.make(caller, Ino(parent.0), name.as_bytes(), node) {
             Ok(entry) => {
                 let attr = file_attr(entry.ino, &entry.attr);
@@ -539,10 +666,22 @@ impl Filesystem for Mount {
                 return;
             }
         };
-        answer_empty("fallocate", reply, self.fs.fallocate(caller, Ino(ino.0), offset, length, mode));
+        answer_empty(
+            "fallocate",
+            reply,
+            self.fs.fallocate(caller, Ino(ino.0), offset, length, mode),
+        );
     }
 
-    fn lseek(&self, request: &Request, ino: INodeNo, _: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+    fn lseek(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
         self.caller(request, "lseek");
         let what = match whence {
             3 => Seek::Data,
@@ -593,7 +732,11 @@ impl Filesystem for Mount {
 impl Mount {
     /// The umask that is ours to apply: with ACLs the kernel leaves it to us, else it has done so.
     fn umask(&self, umask: u32) -> u16 {
-        if self.fs.options.acl { (umask & 0o777) as u16 } else { 0 }
+        if self.fs.options.acl {
+            (umask & 0o777) as u16
+        } else {
+            0
+        }
     }
 }
 

@@ -163,7 +163,9 @@ impl Attr {
         let (&kind, rest) = bytes.split_first()?;
         *bytes = rest;
         let kind = Kind::from_u8(kind)?;
-        let mode = u16::try_from(varint::take(bytes)?).ok().filter(|m| *m <= 0o7777)?;
+        let mode = u16::try_from(varint::take(bytes)?)
+            .ok()
+            .filter(|m| *m <= 0o7777)?;
         let uid = u32::try_from(varint::take(bytes)?).ok()?;
         let gid = u32::try_from(varint::take(bytes)?).ok()?;
         let rdev = u32::try_from(varint::take(bytes)?).ok()?;
@@ -174,7 +176,11 @@ impl Attr {
         let ctime = unzigzag(varint::take(bytes)?).wrapping_add(mtime);
         let btime = unzigzag(varint::take(bytes)?).wrapping_add(ctime);
         let atime = unzigzag(varint::take(bytes)?).wrapping_add(btime);
-        let parent = if kind == Kind::Directory { varint::take(bytes)? } else { 0 };
+        let parent = if kind == Kind::Directory {
+            varint::take(bytes)?
+        } else {
+            0
+        };
         Some(Attr {
             kind,
             mode,
@@ -299,10 +305,24 @@ pub fn content_prefix(ino: Ino) -> Vec<u8> {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Key<'a> {
     Attr(Ino),
-    Entry { dir: Ino, hash: u64, name: &'a [u8] },
-    Xattr { ino: Ino, name: &'a [u8] },
-    Backref { ino: Ino, parent: Ino, name: &'a [u8] },
-    Content { ino: Ino, offset: u64 },
+    Entry {
+        dir: Ino,
+        hash: u64,
+        name: &'a [u8],
+    },
+    Xattr {
+        ino: Ino,
+        name: &'a [u8],
+    },
+    Backref {
+        ino: Ino,
+        parent: Ino,
+        name: &'a [u8],
+    },
+    Content {
+        ino: Ino,
+        offset: u64,
+    },
 }
 
 impl<'a> Key<'a> {
@@ -328,12 +348,20 @@ impl<'a> Key<'a> {
                 let (hash, name) = rest.split_at(7);
                 let mut first = [0; 8];
                 first[1..].copy_from_slice(hash);
-                Some(Key::Entry { dir: ino, hash: u64::from_be_bytes(first), name })
+                Some(Key::Entry {
+                    dir: ino,
+                    hash: u64::from_be_bytes(first),
+                    name,
+                })
             }
             XATTR if !rest.is_empty() => Some(Key::Xattr { ino, name: rest }),
             BACKREF => {
                 let (parent, name) = take_u64(rest)?;
-                (!name.is_empty()).then_some(Key::Backref { ino, parent: Ino(parent), name })
+                (!name.is_empty()).then_some(Key::Backref {
+                    ino,
+                    parent: Ino(parent),
+                    name,
+                })
             }
             _ => None,
         }
@@ -396,7 +424,10 @@ impl Value {
             TAG_INLINE => Some(Value::Inline(rest.to_vec())),
             TAG_CHUNK => {
                 let len = varint::take(&mut rest)?;
-                Some(Value::Chunk { len, id: ChunkId(rest.try_into().ok()?) })
+                Some(Value::Chunk {
+                    len,
+                    id: ChunkId(rest.try_into().ok()?),
+                })
             }
             _ => None,
         }
@@ -452,7 +483,12 @@ mod tests {
     #[test]
     fn attributes_come_back_as_they_were() {
         assert_eq!(Attr::decode(&attr().encode()), Some(attr()));
-        let file = Attr { kind: Kind::File, parent: Ino(0), size: u64::MAX, ..attr() };
+        let file = Attr {
+            kind: Kind::File,
+            parent: Ino(0),
+            size: u64::MAX,
+            ..attr()
+        };
         assert_eq!(Attr::decode(&file.encode()), Some(file));
     }
 
@@ -471,11 +507,31 @@ mod tests {
         let (ino, dir) = (Ino(5), Ino(3));
         assert_eq!(Key::parse(&attr_key(ino)), Some(Key::Attr(ino)));
         let entry = entry_key(dir, hash56(name), name);
-        assert_eq!(Key::parse(&entry), Some(Key::Entry { dir, hash: hash56(name), name }));
-        assert_eq!(Key::parse(&xattr_key(ino, name)), Some(Key::Xattr { ino, name }));
+        assert_eq!(
+            Key::parse(&entry),
+            Some(Key::Entry {
+                dir,
+                hash: hash56(name),
+                name
+            })
+        );
+        assert_eq!(
+            Key::parse(&xattr_key(ino, name)),
+            Some(Key::Xattr { ino, name })
+        );
         let backref = backref_key(ino, dir, name);
-        assert_eq!(Key::parse(&backref), Some(Key::Backref { ino, parent: dir, name }));
-        assert_eq!(Key::parse(&content_key(ino, 9)), Some(Key::Content { ino, offset: 9 }));
+        assert_eq!(
+            Key::parse(&backref),
+            Some(Key::Backref {
+                ino,
+                parent: dir,
+                name
+            })
+        );
+        assert_eq!(
+            Key::parse(&content_key(ino, 9)),
+            Some(Key::Content { ino, offset: 9 })
+        );
         assert!(attr_key(Ino(255)) < attr_key(Ino(256)) && backref < content_key(Ino(1), 0));
         assert_eq!(Key::parse(&[0; 10]), None);
     }

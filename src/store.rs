@@ -46,7 +46,9 @@ pub enum StoreError {
     Missing { what: String },
     #[error("{what} is damaged")]
     Corrupt { what: String },
-    #[error("the store {dir} has format {found}, this program knows up to {FORMAT}: use a newer forkvol")]
+    #[error(
+        "the store {dir} has format {found}, this program knows up to {FORMAT}: use a newer forkvol"
+    )]
     Newer { dir: PathBuf, found: u32 },
     #[error("the store {dir} is in use by another process")]
     Locked { dir: PathBuf },
@@ -62,7 +64,9 @@ pub enum StoreError {
 
 impl From<TreeError> for StoreError {
     fn from(error: TreeError) -> StoreError {
-        StoreError::Corrupt { what: format!("the tree ({error})") }
+        StoreError::Corrupt {
+            what: format!("the tree ({error})"),
+        }
     }
 }
 
@@ -72,7 +76,9 @@ impl From<rocksdb::Error> for StoreError {
         if text.contains("No space left") || text.contains("NoSpace") {
             StoreError::NoSpace
         } else if error.kind() == rocksdb::ErrorKind::Corruption {
-            StoreError::Corrupt { what: format!("the database ({text})") }
+            StoreError::Corrupt {
+                what: format!("the database ({text})"),
+            }
         } else {
             StoreError::Database(error)
         }
@@ -92,7 +98,11 @@ pub struct StoreOptions {
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        StoreOptions { node_cache: 96 << 20, chunk_cache: 64 << 20, reserve: None }
+        StoreOptions {
+            node_cache: 96 << 20,
+            chunk_cache: 64 << 20,
+            reserve: None,
+        }
     }
 }
 
@@ -161,27 +171,52 @@ impl Store {
             let what = what.display().to_string();
             move |source| StoreError::Io { what, source }
         };
-        let not_a_store = |why: &str| StoreError::NotAStore { dir: dir.into(), why: why.into() };
+        let not_a_store = |why: &str| StoreError::NotAStore {
+            dir: dir.into(),
+            why: why.into(),
+        };
         fs::create_dir_all(dir).map_err(io(dir))?;
         let has_db = dir.join("db/CURRENT").exists();
         if !has_db {
             if dir.join("db").exists() && dir.join("state").exists() {
-                return Err(corrupt(&format!("the database in {}", dir.join("db").display())));
+                return Err(corrupt(&format!(
+                    "the database in {}",
+                    dir.join("db").display()
+                )));
             }
-            let known = ["lock", "log", "db", "forks", "state", "mnt", "forkvol.sock", "daemon.lock"];
-            let strange = fs::read_dir(dir).map_err(io(dir))?.filter_map(Result::ok).find(|entry| {
-                !known.iter().any(|name| entry.file_name() == *name)
-            });
+            let known = [
+                "lock",
+                "log",
+                "db",
+                "forks",
+                "state",
+                "mnt",
+                "forkvol.sock",
+                "daemon.lock",
+            ];
+            let strange = fs::read_dir(dir)
+                .map_err(io(dir))?
+                .filter_map(Result::ok)
+                .find(|entry| !known.iter().any(|name| entry.file_name() == *name));
             if let Some(entry) = strange {
-                return Err(not_a_store(&format!("it has a {:?} and no database", entry.file_name())));
+                return Err(not_a_store(&format!(
+                    "it has a {:?} and no database",
+                    entry.file_name()
+                )));
             }
         }
         let lock_path = dir.join("lock");
-        let lock = File::options().create(true).truncate(false).write(true).open(&lock_path);
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&lock_path);
         let lock = lock.map_err(io(&lock_path))?;
         match lock.try_lock() {
             Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => return Err(StoreError::Locked { dir: dir.into() }),
+            Err(fs::TryLockError::WouldBlock) => {
+                return Err(StoreError::Locked { dir: dir.into() });
+            }
             Err(fs::TryLockError::Error(error)) => return Err(io(&lock_path)(error)),
         }
         for folder in ["forks", "log"] {
@@ -214,19 +249,30 @@ impl Store {
                 let found = bytes.as_slice().try_into().map(u32::from_be_bytes);
                 let found = found.map_err(|_| corrupt("the format version"))?;
                 if found > FORMAT {
-                    return Err(StoreError::Newer { dir: self.dir.clone(), found });
+                    return Err(StoreError::Newer {
+                        dir: self.dir.clone(),
+                        found,
+                    });
                 }
                 Ok(())
             }
             None if had_db && self.first(&[])?.is_some() => Err(corrupt("the format version")),
             None => {
                 let mut batch = WriteBatch::default();
-                self.put(&mut batch, Target::Meta, keys::FORMAT, &FORMAT.to_be_bytes())?;
+                self.put(
+                    &mut batch,
+                    Target::Meta,
+                    keys::FORMAT,
+                    &FORMAT.to_be_bytes(),
+                )?;
                 let (id, bytes) = tree::empty();
                 self.put(&mut batch, Target::Nodes, &id.0, &chunk::pack(&bytes, 0))?;
                 self.write_synced(batch)?;
                 let state = self.dir.join("state");
-                let io = |source| StoreError::Io { what: state.display().to_string(), source };
+                let io = |source| StoreError::Io {
+                    what: state.display().to_string(),
+                    source,
+                };
                 fs::write(&state, format!("format {FORMAT}\n")).map_err(io)
             }
         }
@@ -240,7 +286,10 @@ impl Store {
     /// Keeps what lies below a root.
     pub fn lease(&self, root: NodeId) -> Lease {
         *self.leases.lock().entry(root).or_default() += 1;
-        Lease { root, leases: self.leases.clone() }
+        Lease {
+            root,
+            leases: self.leases.clone(),
+        }
     }
 
     /// Returns a chunk, decompressed and verified.
@@ -260,7 +309,11 @@ impl Store {
     fn load_chunk(&self, id: ChunkId) -> Result<Vec<u8>, StoreError> {
         let what = || format!("chunk {id}");
         let raw = self.get_unpacked(Target::Chunks, &id.0, CHUNK_MAX, what)?;
-        if ChunkId::of(&raw) == id { Ok(raw) } else { Err(StoreError::Corrupt { what: what() }) }
+        if ChunkId::of(&raw) == id {
+            Ok(raw)
+        } else {
+            Err(StoreError::Corrupt { what: what() })
+        }
     }
 
     /// Reads a node from the disk.
@@ -270,7 +323,9 @@ impl Store {
         if NodeId::of(&raw) != id {
             return Err(StoreError::Corrupt { what: what() });
         }
-        Node::decode(&raw).map_err(|e| StoreError::Corrupt { what: format!("{} ({e})", what()) })
+        Node::decode(&raw).map_err(|e| StoreError::Corrupt {
+            what: format!("{} ({e})", what()),
+        })
     }
 
     fn get_unpacked(
@@ -283,7 +338,9 @@ impl Store {
         self.with(|db| {
             let stored = db.get_pinned_cf(family(db, target)?, key)?;
             let stored = stored.ok_or_else(|| StoreError::Missing { what: what() })?;
-            chunk::unpack(&stored, max).map_err(|e| StoreError::Corrupt { what: format!("{} ({e})", what()) })
+            chunk::unpack(&stored, max).map_err(|e| StoreError::Corrupt {
+                what: format!("{} ({e})", what()),
+            })
         })
     }
 
@@ -301,7 +358,9 @@ impl Store {
     }
 
     fn record<T: DeserializeOwned>(&self, key: &[u8]) -> Result<Option<T>, StoreError> {
-        let Some(bytes) = self.meta(key)? else { return Ok(None) };
+        let Some(bytes) = self.meta(key)? else {
+            return Ok(None);
+        };
         let what = || corrupt(&format!("the record {}", key.escape_ascii()));
         serde_json::from_slice(&bytes).map(Some).map_err(|_| what())
     }
@@ -316,7 +375,11 @@ impl Store {
     }
 
     /// All entries of a family whose keys begin with `prefix`; for the records alone, which are few.
-    fn entries(&self, target: Target, prefix: &[u8]) -> Result<Vec<(Box<[u8]>, Box<[u8]>)>, StoreError> {
+    fn entries(
+        &self,
+        target: Target,
+        prefix: &[u8],
+    ) -> Result<Vec<(Box<[u8]>, Box<[u8]>)>, StoreError> {
         self.with(|db| {
             let mode = IteratorMode::From(prefix, rocksdb::Direction::Forward);
             let mut out = Vec::new();
@@ -334,12 +397,21 @@ impl Store {
     fn first(&self, prefix: &[u8]) -> Result<Option<(Box<[u8]>, Box<[u8]>)>, StoreError> {
         self.with(|db| {
             let mode = IteratorMode::From(prefix, rocksdb::Direction::Forward);
-            let first = db.iterator_cf(family(db, Target::Meta)?, mode).next().transpose()?;
+            let first = db
+                .iterator_cf(family(db, Target::Meta)?, mode)
+                .next()
+                .transpose()?;
             Ok(first.filter(|(key, _)| key.starts_with(prefix)))
         })
     }
 
-    fn put(&self, batch: &mut WriteBatch, target: Target, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+    fn put(
+        &self,
+        batch: &mut WriteBatch,
+        target: Target,
+        key: &[u8],
+        value: &[u8],
+    ) -> Result<(), StoreError> {
         self.with(|db| {
             batch.put_cf(family(db, target)?, key, value);
             Ok(())
@@ -393,7 +465,10 @@ impl Store {
         // What was written without the WAL and not flushed is gone.
         self.unflushed.lock().clear();
         *poisoned = false;
-        log::warn!("{}: opened the database again after a failed write", self.dir.display());
+        log::warn!(
+            "{}: opened the database again after a failed write",
+            self.dir.display()
+        );
         Ok(())
     }
 
@@ -407,7 +482,10 @@ impl Store {
             return room;
         }
         let (free, total) = disk_space(&self.dir);
-        let reserve = self.options.reserve.unwrap_or_else(|| (total / 50).max(1 << 30));
+        let reserve = self
+            .options
+            .reserve
+            .unwrap_or_else(|| (total / 50).max(1 << 30));
         let room = free.saturating_sub(reserve);
         *space = Some((Instant::now(), room));
         room
@@ -418,8 +496,10 @@ impl Store {
         let flushing = self.unflushed.lock().begin_flush();
         let result = self.with(|db| {
             let families = [Target::Meta, Target::Nodes, Target::Chunks, Target::Sizes];
-            let families: Result<Vec<&ColumnFamily>, StoreError> =
-                families.into_iter().map(|target| family(db, target)).collect();
+            let families: Result<Vec<&ColumnFamily>, StoreError> = families
+                .into_iter()
+                .map(|target| family(db, target))
+                .collect();
             Ok(db.flush_cfs_opt(&families?, &rocksdb::FlushOptions::default())?)
         });
         self.unflushed.lock().end_flush(flushing, result.is_ok());
@@ -441,7 +521,9 @@ impl tree::Source for Store {
 }
 
 fn disk_space(dir: &Path) -> (u64, u64) {
-    crate::sys::room(dir).map(|room| (room.available, room.total)).unwrap_or((0, 0))
+    crate::sys::room(dir)
+        .map(|room| (room.available, room.total))
+        .unwrap_or((0, 0))
 }
 
 fn free_space(dir: &Path) -> u64 {
@@ -450,7 +532,8 @@ fn free_space(dir: &Path) -> u64 {
 
 fn family(db: &DB, target: Target) -> Result<&ColumnFamily, StoreError> {
     let name = FAMILIES[target as usize];
-    db.cf_handle(name).ok_or_else(|| corrupt(&format!("the database (no family {name})")))
+    db.cf_handle(name)
+        .ok_or_else(|| corrupt(&format!("the database (no family {name})")))
 }
 
 /// Opens the database with the settings found good: small buffers, little WAL, blobs for chunks, no compression of its own.
@@ -466,7 +549,10 @@ fn open_db(dir: &Path) -> Result<DB, StoreError> {
     options.set_bytes_per_sync(1 << 20);
     options.set_max_background_jobs(2);
     options.set_atomic_flush(true);
-    options.set_write_buffer_manager(&WriteBufferManager::new_write_buffer_manager(64 << 20, false));
+    options.set_write_buffer_manager(&WriteBufferManager::new_write_buffer_manager(
+        64 << 20,
+        false,
+    ));
     let cache = Cache::new_lru_cache(16 << 20);
     let tuned = |name: &str| {
         let mut options = Options::default();
@@ -504,4 +590,3 @@ fn stored_len(value: &[u8]) -> Option<(u64, u64)> {
     let raw = chunk::varint::take(&mut rest)?;
     Some((raw, chunk::varint::take(&mut rest)?))
 }
-

@@ -21,7 +21,11 @@ use std::sync::OnceLock;
 
 /// Turns the -1 of a system call into the error it stands for.
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 fn c_path(path: &Path) -> io::Result<CString> {
@@ -51,7 +55,8 @@ pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
 }
 
 fn to_off(n: u64) -> io::Result<libc::off_t> {
-    n.try_into().map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
+    n.try_into()
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
 }
 
 /// Writes back what the filesystem under `file` holds dirty, and waits for it.
@@ -75,7 +80,10 @@ pub fn room(path: &Path) -> io::Result<Room> {
     let mut out: libc::statvfs = unsafe { std::mem::zeroed() };
     // SAFETY: the path ends in NUL and `out` is writable for the length of the call.
     check(unsafe { libc::statvfs(path.as_ptr(), &raw mut out) })?;
-    Ok(Room { total: out.f_blocks * out.f_frsize, available: out.f_bavail * out.f_frsize })
+    Ok(Room {
+        total: out.f_blocks * out.f_frsize,
+        available: out.f_bavail * out.f_frsize,
+    })
 }
 
 /// What kind of filesystem a folder lies on, as far as a store cares.
@@ -144,9 +152,12 @@ pub fn idle_priority() -> io::Result<()> {
     // SAFETY: pid 0 is the calling thread; the parameters outlive the call.
     check(unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) })?;
     // SAFETY: plain numbers; 0 is the calling thread.
-    let result =
-        unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, IOPRIO_IDLE) };
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, IOPRIO_IDLE) };
+    if result == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// Returns the major and minor number of a device number as stat gives it.
@@ -173,7 +184,10 @@ pub fn is_nonblocking(fd: impl AsFd) -> io::Result<bool> {
 
 /// Raises the soft limit of open files to the hard one; returns it.
 pub fn raise_open_files() -> io::Result<u64> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     // SAFETY: `limit` is writable for the length of the call.
     check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
     limit.rlim_cur = limit.rlim_max;
@@ -191,19 +205,30 @@ mod tests {
     fn a_punched_hole_reads_as_zeros_and_frees_blocks() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("spool");
-        let file =
-            File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .unwrap();
         file.write_all_at(&[7; 64 << 10], 0).unwrap();
         file.sync_all().unwrap();
         let before = file.metadata().unwrap().blocks();
         punch_hole(&file, 4096, 32 << 10).unwrap();
         let after = file.metadata().unwrap();
         assert_eq!(after.len(), 64 << 10);
-        assert!(after.blocks() < before, "{} of {before} blocks left", after.blocks());
+        assert!(
+            after.blocks() < before,
+            "{} of {before} blocks left",
+            after.blocks()
+        );
         let mut buffer = [1; 8192];
         assert_eq!(read_full_at(&file, &mut buffer, 0).unwrap(), 8192);
         assert_eq!((buffer[4095], buffer[4096]), (7, 0));
-        assert_eq!(read_full_at(&file, &mut buffer, (64 << 10) - 10).unwrap(), 10);
+        assert_eq!(
+            read_full_at(&file, &mut buffer, (64 << 10) - 10).unwrap(),
+            10
+        );
     }
 
     #[test]
@@ -228,6 +253,8 @@ mod tests {
 
     #[test]
     fn a_thread_may_step_back() {
-        std::thread::spawn(|| idle_priority().unwrap()).join().unwrap();
+        std::thread::spawn(|| idle_priority().unwrap())
+            .join()
+            .unwrap();
     }
 }

@@ -75,7 +75,11 @@ pub fn get<S: Source>(source: &S, root: NodeId, key: &[u8]) -> Result<Option<Vec
 }
 
 fn check_level(parent: &Node, child: &Node) -> Result<(), TreeError> {
-    if child.level() + 1 == parent.level() { Ok(()) } else { Err(TreeError("a node is at the wrong level")) }
+    if child.level() + 1 == parent.level() {
+        Ok(())
+    } else {
+        Err(TreeError("a node is at the wrong level"))
+    }
 }
 
 /// Returns the entries between two bounds, in order.
@@ -85,7 +89,12 @@ pub fn range<'a, S: Source>(
     from: Bound<&[u8]>,
     to: Bound<&[u8]>,
 ) -> Range<'a, S> {
-    Range { cursor: Cursor::new(source, root, 0), at: None, from: from.map(<[u8]>::to_vec), to: to.map(<[u8]>::to_vec) }
+    Range {
+        cursor: Cursor::new(source, root, 0),
+        at: None,
+        from: from.map(<[u8]>::to_vec),
+        to: to.map(<[u8]>::to_vec),
+    }
 }
 
 /// Returns the entries whose keys begin with `prefix`, in order.
@@ -127,7 +136,9 @@ impl<S: Source> Range<'_, S> {
             self.at = Some((leaf, at));
         }
         loop {
-            let Some((leaf, at)) = &mut self.at else { return Ok(None) };
+            let Some((leaf, at)) = &mut self.at else {
+                return Ok(None);
+            };
             if *at < leaf.len() {
                 let key = leaf.key(*at);
                 let inside = match &self.to {
@@ -144,7 +155,9 @@ impl<S: Source> Range<'_, S> {
             }
             // A range that ends within this leaf never asks for the next one.
             let beyond = match (&self.to, leaf.len().checked_sub(1)) {
-                (Bound::Included(to) | Bound::Excluded(to), Some(last)) => leaf.key(last) >= to.as_slice(),
+                (Bound::Included(to) | Bound::Excluded(to), Some(last)) => {
+                    leaf.key(last) >= to.as_slice()
+                }
                 _ => false,
             };
             match if beyond { None } else { self.cursor.next()? } {

@@ -21,9 +21,13 @@ pub enum Which {
 /// Why a name or a version is none.
 #[derive(Debug, thiserror::Error)]
 pub enum NameError {
-    #[error("{0:?} is no volume name: 1 to 128 of A-Z a-z 0-9 . _ - /, beginning and ending with a letter or digit, no empty, \".\" or \"..\" part")]
+    #[error(
+        "{0:?} is no volume name: 1 to 128 of A-Z a-z 0-9 . _ - /, beginning and ending with a letter or digit, no empty, \".\" or \"..\" part"
+    )]
     Volume(String),
-    #[error("{0:?} is no version: write VOLUME, VOLUME@head, VOLUME@NUMBER or VOLUME@xHEX with at least 6 hex digits")]
+    #[error(
+        "{0:?} is no version: write VOLUME, VOLUME@head, VOLUME@NUMBER or VOLUME@xHEX with at least 6 hex digits"
+    )]
     Version(String),
 }
 
@@ -31,7 +35,9 @@ pub enum NameError {
 pub fn check_name(name: &str) -> Result<(), NameError> {
     let legal = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
     let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
-    let parts = name.split('/').all(|part| !part.is_empty() && part != "." && part != "..");
+    let parts = name
+        .split('/')
+        .all(|part| !part.is_empty() && part != "." && part != "..");
     let edges = edge(name.chars().next()) && edge(name.chars().next_back());
     if name.len() <= 128 && name.chars().all(legal) && edges && parts {
         Ok(())
@@ -50,14 +56,18 @@ impl std::str::FromStr for VersionSpec {
         let which = if which == "head" {
             Which::Head
         } else if let Some(hex) = which.strip_prefix('x') {
-            let digits = hex.len() >= 6 && hex.len() <= 64 && hex.bytes().all(|b| b.is_ascii_hexdigit());
+            let digits =
+                hex.len() >= 6 && hex.len() <= 64 && hex.bytes().all(|b| b.is_ascii_hexdigit());
             Which::Hex(digits.then(|| hex.to_ascii_lowercase()).ok_or_else(bad)?)
         } else if !which.is_empty() && which.bytes().all(|b| b.is_ascii_digit()) {
             Which::Number(which.parse().map_err(|_| bad())?)
         } else {
             return Err(bad());
         };
-        Ok(VersionSpec { volume: volume.into(), which })
+        Ok(VersionSpec {
+            volume: volume.into(),
+            which,
+        })
     }
 }
 
@@ -74,10 +84,15 @@ pub enum Found {
 /// # Errors
 /// What the store answered.
 pub fn find(store: &Store, spec: &VersionSpec) -> Result<Found, StoreError> {
-    let Some(volume) = store.volume(&spec.volume)? else { return Ok(Found::Nothing(None)) };
+    let Some(volume) = store.volume(&spec.volume)? else {
+        return Ok(Found::Nothing(None));
+    };
     let version = match &spec.which {
         Which::Head => head(store, &volume)?,
-        Which::Number(number) => store.version(VersionRef { volume: volume.id, number: *number })?,
+        Which::Number(number) => store.version(VersionRef {
+            volume: volume.id,
+            number: *number,
+        })?,
         Which::Hex(digits) => {
             let versions = store.versions(volume.id)?.into_iter();
             let mut named = versions.filter(|v| Store::version_id(v).to_hex().starts_with(digits));
@@ -101,9 +116,14 @@ pub fn find(store: &Store, spec: &VersionSpec) -> Result<Found, StoreError> {
 pub fn head(store: &Store, volume: &Volume) -> Result<Option<Version>, StoreError> {
     let mut number = volume.head;
     while number > 0 {
-        let at = VersionRef { volume: volume.id, number };
+        let at = VersionRef {
+            volume: volume.id,
+            number,
+        };
         let Some(version) = store.version(at)? else {
-            return Err(StoreError::Missing { what: format!("the record of {}@{number}", volume.name) });
+            return Err(StoreError::Missing {
+                what: format!("the record of {}@{number}", volume.name),
+            });
         };
         if store.damage(at)?.is_none() {
             return Ok(Some(version));
@@ -123,7 +143,9 @@ mod tests {
             assert!(check_name(good).is_ok(), "{good}");
         }
         let long = "a".repeat(129);
-        for bad in ["", "/a", "a/", "a//b", "a/./b", "a/../b", ".a", "a-", "a b", "ä", "a@1", &long] {
+        for bad in [
+            "", "/a", "a/", "a//b", "a/./b", "a/../b", ".a", "a-", "a b", "ä", "a@1", &long,
+        ] {
             assert!(check_name(bad).is_err(), "{bad}");
         }
     }
@@ -135,7 +157,14 @@ mod tests {
         assert_eq!(parse("npm@head"), Some(Which::Head));
         assert_eq!(parse("npm@42"), Some(Which::Number(42)));
         assert_eq!(parse("npm@x9F3c1a"), Some(Which::Hex("9f3c1a".into())));
-        for bad in ["npm@", "npm@x9f3", "npm@1a", "npm@xzzzzzz", "@1", "npm@99999999999999999999"] {
+        for bad in [
+            "npm@",
+            "npm@x9f3",
+            "npm@1a",
+            "npm@xzzzzzz",
+            "@1",
+            "npm@99999999999999999999",
+        ] {
             assert_eq!(parse(bad), None, "{bad}");
         }
     }

@@ -23,20 +23,30 @@ impl Source<'_> {
     ///
     /// # Errors
     /// What the disk or the store answered.
-    pub fn values(&self, ino: Ino, inode: &Inode, base_size: u64) -> Result<Vec<(u64, Value)>, FsError> {
+    pub fn values(
+        &self,
+        ino: Ino,
+        inode: &Inode,
+        base_size: u64,
+    ) -> Result<Vec<(u64, Value)>, FsError> {
         let size = inode.attr.size;
         if size == 0 {
             return Ok(Vec::new());
         }
         let store = &self.fork.store;
         let runs = view::content_runs(store, self.root, ino, &inode.content, 0, pages(size))?;
-        let runs: Vec<(u64, u64)> =
-            runs.iter().map(|(page, count)| (page * PAGE, ((page + count) * PAGE).min(size))).collect();
+        let runs: Vec<(u64, u64)> = runs
+            .iter()
+            .map(|(page, count)| (page * PAGE, ((page + count) * PAGE).min(size)))
+            .collect();
         if size <= INLINE_MAX as u64 && runs == [(0, size)] {
             return Ok(vec![(0, Value::Inline(self.read(ino, inode, 0, size)?))]);
         }
         if size <= SINGLE_MAX {
-            return runs.iter().map(|&(from, to)| self.chunk(ino, inode, from, to)).collect();
+            return runs
+                .iter()
+                .map(|&(from, to)| self.chunk(ino, inode, from, to))
+                .collect();
         }
         let old = if base_size > SINGLE_MAX && !inode.created {
             Old::new(self, ino, inode, base_size)?
@@ -52,13 +62,20 @@ impl Source<'_> {
 
     fn read(&self, ino: Ino, inode: &Inode, from: u64, to: u64) -> Result<Vec<u8>, FsError> {
         let mut bytes = vec![0; (to - from) as usize];
-        self.fork.read_inode(inode, self.root, ino, from, &mut bytes)?;
+        self.fork
+            .read_inode(inode, self.root, ino, from, &mut bytes)?;
         Ok(bytes)
     }
 
     fn chunk(&self, ino: Ino, inode: &Inode, from: u64, to: u64) -> Result<(u64, Value), FsError> {
         let bytes = self.read(ino, inode, from, to)?;
-        Ok((from, Value::Chunk { len: to - from, id: self.ingest.chunk(&bytes)? }))
+        Ok((
+            from,
+            Value::Chunk {
+                len: to - from,
+                id: self.ingest.chunk(&bytes)?,
+            },
+        ))
     }
 
     /// Cuts one run of data.
@@ -90,7 +107,13 @@ impl Source<'_> {
             let at_end = start + buffer.len() as u64 == to;
             let len = chunk::first_cut(rest, at_end).expect("enough bytes were read to decide");
             let id = self.ingest.chunk(&rest[..len])?;
-            out.push((at, Value::Chunk { len: len as u64, id }));
+            out.push((
+                at,
+                Value::Chunk {
+                    len: len as u64,
+                    id,
+                },
+            ));
             at += len as u64;
         }
         Ok(())
@@ -108,9 +131,15 @@ struct Old {
 impl Old {
     fn new(source: &Source<'_>, ino: Ino, inode: &Inode, base_size: u64) -> Result<Old, FsError> {
         let values = view::base_content(&source.fork.store, source.root, ino, 0, base_size)?;
-        let mut dirty: Vec<(u64, u64)> =
-            inode.content.extents.iter().map(|e| (e.page * PAGE, e.end() * PAGE)).collect();
-        let kept = (inode.content.base_pages * PAGE).min(inode.attr.size).min(base_size);
+        let mut dirty: Vec<(u64, u64)> = inode
+            .content
+            .extents
+            .iter()
+            .map(|e| (e.page * PAGE, e.end() * PAGE))
+            .collect();
+        let kept = (inode.content.base_pages * PAGE)
+            .min(inode.attr.size)
+            .min(base_size);
         dirty.push((kept, u64::MAX));
         dirty.sort_unstable();
         Ok(Old { values, dirty })
@@ -119,10 +148,16 @@ impl Old {
     /// Returns the chunk that began here before, if cutting anew would give it again: its bytes and the one behind it, by which
     /// the cut was decided, are the same, and it ends the run now if and only if it did then.
     fn at(&self, at: u64, run_end: u64) -> Option<Value> {
-        let index = self.values.binary_search_by_key(&at, |(offset, _)| *offset).ok()?;
+        let index = self
+            .values
+            .binary_search_by_key(&at, |(offset, _)| *offset)
+            .ok()?;
         let value = &self.values[index].1;
         let end = at + value.len();
-        let ended_run = self.values.get(index + 1).is_none_or(|(next, _)| *next != end);
+        let ended_run = self
+            .values
+            .get(index + 1)
+            .is_none_or(|(next, _)| *next != end);
         if end > run_end || (end == run_end) != ended_run {
             return None;
         }

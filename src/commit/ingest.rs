@@ -25,17 +25,29 @@ const QUIET: u32 = 1;
 type Edits = Vec<(Vec<u8>, Edit)>;
 
 /// Ingests everything of a sealed table; returns the new root and what changes in the version's numbers.
-pub fn run(fork: &Arc<Fork>, sealed: &Sealed, ingest: &Arc<Ingest>, threads: usize) -> Result<(NodeId, Totals), FsError> {
+pub fn run(
+    fork: &Arc<Fork>,
+    sealed: &Sealed,
+    ingest: &Arc<Ingest>,
+    threads: usize,
+) -> Result<(NodeId, Totals), FsError> {
     let table = &*sealed.table;
     let mut cells: Vec<&Arc<Cell>> = table.inodes.values().collect();
     cells.sort_by_key(|cell| cell.ino);
-    let source = Source { fork, root: sealed.root.id, ingest };
+    let source = Source {
+        fork,
+        root: sealed.root.id,
+        ingest,
+    };
     let next = AtomicUsize::new(0);
     let work = || -> Result<(Edits, Totals), FsError> {
         let (mut edits, mut totals) = (Edits::new(), Totals::default());
         loop {
             let from = next.fetch_add(BATCH, Ordering::Relaxed);
-            let Some(batch) = cells.get(from..(from + BATCH).min(cells.len())).filter(|b| !b.is_empty()) else {
+            let Some(batch) = cells
+                .get(from..(from + BATCH).min(cells.len()))
+                .filter(|b| !b.is_empty())
+            else {
                 return Ok((edits, totals));
             };
             for cell in batch {
@@ -43,11 +55,19 @@ pub fn run(fork: &Arc<Fork>, sealed: &Sealed, ingest: &Arc<Ingest>, threads: usi
             }
         }
     };
-    let threads = if cells.len() > BATCH { threads.max(1) } else { 1 };
+    let threads = if cells.len() > BATCH {
+        threads.max(1)
+    } else {
+        1
+    };
     let results: Vec<_> = std::thread::scope(|scope| {
         let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
         let mut results = vec![work()];
-        results.extend(others.into_iter().map(|t| t.join().expect("a panic ends the process")));
+        results.extend(
+            others
+                .into_iter()
+                .map(|t| t.join().expect("a panic ends the process")),
+        );
         results
     });
     let mut all: Edits = Vec::new();
@@ -74,14 +94,23 @@ impl Totals {
 }
 
 /// The attributes and content of one inode.
-fn inode_edits(source: &Source<'_>, cell: &Cell, edits: &mut Edits, totals: &mut Totals) -> Result<(), FsError> {
+fn inode_edits(
+    source: &Source<'_>,
+    cell: &Cell,
+    edits: &mut Edits,
+    totals: &mut Totals,
+) -> Result<(), FsError> {
     let inode = cell.state.read();
     if inode.orphan {
         return Ok(());
     }
     let ino = cell.ino;
     let store = &source.fork.store;
-    let before = if inode.created { None } else { view::base_attr(store, source.root, ino)? };
+    let before = if inode.created {
+        None
+    } else {
+        view::base_attr(store, source.root, ino)?
+    };
     let (mut size, mut blocks) = (inode.attr.size as i64, inode.attr.blocks as i64);
     match &before {
         Some(before) => {
@@ -96,7 +125,9 @@ fn inode_edits(source: &Source<'_>, cell: &Cell, edits: &mut Edits, totals: &mut
     edits.push((record::attr_key(ino), Edit::Put(inode.attr.encode())));
     let base_size = before.as_ref().map_or(0, |before| before.size);
     let content = &inode.content;
-    let same = content.extents.is_empty() && inode.attr.size == base_size && content.base_pages == pages(base_size);
+    let same = content.extents.is_empty()
+        && inode.attr.size == base_size
+        && content.base_pages == pages(base_size);
     if !inode.attr.kind.has_content() || (before.is_some() && same) {
         return Ok(());
     }
@@ -113,12 +144,20 @@ fn inode_edits(source: &Source<'_>, cell: &Cell, edits: &mut Edits, totals: &mut
             edits.push((record::content_key(ino, offset), Edit::Put(value.encode())));
         }
     }
-    edits.extend(old.into_keys().map(|offset| (record::content_key(ino, offset), Edit::Delete)));
+    edits.extend(
+        old.into_keys()
+            .map(|offset| (record::content_key(ino, offset), Edit::Delete)),
+    );
     Ok(())
 }
 
 /// Entries, back references, extended attributes, and inodes that are gone.
-fn name_edits(source: &Source<'_>, table: &Table, edits: &mut Edits, totals: &mut Totals) -> Result<(), FsError> {
+fn name_edits(
+    source: &Source<'_>,
+    table: &Table,
+    edits: &mut Edits,
+    totals: &mut Totals,
+) -> Result<(), FsError> {
     let store = &source.fork.store;
     let mut backrefs: BTreeMap<Vec<u8>, Edit> = BTreeMap::new();
     for (ino, parent, name) in &table.unlinked {
@@ -140,15 +179,26 @@ fn name_edits(source: &Source<'_>, table: &Table, edits: &mut Edits, totals: &mu
     }
     edits.extend(backrefs);
     for ((ino, name), value) in &table.xattrs {
-        let orphan = table.inodes.get(ino).is_some_and(|cell| cell.state.read().orphan);
+        let orphan = table
+            .inodes
+            .get(ino)
+            .is_some_and(|cell| cell.state.read().orphan);
         if orphan || table.removed.contains(ino) {
             continue;
         }
         let edit = match value {
-            Some(value) if value.len() <= INLINE_MAX => Edit::Put(Value::Inline(value.to_vec()).encode()),
+            Some(value) if value.len() <= INLINE_MAX => {
+                Edit::Put(Value::Inline(value.to_vec()).encode())
+            }
             Some(value) => {
                 let id = source.ingest.chunk(value)?;
-                Edit::Put(Value::Chunk { len: value.len() as u64, id }.encode())
+                Edit::Put(
+                    Value::Chunk {
+                        len: value.len() as u64,
+                        id,
+                    }
+                    .encode(),
+                )
             }
             None => Edit::Delete,
         };
@@ -156,7 +206,9 @@ fn name_edits(source: &Source<'_>, table: &Table, edits: &mut Edits, totals: &mu
         edits.push((record::xattr_key(*ino, name), edit));
     }
     for ino in &table.removed {
-        let Some(before) = view::base_attr(store, source.root, *ino)? else { continue };
+        let Some(before) = view::base_attr(store, source.root, *ino)? else {
+            continue;
+        };
         totals.files -= 1;
         totals.logical_bytes -= before.size as i64;
         totals.blocks -= before.blocks as i64;
@@ -193,7 +245,8 @@ fn apply(
             .collect();
         drop(from);
         let root = tree::apply(&**store, root, edits, &mut |id, bytes, node| {
-            to.send((id, bytes, node)).expect("the workers read until this side is dropped");
+            to.send((id, bytes, node))
+                .expect("the workers read until this side is dropped");
         });
         drop(to);
         for worker in workers {
@@ -223,13 +276,27 @@ pub fn ahead(fork: &Arc<Fork>, ingest: &Ingest, most: usize) -> Result<usize, Fs
                     && inode.attr.size > INLINE_MAX as u64
                     && !inode.content.extents.is_empty()
                     && inode.written + QUIET < age
-                    && inode.ingested.as_ref().is_none_or(|hint| hint.sequence != inode.content.sequence)
+                    && inode
+                        .ingested
+                        .as_ref()
+                        .is_none_or(|hint| hint.sequence != inode.content.sequence)
             })
         };
-        let cells: Vec<Arc<Cell>> = layers.live.inodes.values().filter(quiet).take(most).cloned().collect();
+        let cells: Vec<Arc<Cell>> = layers
+            .live
+            .inodes
+            .values()
+            .filter(quiet)
+            .take(most)
+            .cloned()
+            .collect();
         (layers.root.clone(), cells)
     };
-    let source = Source { fork, root: root.id, ingest };
+    let source = Source {
+        fork,
+        root: root.id,
+        ingest,
+    };
     for cell in &cells {
         let copy = {
             let inode = cell.state.read();
@@ -237,11 +304,18 @@ pub fn ahead(fork: &Arc<Fork>, ingest: &Ingest, most: usize) -> Result<usize, Fs
             fork.spool.retain(inode.content.extents.iter());
             inode.clone()
         };
-        let before = if copy.created { None } else { view::base_attr(&fork.store, root.id, cell.ino)? };
+        let before = if copy.created {
+            None
+        } else {
+            view::base_attr(&fork.store, root.id, cell.ino)?
+        };
         let values = source.values(cell.ino, &copy, before.map_or(0, |b| b.size));
         fork.spool.release(copy.content.extents.iter());
         let sequence = copy.content.sequence;
-        let hint = Arc::new(Hint { sequence, values: values? });
+        let hint = Arc::new(Hint {
+            sequence,
+            values: values?,
+        });
         let mut inode = cell.state.write();
         if inode.content.sequence == sequence {
             inode.ingested = Some(hint);

@@ -6,12 +6,22 @@ use std::sync::Arc;
 
 use tar::{Archive, Builder, EntryType, Header};
 
-use super::{Code, CommitRequest, Engine, EngineError, ForkRequest, Owner, Result, VersionInfo, When};
+use super::{
+    Code, CommitRequest, Engine, EngineError, ForkRequest, Owner, Result, VersionInfo, When,
+};
 use crate::fork::error::FsError;
 use crate::fork::view;
 use crate::fs::{Caller, Entry, Fs, NewNode, Options, Ownership, SetAttr, XattrMode};
 use crate::record::{self, Attr, Ino, Key, Kind, ROOT, Value};
 use crate::tree;
+
+/// What an export has written so far.
+#[derive(Default)]
+struct Exported {
+    /// The first path of each file with several.
+    links: HashMap<Ino, Vec<u8>>,
+    warnings: Vec<String>,
+}
 
 /// What came of an import.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -33,7 +43,10 @@ fn bad(what: impl std::fmt::Display) -> EngineError {
 
 /// A time as PAX writes it: seconds and a fraction.
 fn pax_time(time: i64) -> String {
-    let (seconds, nanos) = (time.div_euclid(1_000_000_000), time.rem_euclid(1_000_000_000));
+    let (seconds, nanos) = (
+        time.div_euclid(1_000_000_000),
+        time.rem_euclid(1_000_000_000),
+    );
     if seconds < 0 && nanos > 0 {
         // PAX counts the fraction away from zero.
         format!("-{}.{:09}", -(seconds + 1), 1_000_000_000 - nanos)
@@ -48,24 +61,36 @@ fn parse_pax_time(text: &str) -> Option<i64> {
         None => (false, text),
     };
     let (seconds, fraction) = digits.split_once('.').unwrap_or((digits, ""));
-    let nanos: String = fraction.chars().chain(std::iter::repeat('0')).take(9).collect();
-    let time = seconds.parse::<i64>().ok()?.checked_mul(1_000_000_000)?.checked_add(nanos.parse().ok()?)?;
+    let nanos: String = fraction
+        .chars()
+        .chain(std::iter::repeat('0'))
+        .take(9)
+        .collect();
+    let time = seconds
+        .parse::<i64>()
+        .ok()?
+        .checked_mul(1_000_000_000)?
+        .checked_add(nanos.parse().ok()?)?;
     Some(if negative { -time } else { time })
 }
 
 impl Engine {
-    /// Writes a version as a tar file.
+    /// Writes a version as a tar file; returns what only forkvol will read back as it was.
     ///
     /// # Errors
     /// `NotFound`; what the store or the output answered.
-    pub fn export(&self, text: &str, out: &mut dyn Write) -> Result<()> {
+    pub fn export(&self, text: &str, out: &mut dyn Write) -> Result<Vec<String>> {
         let held = self.hold(text)?;
         let mut builder = Builder::new(out);
+        let mut done = Exported::default();
         if held.root != tree::empty().0 {
-            let mut links = HashMap::new();
-            self.export_dir(&mut builder, held.root, ROOT, b".", &mut links)?;
+            self.export_dir(&mut builder, held.root, ROOT, b".", &mut done)?;
         }
-        builder.into_inner().and_then(|out| out.flush()).map_err(output)
+        builder
+            .into_inner()
+            .and_then(|out| out.flush())
+            .map_err(output)?;
+        Ok(done.warnings)
     }
 
     fn export_dir(
@@ -74,15 +99,15 @@ impl Engine {
         root: tree::NodeId,
         dir: Ino,
         path: &[u8],
-        links: &mut HashMap<Ino, Vec<u8>>,
+        done: &mut Exported,
     ) -> Result<()> {
-        self.export_one(builder, root, dir, path, links)?;
+        self.export_one(builder, root, dir, path, done)?;
         for (name, (ino, kind)) in self.children(root, dir)? {
             let path = [path, b"/", &name].concat();
             if kind == Kind::Directory {
-                self.export_dir(builder, root, ino, &path, links)?;
+                self.export_dir(builder, root, ino, &path, done)?;
             } else {
-                self.export_one(builder, root, ino, &path, links)?;
+                self.export_one(builder, root, ino, &path, done)?;
             }
         }
         Ok(())
@@ -94,10 +119,12 @@ impl Engine {
         root: tree::NodeId,
         ino: Ino,
         path: &[u8],
-        links: &mut HashMap<Ino, Vec<u8>>,
+        done: &mut Exported,
     ) -> Result<()> {
         let attr = view::base_attr(&self.store, root, ino)?;
-        let attr = attr.ok_or_else(|| EngineError::new(Code::Damaged, format!("inode {ino} has no attributes")))?;
+        let attr = attr.ok_or_else(|| {
+            EngineError::new(Code::Damaged, format!("inode {ino} has no attributes"))
+        })?;
         let mut pax: Vec<(String, Vec<u8>)> = vec![
             ("path".into(), path.to_vec()),
             ("mtime".into(), pax_time(attr.mtime).into_bytes()),
@@ -114,22 +141,35 @@ impl Engine {
         header.set_gid(u64::from(attr.gid) & 0o777_7777);
         header.set_size(0);
         header.set_path(format!("{ino}")).map_err(output)?;
-        let first = if attr.nlink > 1 && attr.kind != Kind::Directory { links.get(&ino) } else { None };
+        let first = if attr.nlink > 1 && attr.kind != Kind::Directory {
+            done.links.get(&ino)
+        } else {
+            None
+        };
         if let Some(first) = first {
             header.set_entry_type(EntryType::Link);
             pax.push(("linkpath".into(), first.clone()));
         } else {
-            links.insert(ino, path.to_vec());
+            done.links.insert(ino, path.to_vec());
+            if attr.kind == Kind::Socket {
+                let path = String::from_utf8_lossy(path);
+                done.warnings
+                    .push(format!("{path}: a socket, which tar shows as a pipe"));
+            }
             self.export_kind(root, ino, &attr, &mut header, &mut pax)?;
             for item in tree::prefix(&*self.store, root, &record::xattrs_prefix(ino)) {
                 let (key, value) = item?;
-                if let (Some(Key::Xattr { name, .. }), Some(value)) = (Key::parse(&key), Value::decode(&value)) {
+                if let (Some(Key::Xattr { name, .. }), Some(value)) =
+                    (Key::parse(&key), Value::decode(&value))
+                {
                     let name = format!("{XATTR}{}", String::from_utf8_lossy(name));
                     pax.push((name, view::load(&self.store, &value)?));
                 }
             }
         }
-        let records = pax.iter().map(|(key, value)| (key.as_str(), value.as_slice()));
+        let records = pax
+            .iter()
+            .map(|(key, value)| (key.as_str(), value.as_slice()));
         builder.append_pax_extensions(records).map_err(output)?;
         if header.entry_type() == EntryType::Regular && attr.size > 0 {
             header.set_size(attr.size);
@@ -138,7 +178,10 @@ impl Engine {
             out.write_all(header.as_bytes()).map_err(output)?;
             self.copy_out(root, ino, attr.size, *out)?;
             let padding = attr.size.next_multiple_of(512) - attr.size;
-            builder.get_mut().write_all(&vec![0; padding as usize]).map_err(output)
+            builder
+                .get_mut()
+                .write_all(&vec![0; padding as usize])
+                .map_err(output)
         } else {
             header.set_cksum();
             builder.append(&header, std::io::empty()).map_err(output)
@@ -182,7 +225,12 @@ impl Engine {
     ///
     /// # Errors
     /// `Usage` for what is no tar file; the volume is then as it was.
-    pub fn import(&self, volume: &str, input: &mut dyn Read, uid: u32, gid: u32) -> Result<Imported> {
+    pub fn import(
+        &self,
+        volume: &str,
+        input: &mut dyn Read,
+        (uid, gid): (u32, u32),
+    ) -> Result<Imported> {
         let request = ForkRequest {
             volume: volume.into(),
             from: None,
@@ -205,8 +253,16 @@ impl Engine {
         let info = self.fork(request)?;
         let id = info.id.parse().map_err(|()| super::no_fork(&info.id))?;
         let fork = self.live(id)?.fork()?.clone();
-        let options = Options { read_only: false, ownership: Ownership::Keep, acl: true };
-        let imported = Import { fs: Fs::new(Arc::clone(&fork), options), warnings: Vec::new() }.run(input);
+        let options = Options {
+            read_only: false,
+            ownership: Ownership::Keep,
+            acl: true,
+        };
+        let imported = Import {
+            fs: Fs::new(Arc::clone(&fork), options),
+            warnings: Vec::new(),
+        }
+        .run(input);
         fork.end_session();
         let commit = CommitRequest {
             keep: false,
@@ -240,8 +296,14 @@ struct Import {
     warnings: Vec<String>,
 }
 
-const ROOT_CALLER: Caller =
-    Caller { uid: 0, gid: 0, request: crate::fork::log::Request { epoch: 0, unique: 0 } };
+const ROOT_CALLER: Caller = Caller {
+    uid: 0,
+    gid: 0,
+    request: crate::fork::log::Request {
+        epoch: 0,
+        unique: 0,
+    },
+};
 
 impl Import {
     /// The content of the tar file takes the place of what the volume had.
@@ -255,7 +317,14 @@ impl Import {
         }
         // Last, for what was put into a directory has changed its time.
         for (ino, mtime) in times.into_iter().rev() {
-            self.fs.setattr(ROOT_CALLER, ino, SetAttr { mtime: Some(mtime), ..SetAttr::default() })?;
+            self.fs.setattr(
+                ROOT_CALLER,
+                ino,
+                SetAttr {
+                    mtime: Some(mtime),
+                    ..SetAttr::default()
+                },
+            )?;
         }
         Ok(self.warnings)
     }
@@ -277,7 +346,11 @@ impl Import {
         Ok(())
     }
 
-    fn entry<R: Read>(&mut self, entry: &mut tar::Entry<'_, R>, times: &mut Vec<(Ino, i64)>) -> Result<()> {
+    fn entry<R: Read>(
+        &mut self,
+        entry: &mut tar::Entry<'_, R>,
+        times: &mut Vec<(Ino, i64)>,
+    ) -> Result<()> {
         let mut pax: HashMap<String, Vec<u8>> = HashMap::new();
         if let Some(records) = entry.pax_extensions().map_err(bad)? {
             for record in records {
@@ -286,7 +359,10 @@ impl Import {
                 pax.insert(key, record.value_bytes().to_vec());
             }
         }
-        let text = |key: &str| pax.get(key).map(|value| String::from_utf8_lossy(value).into_owned());
+        let text = |key: &str| {
+            pax.get(key)
+                .map(|value| String::from_utf8_lossy(value).into_owned())
+        };
         let path = entry.path_bytes().into_owned();
         let header = entry.header().clone();
         let number = |key: &str, plain: std::io::Result<u64>| -> Result<u32> {
@@ -299,7 +375,9 @@ impl Import {
         let (uid, gid) = (number("uid", header.uid())?, number("gid", header.gid())?);
         let mtime = match text("mtime").and_then(|text| parse_pax_time(&text)) {
             Some(time) => time,
-            None => i64::try_from(header.mtime().map_err(bad)?).unwrap_or(0).saturating_mul(1_000_000_000),
+            None => i64::try_from(header.mtime().map_err(bad)?)
+                .unwrap_or(0)
+                .saturating_mul(1_000_000_000),
         };
         let mode = (header.mode().map_err(bad)? & 0o7777) as u16;
         let kind = match header.entry_type() {
@@ -311,22 +389,38 @@ impl Import {
             EntryType::Char => Kind::CharDevice,
             EntryType::Block => Kind::BlockDevice,
             EntryType::Link => {
-                let target = entry.link_name_bytes().ok_or_else(|| bad("a link names nothing"))?.into_owned();
+                let target = entry
+                    .link_name_bytes()
+                    .ok_or_else(|| bad("a link names nothing"))?
+                    .into_owned();
                 return self.link(&path, &target);
             }
             EntryType::XGlobalHeader => return Ok(()),
             other => {
                 let path = String::from_utf8_lossy(&path);
-                self.warnings.push(format!("{path}: entries of type {other:?} cannot be kept"));
+                self.warnings
+                    .push(format!("{path}: entries of type {other:?} cannot be kept"));
                 return Ok(());
             }
         };
-        let target = entry.link_name_bytes().map(|target| target.into_owned()).unwrap_or_default();
-        let rdev = match (header.device_major().ok().flatten(), header.device_minor().ok().flatten()) {
+        let target = entry
+            .link_name_bytes()
+            .map(|target| target.into_owned())
+            .unwrap_or_default();
+        let rdev = match (
+            header.device_major().ok().flatten(),
+            header.device_minor().ok().flatten(),
+        ) {
             (Some(major), Some(minor)) => crate::sys::mount::device_number((major, minor)) as u32,
             _ => 0,
         };
-        let node = NewNode { kind, mode, umask: 0, rdev, target: if kind == Kind::Symlink { &target } else { b"" } };
+        let node = NewNode {
+            kind,
+            mode,
+            umask: 0,
+            rdev,
+            target: if kind == Kind::Symlink { &target } else { b"" },
+        };
         let ino = self.place(&path, node)?;
         if kind == Kind::File {
             let mut buffer = vec![0; 1 << 20];
@@ -336,23 +430,38 @@ impl Import {
                 if read == 0 {
                     break;
                 }
-                self.fs.write(ROOT_CALLER, ino, at, &buffer[..read], false)?;
+                self.fs
+                    .write(ROOT_CALLER, ino, at, &buffer[..read], false)?;
                 at += read as u64;
             }
         }
         for (key, value) in &pax {
-            let Some(name) = key.strip_prefix(XATTR) else { continue };
-            match self.fs.setxattr(ROOT_CALLER, ino, name.as_bytes(), value, XattrMode::Any) {
+            let Some(name) = key.strip_prefix(XATTR) else {
+                continue;
+            };
+            match self
+                .fs
+                .setxattr(ROOT_CALLER, ino, name.as_bytes(), value, XattrMode::Any)
+            {
                 Err(FsError::NotSupported) => {
                     let path = String::from_utf8_lossy(&path);
-                    self.warnings.push(format!("{path}: the attribute {name} cannot be kept"));
+                    self.warnings
+                        .push(format!("{path}: the attribute {name} cannot be kept"));
                 }
                 other => other?,
             }
         }
-        let owner = SetAttr { uid: Some(uid), gid: Some(gid), ..SetAttr::default() };
+        let owner = SetAttr {
+            uid: Some(uid),
+            gid: Some(gid),
+            ..SetAttr::default()
+        };
         self.fs.setattr(ROOT_CALLER, ino, owner)?;
-        let mode = SetAttr { mode: (kind != Kind::Symlink).then_some(mode), mtime: Some(mtime), ..SetAttr::default() };
+        let mode = SetAttr {
+            mode: (kind != Kind::Symlink).then_some(mode),
+            mtime: Some(mtime),
+            ..SetAttr::default()
+        };
         self.fs.setattr(ROOT_CALLER, ino, mode)?;
         if kind == Kind::Directory {
             times.push((ino, mtime));
@@ -362,17 +471,32 @@ impl Import {
 
     /// The directory that a path lies in, made where it is missing, and its last name; no name for the root.
     fn parent<'p>(&self, path: &'p [u8]) -> Result<(Ino, Option<&'p [u8]>)> {
-        let mut parts: Vec<&[u8]> = path.split(|b| *b == b'/').filter(|p| !p.is_empty() && *p != b".").collect();
+        let mut parts: Vec<&[u8]> = path
+            .split(|b| *b == b'/')
+            .filter(|p| !p.is_empty() && *p != b".")
+            .collect();
         if parts.contains(&&b".."[..]) {
-            return Err(bad(format!("{} leads out of it", String::from_utf8_lossy(path))));
+            return Err(bad(format!(
+                "{} leads out of it",
+                String::from_utf8_lossy(path)
+            )));
         }
         let last = parts.pop();
         let mut dir = ROOT;
         for part in parts {
             dir = match self.fs.lookup(dir, part)? {
                 Some(Entry { ino, attr }) if attr.kind == Kind::Directory => ino,
-                Some(_) => return Err(bad(format!("{} lies in a file", String::from_utf8_lossy(path)))),
-                None => self.fs.make(ROOT_CALLER, dir, part, NewNode::new(Kind::Directory, 0o755))?.ino,
+                Some(_) => {
+                    return Err(bad(format!(
+                        "{} lies in a file",
+                        String::from_utf8_lossy(path)
+                    )));
+                }
+                None => {
+                    self.fs
+                        .make(ROOT_CALLER, dir, part, NewNode::new(Kind::Directory, 0o755))?
+                        .ino
+                }
             };
         }
         Ok((dir, last))
@@ -380,7 +504,9 @@ impl Import {
 
     /// Makes an inode at a path; what stands there gives way, save that a directory stays.
     fn place(&self, path: &[u8], node: NewNode<'_>) -> Result<Ino> {
-        let (dir, Some(name)) = self.parent(path)? else { return Ok(ROOT) };
+        let (dir, Some(name)) = self.parent(path)? else {
+            return Ok(ROOT);
+        };
         if let Some(there) = self.fs.lookup(dir, name)? {
             match (there.attr.kind, node.kind) {
                 (Kind::Directory, Kind::Directory) => return Ok(there.ino),
@@ -392,10 +518,22 @@ impl Import {
     }
 
     fn link(&self, path: &[u8], target: &[u8]) -> Result<()> {
-        let missing = || bad(format!("{} is a link to nothing", String::from_utf8_lossy(path)));
-        let (target_dir, Some(target_name)) = self.parent(target)? else { return Err(missing()) };
-        let there = self.fs.lookup(target_dir, target_name)?.ok_or_else(missing)?;
-        let (dir, Some(name)) = self.parent(path)? else { return Err(missing()) };
+        let missing = || {
+            bad(format!(
+                "{} is a link to nothing",
+                String::from_utf8_lossy(path)
+            ))
+        };
+        let (target_dir, Some(target_name)) = self.parent(target)? else {
+            return Err(missing());
+        };
+        let there = self
+            .fs
+            .lookup(target_dir, target_name)?
+            .ok_or_else(missing)?;
+        let (dir, Some(name)) = self.parent(path)? else {
+            return Err(missing());
+        };
         if self.fs.lookup(dir, name)?.is_some() {
             self.fs.unlink(ROOT_CALLER, dir, name)?;
         }
@@ -410,7 +548,14 @@ mod tests {
 
     #[test]
     fn times_survive_pax() {
-        for time in [0, 1, -1, 1_700_000_000_123_456_789, -1_500_000_001, -2_000_000_000] {
+        for time in [
+            0,
+            1,
+            -1,
+            1_700_000_000_123_456_789,
+            -1_500_000_001,
+            -2_000_000_000,
+        ] {
             assert_eq!(parse_pax_time(&pax_time(time)), Some(time), "{time}");
         }
     }

@@ -51,7 +51,10 @@ impl Engine {
     pub fn commit(&self, mut forks: Vec<ForkId>, request: CommitRequest) -> Result<Vec<Committed>> {
         forks.sort_unstable();
         forks.dedup();
-        let lives = forks.iter().map(|id| self.live(*id)).collect::<Result<Vec<_>>>()?;
+        let lives = forks
+            .iter()
+            .map(|id| self.live(*id))
+            .collect::<Result<Vec<_>>>()?;
         let _one_each: Vec<_> = lives.iter().map(|live| live.committing.lock()).collect();
         let result = self.commit_locked(&lives, &request);
         if let Err(error) = &result {
@@ -61,14 +64,23 @@ impl Engine {
         result
     }
 
-    fn commit_locked(&self, lives: &[Arc<Live>], request: &CommitRequest) -> Result<Vec<Committed>> {
+    fn commit_locked(
+        &self,
+        lives: &[Arc<Live>],
+        request: &CommitRequest,
+    ) -> Result<Vec<Committed>> {
         for live in lives {
             if live.over.load(Ordering::Acquire) {
                 return Err(no_fork(&live.id.to_string()));
             }
             live.fork()?;
             let record = live.record.lock();
-            let refuse = |why: &str| Err(EngineError::new(Code::Policy, format!("fork {} {why}", live.id)));
+            let refuse = |why: &str| {
+                Err(EngineError::new(
+                    Code::Policy,
+                    format!("fork {} {why}", live.id),
+                ))
+            };
             if record.options.read_only {
                 return refuse("is read-only and never commits");
             }
@@ -96,27 +108,46 @@ impl Engine {
 
     /// Fails if a head is not what the caller or the history of the volume says it must be.
     fn check_heads(&self, lives: &[Arc<Live>], request: &CommitRequest) -> Result<()> {
-        let wanted = request.if_head.as_deref().map(|text| self.find_version(text)).transpose()?;
+        let wanted = request
+            .if_head
+            .as_deref()
+            .map(|text| self.find_version(text))
+            .transpose()?;
         for live in lives {
             let (volume, base) = {
                 let record = live.record.lock();
                 (record.volume, record.base)
             };
             let volume = self.store.volume_by_id(volume)?;
-            let volume = volume.ok_or_else(|| EngineError::new(Code::NotFound, "the volume was removed"))?;
+            let volume =
+                volume.ok_or_else(|| EngineError::new(Code::NotFound, "the volume was removed"))?;
             let moved = |why: String| Err(EngineError::new(Code::HeadMoved, why));
-            let own = base.filter(|base| base.volume == volume.id).map_or(0, |base| base.number);
+            let own = base
+                .filter(|base| base.volume == volume.id)
+                .map_or(0, |base| base.number);
             if let Some((_, version)) = &wanted
                 && (version.volume, version.number) != (volume.id, volume.head)
             {
-                return moved(format!("the head of {} is {}@{}", volume.name, volume.name, volume.head));
+                return moved(format!(
+                    "the head of {} is {}@{}",
+                    volume.name, volume.name, volume.head
+                ));
             }
             if request.if_base && volume.head != own {
-                return moved(format!("the head of {} is {}, the fork was made from {own}", volume.name, volume.head));
+                return moved(format!(
+                    "the head of {} is {}, the fork was made from {own}",
+                    volume.name, volume.head
+                ));
             }
-            let taken_back = volume.taken_back.iter().any(|(first, last)| (*first..=*last).contains(&own));
+            let taken_back = volume
+                .taken_back
+                .iter()
+                .any(|(first, last)| (*first..=*last).contains(&own));
             if taken_back && !request.force {
-                return moved(format!("fork {} was made from {}@{own}, which was taken back", live.id, volume.name));
+                return moved(format!(
+                    "fork {} was made from {}@{own}, which was taken back",
+                    live.id, volume.name
+                ));
             }
         }
         Ok(())
@@ -138,7 +169,9 @@ impl Engine {
             ingests.push(done.ingest.clone());
             let is_new = self.is_new(live, request, done)?;
             if is_new {
-                publish.versions.push(self.new_version(live, request, done)?);
+                publish
+                    .versions
+                    .push(self.new_version(live, request, done)?);
                 made.push(*index);
             }
             if !request.keep {
@@ -155,17 +188,33 @@ impl Engine {
         let mut out = Vec::new();
         for (index, done) in prepared {
             let live = &lives[*index];
-            let version = made.iter().position(|at| at == index).map(|at| &versions[at]);
-            let counter = if version.is_some() { &self.counters.commits } else { &self.counters.unchanged };
+            let version = made
+                .iter()
+                .position(|at| at == index)
+                .map(|at| &versions[at]);
+            let counter = if version.is_some() {
+                &self.counters.commits
+            } else {
+                &self.counters.unchanged
+            };
             counter.fetch_add(1, Ordering::Relaxed);
-            let info = version.map(|version| self.published_info(version)).transpose()?;
+            let info = version
+                .map(|version| self.published_info(version))
+                .transpose()?;
             if let Some(info) = &info {
-                log::info!("fork {} committed as {}@{}, {} bytes new", live.id, info.volume, info.number, info.new_bytes);
+                log::info!(
+                    "fork {} committed as {}@{}, {} bytes new",
+                    live.id,
+                    info.volume,
+                    info.number,
+                    info.new_bytes
+                );
             }
             let mount = if request.keep {
                 match version {
                     Some(version) => {
-                        done.fork.rebase(version.root, done.sealed.segment.unwrap_or(1));
+                        done.fork
+                            .rebase(version.root, done.sealed.segment.unwrap_or(1));
                         live.ahead.lock().take();
                     }
                     None => done.fork.thaw(),
@@ -174,21 +223,29 @@ impl Engine {
             } else {
                 self.finish(live, false)
             };
-            out.push(Committed { fork: live.id, version: info, mount });
+            out.push(Committed {
+                fork: live.id,
+                version: info,
+                mount,
+            });
         }
         Ok(out)
     }
 
     fn published_info(&self, version: &store::Version) -> Result<VersionInfo> {
         let volume = self.store.volume_by_id(version.volume)?;
-        let volume = volume.ok_or_else(|| EngineError::new(Code::NotFound, "the volume was removed"))?;
+        let volume =
+            volume.ok_or_else(|| EngineError::new(Code::NotFound, "the volume was removed"))?;
         self.version_info(&volume, version)
     }
 
     /// Whether a commit of this fork makes a version.
     fn is_new(&self, live: &Live, request: &CommitRequest, done: &Ingested) -> Result<bool> {
         let volume = live.record.lock().volume;
-        let head = self.store.volume_by_id(volume)?.map_or(0, |volume| volume.head);
+        let head = self
+            .store
+            .volume_by_id(volume)?
+            .map_or(0, |volume| volume.head);
         if request.when == When::IfMissing && head != 0 {
             return Ok(false);
         }
@@ -197,21 +254,33 @@ impl Engine {
         if base.is_none_or(|base| base.volume != volume) && head == 0 && base.is_some() {
             return Ok(true);
         }
-        let least = if request.when == When::OnChange { Changed::Yes } else { Changed::Times };
+        let least = if request.when == When::OnChange {
+            Changed::Yes
+        } else {
+            Changed::Times
+        };
         if done.root == done.sealed.root.id {
             return Ok(false);
         }
         Ok(changed(&*done.ingest, done.sealed.root.id, done.root)? >= least)
     }
 
-    fn new_version(&self, live: &Live, request: &CommitRequest, done: &Ingested) -> Result<store::Version> {
+    fn new_version(
+        &self,
+        live: &Live,
+        request: &CommitRequest,
+        done: &Ingested,
+    ) -> Result<store::Version> {
         let record = live.record.lock().clone();
         let below = match record.base {
             Some(base) => self.store.version(base)?,
             None => None,
         };
         let add = |value: fn(&store::Version) -> u64, change: i64| {
-            below.as_ref().map_or(0, value).saturating_add_signed(change)
+            below
+                .as_ref()
+                .map_or(0, value)
+                .saturating_add_signed(change)
         };
         let mut labels = record.options.labels.clone();
         labels.extend(request.labels.clone());
@@ -228,7 +297,12 @@ impl Engine {
             files: add(|v| v.files, done.change.files),
             logical_bytes: add(|v| v.logical_bytes, done.change.logical_bytes),
             blocks: add(|v| v.blocks, done.change.blocks),
-            new_bytes: done.ingest.new_bytes() + live.ahead.lock().as_ref().map_or(0, |ahead| ahead.new_bytes()),
+            new_bytes: done.ingest.new_bytes()
+                + live
+                    .ahead
+                    .lock()
+                    .as_ref()
+                    .map_or(0, |ahead| ahead.new_bytes()),
             has_acl: done.change.has_acl || record.options.acl,
             has_links: done.change.has_links || below.as_ref().is_some_and(|v| v.has_links),
             uid_map: None,
@@ -244,32 +318,51 @@ impl Engine {
         prepared: &[(usize, Ingested)],
         made: &[usize],
     ) -> Result<Vec<store::Version>> {
-        self.store.publish_with(ingests, publish, |versions| {
-            let mut changes = Vec::new();
-            for (version, index) in versions.iter().zip(made) {
-                let Some((_, done)) = prepared.iter().find(|(at, _)| at == index) else { continue };
-                let mut record = lives[*index].record.lock();
-                record.root = version.root;
-                record.first_segment = done.sealed.segment.unwrap_or(record.first_segment);
-                record.base = Some(VersionRef { volume: version.volume, number: version.number });
-                changes.push(ForkChange::Put(record.clone()));
-            }
-            changes
-        })
-        .map_err(Into::into)
+        self.store
+            .publish_with(ingests, publish, |versions| {
+                let mut changes = Vec::new();
+                for (version, index) in versions.iter().zip(made) {
+                    let Some((_, done)) = prepared.iter().find(|(at, _)| at == index) else {
+                        continue;
+                    };
+                    let mut record = lives[*index].record.lock();
+                    record.root = version.root;
+                    record.first_segment = done.sealed.segment.unwrap_or(record.first_segment);
+                    record.base = Some(VersionRef {
+                        volume: version.volume,
+                        number: version.number,
+                    });
+                    changes.push(ForkChange::Put(record.clone()));
+                }
+                changes
+            })
+            .map_err(Into::into)
     }
 
     /// Makes an older version the head again, as a new version.
     pub fn rollback(&self, name: &str, text: &str) -> Result<VersionInfo> {
         let volume = self.volume_record(name)?;
-        let text = if text.bytes().all(|b| b.is_ascii_digit()) { format!("{name}@{text}") } else { text.into() };
+        let text = if text.bytes().all(|b| b.is_ascii_digit()) {
+            format!("{name}@{text}")
+        } else {
+            text.into()
+        };
         let (from, version) = self.find_version(&text)?;
         if from.id != volume.id {
-            return Err(EngineError::new(Code::Usage, format!("{text} is not a version of {name}")));
+            return Err(EngineError::new(
+                Code::Usage,
+                format!("{text} is not a version of {name}"),
+            ));
         }
-        let at = VersionRef { volume: volume.id, number: version.number };
+        let at = VersionRef {
+            volume: volume.id,
+            number: version.number,
+        };
         if let Some(why) = self.store.damage(at)? {
-            return Err(EngineError::new(Code::Damaged, format!("{text} was set aside: {why}")));
+            return Err(EngineError::new(
+                Code::Damaged,
+                format!("{text} was set aside: {why}"),
+            ));
         }
         let again = store::Version {
             base: Some(at),
@@ -278,13 +371,26 @@ impl Engine {
             new_bytes: 0,
             ..version.clone()
         };
-        let made = self.store.publish(&[], Publish { versions: vec![again], forks: Vec::new() })?;
-        let made = made.first().ok_or_else(|| EngineError::new(Code::Failed, "nothing was published"))?;
+        let made = self.store.publish(
+            &[],
+            Publish {
+                versions: vec![again],
+                forks: Vec::new(),
+            },
+        )?;
+        let made = made
+            .first()
+            .ok_or_else(|| EngineError::new(Code::Failed, "nothing was published"))?;
         let (first, last) = (version.number + 1, made.number - 1);
         if first <= last {
-            self.store.update_volume(volume.id, |volume| volume.taken_back.push((first, last)))?;
+            self.store
+                .update_volume(volume.id, |volume| volume.taken_back.push((first, last)))?;
         }
-        log::info!("{name} rolled back to {} as {}", version.number, made.number);
+        log::info!(
+            "{name} rolled back to {} as {}",
+            version.number,
+            made.number
+        );
         self.published_info(made)
     }
 
@@ -308,12 +414,19 @@ impl Engine {
         let volume = self.volume_record(name)?;
         let forks: Vec<ForkId> = {
             let forks = self.forks.lock();
-            forks.values().filter(|live| live.record.lock().volume == volume.id).map(|live| live.id).collect()
+            forks
+                .values()
+                .filter(|live| live.record.lock().volume == volume.id)
+                .map(|live| live.id)
+                .collect()
         };
         if !forks.is_empty() && !force {
             let ids: Vec<String> = forks.iter().map(ToString::to_string).collect();
-            return Err(EngineError::new(Code::Busy, format!("volume {name} has forks: {}", ids.join(", ")))
-                .hint("commit or abandon them, or use --force, which abandons them"));
+            return Err(EngineError::new(
+                Code::Busy,
+                format!("volume {name} has forks: {}", ids.join(", ")),
+            )
+            .hint("commit or abandon them, or use --force, which abandons them"));
         }
         let mut mounts = Vec::new();
         for id in forks {
@@ -329,15 +442,26 @@ impl Engine {
         let volume = self.volume_record(old)?;
         crate::volume::check_name(new).map_err(super::usage)?;
         if self.store.volume(new)?.is_some() {
-            return Err(EngineError::new(Code::Usage, format!("there is a volume {new} already")));
+            return Err(EngineError::new(
+                Code::Usage,
+                format!("there is a volume {new} already"),
+            ));
         }
-        Ok(self.store.update_volume(volume.id, |volume| volume.name = new.into())?)
+        Ok(self
+            .store
+            .update_volume(volume.id, |volume| volume.name = new.into())?)
     }
 
     /// Keeps a version from being removed, or lets it go.
     pub fn pin(&self, text: &str, pinned: bool) -> Result<VersionInfo> {
         let (volume, version) = self.find_version(text)?;
-        self.store.set_pin(VersionRef { volume: volume.id, number: version.number }, pinned)?;
+        self.store.set_pin(
+            VersionRef {
+                volume: volume.id,
+                number: version.number,
+            },
+            pinned,
+        )?;
         self.version_info(&volume, &version)
     }
 
@@ -347,7 +471,12 @@ impl Engine {
         for problem in &report.problems {
             if let Some(at) = problem.at {
                 self.store.set_aside(at, &problem.what)?;
-                log::warn!("{}@{} set aside: {}", problem.volume, problem.number, problem.what);
+                log::warn!(
+                    "{}@{} set aside: {}",
+                    problem.volume,
+                    problem.number,
+                    problem.what
+                );
             }
         }
         Ok(report)

@@ -18,7 +18,11 @@ pub struct MountInfo {
 
 impl From<MountPoint> for MountInfo {
     fn from(mount: MountPoint) -> MountInfo {
-        MountInfo { path: mount.path, dev: mount.dev, created: mount.created }
+        MountInfo {
+            path: mount.path,
+            dev: mount.dev,
+            created: mount.created,
+        }
     }
 }
 
@@ -96,7 +100,11 @@ impl Engine {
         let served = live.is_served();
         let record = live.record.lock().clone();
         let volume = self.store.volume_by_id(record.volume)?;
-        let delta = live.fork.as_ref().map(|fork| fork.delta_size()).unwrap_or_default();
+        let delta = live
+            .fork
+            .as_ref()
+            .map(|fork| fork.delta_size())
+            .unwrap_or_default();
         Ok(ForkInfo {
             id: live.id.to_string(),
             state: match (&live.fork, served) {
@@ -105,7 +113,10 @@ impl Engine {
                 (Some(_), false) => "unmounted",
             },
             volume: volume.map_or_else(|| format!("#{}", record.volume), |volume| volume.name),
-            base: record.base.map(|base| self.version_text(base)).transpose()?,
+            base: record
+                .base
+                .map(|base| self.version_text(base))
+                .transpose()?,
             mount: record.mount.map(MountInfo::from),
             job: record.options.job,
             created: record.created,
@@ -123,14 +134,24 @@ impl Engine {
         })
     }
 
-    pub(super) fn version_info(&self, volume: &store::Volume, version: &store::Version) -> Result<VersionInfo> {
-        let at = VersionRef { volume: volume.id, number: version.number };
+    pub(super) fn version_info(
+        &self,
+        volume: &store::Volume,
+        version: &store::Version,
+    ) -> Result<VersionInfo> {
+        let at = VersionRef {
+            volume: volume.id,
+            number: version.number,
+        };
         Ok(VersionInfo {
             volume: volume.name.clone(),
             number: version.number,
             id: format!("x{}", Store::version_id(version).to_hex()),
             time: version.time,
-            base: version.base.map(|base| self.version_text(base)).transpose()?,
+            base: version
+                .base
+                .map(|base| self.version_text(base))
+                .transpose()?,
             previous: (version.previous > 0).then_some(version.previous),
             head: volume.head == version.number,
             pinned: self.store.is_pinned(at)?,
@@ -146,8 +167,15 @@ impl Engine {
 
     fn volume_info(&self, volume: &store::Volume) -> Result<VolumeInfo> {
         let versions = self.store.versions(volume.id)?;
-        let head = versions.iter().find(|version| version.number == volume.head);
-        let forks = self.forks.lock().values().filter(|live| live.record.lock().volume == volume.id).count();
+        let head = versions
+            .iter()
+            .find(|version| version.number == volume.head);
+        let forks = self
+            .forks
+            .lock()
+            .values()
+            .filter(|live| live.record.lock().volume == volume.id)
+            .count();
         Ok(VolumeInfo {
             name: volume.name.clone(),
             head: head.map(|head| head.number),
@@ -162,7 +190,11 @@ impl Engine {
 
     /// All volumes, by name.
     pub fn volumes(&self) -> Result<Vec<VolumeInfo>> {
-        self.store.volumes()?.iter().map(|volume| self.volume_info(volume)).collect()
+        self.store
+            .volumes()?
+            .iter()
+            .map(|volume| self.volume_info(volume))
+            .collect()
     }
 
     pub(super) fn volume_record(&self, name: &str) -> Result<store::Volume> {
@@ -178,12 +210,22 @@ impl Engine {
     /// The versions of a volume, newest first.
     pub fn log(&self, name: &str) -> Result<Vec<VersionInfo>> {
         let volume = self.volume_record(name)?;
-        self.store.versions(volume.id)?.iter().map(|version| self.version_info(&volume, version)).collect()
+        self.store
+            .versions(volume.id)?
+            .iter()
+            .map(|version| self.version_info(&volume, version))
+            .collect()
     }
 
     /// Counters since the daemon started, by name.
     pub fn counters(&self) -> BTreeMap<&'static str, u64> {
-        let Counters { forks, commits, unchanged, abandoned, refused } = &self.counters;
+        let Counters {
+            forks,
+            commits,
+            unchanged,
+            abandoned,
+            refused,
+        } = &self.counters;
         let all = [
             ("forks", forks),
             ("commits", commits),
@@ -191,6 +233,8 @@ impl Engine {
             ("abandoned", abandoned),
             ("refused", refused),
         ];
-        all.into_iter().map(|(name, count)| (name, count.load(Ordering::Relaxed))).collect()
+        all.into_iter()
+            .map(|(name, count)| (name, count.load(Ordering::Relaxed)))
+            .collect()
     }
 }

@@ -56,7 +56,10 @@ impl Engine {
     /// The root of a version.
     pub(super) fn hold(&self, text: &str) -> Result<Held> {
         let (_, version) = self.find_version(text)?;
-        Ok(Held { root: version.root, _lease: self.store.lease(version.root) })
+        Ok(Held {
+            root: version.root,
+            _lease: self.store.lease(version.root),
+        })
     }
 
     /// The root of a version, or of a fork as it is now.
@@ -72,13 +75,18 @@ impl Engine {
         let lease = self.store.lease(root);
         // The edits go back into the fork; what was ingested stays for as long as it is read, and is garbage then.
         prepared.fork.thaw();
-        self.store.publish(&[prepared.ingest], crate::store::Publish::default())?;
-        Ok(Held { root, _lease: lease })
+        self.store
+            .publish(&[prepared.ingest], crate::store::Publish::default())?;
+        Ok(Held {
+            root,
+            _lease: lease,
+        })
     }
 
     fn attr(&self, root: NodeId, ino: Ino) -> Result<Attr> {
-        view::base_attr(&self.store, root, ino)?
-            .ok_or_else(|| EngineError::new(Code::Damaged, format!("inode {ino} has no attributes")))
+        view::base_attr(&self.store, root, ino)?.ok_or_else(|| {
+            EngineError::new(Code::Damaged, format!("inode {ino} has no attributes"))
+        })
     }
 
     /// Finds the inode at a path.
@@ -87,7 +95,10 @@ impl Engine {
             return Ok(None);
         }
         let mut at = ROOT;
-        for part in path.split(|b| *b == b'/').filter(|part| !part.is_empty() && *part != b".") {
+        for part in path
+            .split(|b| *b == b'/')
+            .filter(|part| !part.is_empty() && *part != b".")
+        {
             match view::base_entry(&self.store, root, at, record::hash56(part), part)? {
                 Some((child, _)) => at = child,
                 None => return Ok(None),
@@ -102,11 +113,17 @@ impl Engine {
             .ok_or_else(|| EngineError::new(Code::NotFound, format!("{text} has no {path_text}")))
     }
 
-    pub(super) fn children(&self, root: NodeId, dir: Ino) -> Result<BTreeMap<Vec<u8>, (Ino, Kind)>> {
+    pub(super) fn children(
+        &self,
+        root: NodeId,
+        dir: Ino,
+    ) -> Result<BTreeMap<Vec<u8>, (Ino, Kind)>> {
         let mut out = BTreeMap::new();
         for item in tree::prefix(&*self.store, root, &record::entries_prefix(dir)) {
             let (key, value) = item?;
-            if let (Some(Key::Entry { name, .. }), Some(child)) = (Key::parse(&key), record::decode_entry(&value)) {
+            if let (Some(Key::Entry { name, .. }), Some(child)) =
+                (Key::parse(&key), record::decode_entry(&value))
+            {
                 out.insert(name.to_vec(), child);
             }
         }
@@ -126,7 +143,9 @@ impl Engine {
         let entry = |name: Vec<u8>, ino: Ino| -> Result<ListEntry> {
             let attr = self.attr(held.root, ino)?;
             let is_link = attr.kind == Kind::Symlink;
-            let target = is_link.then(|| self.bytes(held.root, ino, attr.size)).transpose()?;
+            let target = is_link
+                .then(|| self.bytes(held.root, ino, attr.size))
+                .transpose()?;
             Ok(ListEntry {
                 name,
                 ino: ino.0,
@@ -143,7 +162,10 @@ impl Engine {
             let name = path.rsplit(|b| *b == b'/').next().unwrap_or_default();
             return Ok(vec![entry(name.to_vec(), ino)?]);
         }
-        self.children(held.root, ino)?.into_iter().map(|(name, (ino, _))| entry(name, ino)).collect()
+        self.children(held.root, ino)?
+            .into_iter()
+            .map(|(name, (ino, _))| entry(name, ino))
+            .collect()
     }
 
     /// Writes the content of a file of a version.
@@ -153,18 +175,28 @@ impl Engine {
         let attr = self.attr(held.root, ino)?;
         if attr.kind != Kind::File {
             let path = String::from_utf8_lossy(path).into_owned();
-            return Err(EngineError::new(Code::Failed, format!("{path} in {text} is no regular file")));
+            return Err(EngineError::new(
+                Code::Failed,
+                format!("{path} in {text} is no regular file"),
+            ));
         }
         self.copy_out(held.root, ino, attr.size, out)
     }
 
-    pub(super) fn copy_out(&self, root: NodeId, ino: Ino, size: u64, out: &mut dyn Write) -> Result<()> {
+    pub(super) fn copy_out(
+        &self,
+        root: NodeId,
+        ino: Ino,
+        size: u64,
+        out: &mut dyn Write,
+    ) -> Result<()> {
         let mut buffer = vec![0; 1 << 20];
         let mut at = 0;
         while at < size {
             let part = ((size - at) as usize).min(buffer.len());
             view::read_base(&self.store, root, ino, at, &mut buffer[..part])?;
-            out.write_all(&buffer[..part]).map_err(|e| EngineError::new(Code::Failed, format!("output: {e}")))?;
+            out.write_all(&buffer[..part])
+                .map_err(|e| EngineError::new(Code::Failed, format!("output: {e}")))?;
             at += part as u64;
         }
         Ok(())
@@ -178,7 +210,12 @@ impl Engine {
         for difference in tree::diff(&*self.store, old, new) {
             let key = difference?.key;
             inodes.extend(match Key::parse(&key) {
-                Some(Key::Attr(ino) | Key::Xattr { ino, .. } | Key::Content { ino, .. } | Key::Backref { ino, .. }) => {
+                Some(
+                    Key::Attr(ino)
+                    | Key::Xattr { ino, .. }
+                    | Key::Content { ino, .. }
+                    | Key::Backref { ino, .. },
+                ) => {
                     vec![ino]
                 }
                 _ => vec![],
@@ -192,27 +229,58 @@ impl Engine {
         Ok(out)
     }
 
-    fn diff_inode(&self, old: NodeId, new: NodeId, ino: Ino, out: &mut Vec<DiffEntry>) -> Result<()> {
+    fn diff_inode(
+        &self,
+        old: NodeId,
+        new: NodeId,
+        ino: Ino,
+        out: &mut Vec<DiffEntry>,
+    ) -> Result<()> {
         let before = view::base_attr(&self.store, old, ino)?;
         let after = view::base_attr(&self.store, new, ino)?;
         // The same number and birth is the same file; a number that was used again is another one.
         let same = matches!((&before, &after), (Some(a), Some(b)) if a.btime == b.btime && a.kind == b.kind);
         let paths = |root: NodeId, attr: &Option<Attr>| -> Result<BTreeSet<Vec<u8>>> {
-            let Some(attr) = attr else { return Ok(BTreeSet::new()) };
+            let Some(attr) = attr else {
+                return Ok(BTreeSet::new());
+            };
             if attr.kind == Kind::Directory {
                 let path = self.store.dir_path(root, ino)?;
-                return Ok(BTreeSet::from([path.trim_end_matches('/').as_bytes().to_vec()]));
+                return Ok(BTreeSet::from([path
+                    .trim_end_matches('/')
+                    .as_bytes()
+                    .to_vec()]));
             }
-            Ok(self.store.paths(root, ino)?.into_iter().map(String::into_bytes).collect())
+            Ok(self
+                .store
+                .paths(root, ino)?
+                .into_iter()
+                .map(String::into_bytes)
+                .collect())
         };
         let (mut was, mut is) = (paths(old, &before)?, paths(new, &after)?);
-        let (old_size, new_size) = (before.as_ref().map_or(0, |a| a.size), after.as_ref().map_or(0, |a| a.size));
-        let entry = |kind, path: Vec<u8>, from| DiffEntry { kind, path, from, old_size, new_size };
+        let (old_size, new_size) = (
+            before.as_ref().map_or(0, |a| a.size),
+            after.as_ref().map_or(0, |a| a.size),
+        );
+        let entry = |kind, path: Vec<u8>, from| DiffEntry {
+            kind,
+            path,
+            from,
+            old_size,
+            new_size,
+        };
         if same {
             let both: Vec<Vec<u8>> = was.intersection(&is).cloned().collect();
             let only_times = |a: &Attr, b: &Attr| {
                 a.kind == Kind::Directory
-                    && Attr { atime: b.atime, mtime: b.mtime, ctime: b.ctime, nlink: b.nlink, ..a.clone() } == *b
+                    && Attr {
+                        atime: b.atime,
+                        mtime: b.mtime,
+                        ctime: b.ctime,
+                        nlink: b.nlink,
+                        ..a.clone()
+                    } == *b
             };
             let quiet = matches!((&before, &after), (Some(a), Some(b)) if only_times(a, b));
             for path in both {
@@ -226,8 +294,14 @@ impl Engine {
                 out.push(entry(DiffKind::Renamed, to, Some(from)));
             }
         }
-        out.extend(was.into_iter().map(|path| entry(DiffKind::Removed, path, None)));
-        out.extend(is.into_iter().map(|path| entry(DiffKind::Added, path, None)));
+        out.extend(
+            was.into_iter()
+                .map(|path| entry(DiffKind::Removed, path, None)),
+        );
+        out.extend(
+            is.into_iter()
+                .map(|path| entry(DiffKind::Added, path, None)),
+        );
         Ok(())
     }
 
@@ -240,9 +314,17 @@ impl Engine {
     pub fn gc(&self, dry_run: bool) -> Result<GcReport> {
         let report = self.store.gc(dry_run, || {
             let lives: Vec<_> = self.forks.lock().values().cloned().collect();
-            lives.iter().filter_map(|live| live.fork.as_ref()).flat_map(|fork| fork.roots()).collect()
+            lives
+                .iter()
+                .filter_map(|live| live.fork.as_ref())
+                .flat_map(|fork| fork.roots())
+                .collect()
         })?;
-        log::info!("gc removed {} chunks and freed {} bytes", report.removed_chunks, report.freed_bytes);
+        log::info!(
+            "gc removed {} chunks and freed {} bytes",
+            report.removed_chunks,
+            report.freed_bytes
+        );
         Ok(report)
     }
 

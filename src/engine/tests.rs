@@ -5,7 +5,14 @@ use crate::fork::log::Request;
 use crate::fs::{Caller, NewNode, RenameMode, SetAttr, XattrMode};
 use crate::record::{Ino, Kind, ROOT};
 
-const ME: Caller = Caller { uid: 0, gid: 0, request: Request { epoch: 0, unique: 0 } };
+const ME: Caller = Caller {
+    uid: 0,
+    gid: 0,
+    request: Request {
+        epoch: 0,
+        unique: 0,
+    },
+};
 
 struct Bench {
     dir: tempfile::TempDir,
@@ -32,7 +39,10 @@ impl Bench {
             thread.thread().unpark();
             thread.join().unwrap();
         }
-        let config = EngineConfig { reserve: Some(0), ..EngineConfig::default() };
+        let config = EngineConfig {
+            reserve: Some(0),
+            ..EngineConfig::default()
+        };
         self.engine = Some(Engine::open(&self.dir.path().join("store"), config).unwrap());
     }
 
@@ -65,7 +75,14 @@ impl Bench {
 
     fn fs(&self, id: ForkId) -> Fs {
         let fork = self.engine().live(id).unwrap().fork.clone().unwrap();
-        Fs::new(fork, Options { read_only: false, ownership: Ownership::Keep, acl: false })
+        Fs::new(
+            fork,
+            Options {
+                read_only: false,
+                ownership: Ownership::Keep,
+                acl: false,
+            },
+        )
     }
 
     fn commit(&self, id: ForkId, keep: bool) -> Option<u64> {
@@ -107,7 +124,10 @@ fn noise(len: usize, mut seed: u64) -> Vec<u8> {
 }
 
 fn put(fs: &Fs, name: &str, bytes: &[u8]) -> Ino {
-    let ino = fs.make(ME, ROOT, name.as_bytes(), NewNode::new(Kind::File, 0o644)).unwrap().ino;
+    let ino = fs
+        .make(ME, ROOT, name.as_bytes(), NewNode::new(Kind::File, 0o644))
+        .unwrap()
+        .ino;
     for (n, part) in bytes.chunks(100_000).enumerate() {
         fs.write(ME, ino, n as u64 * 100_000, part, false).unwrap();
     }
@@ -128,7 +148,12 @@ fn check(bench: &Bench) {
 fn a_commit_is_what_the_next_fork_starts_from() {
     let bench = Bench::new();
     let a = bench.fork("npm");
-    let files = [("empty", 0), ("small", 700), ("one", 90_000), ("large", 1_500_000)];
+    let files = [
+        ("empty", 0),
+        ("small", 700),
+        ("one", 90_000),
+        ("large", 1_500_000),
+    ];
     for (name, len) in files {
         put(&bench.fs(a), name, &noise(len, 7));
     }
@@ -151,7 +176,10 @@ fn forks_of_one_volume_see_only_their_base_and_themselves_and_the_last_commit_wi
     put(&bench.fs(b), "b", b"b");
     assert_eq!(get(&bench.fs(a), "b"), None);
     assert_eq!(get(&bench.fs(b), "a"), None);
-    assert_eq!((bench.commit(a, false), bench.commit(b, false)), (Some(2), Some(3)));
+    assert_eq!(
+        (bench.commit(a, false), bench.commit(b, false)),
+        (Some(2), Some(3))
+    );
     let fs = bench.fs(bench.fork("v"));
     assert_eq!((get(&fs, "a"), get(&fs, "b")), (None, Some(b"b".to_vec())));
     let log = bench.engine().log("v").unwrap();
@@ -186,7 +214,11 @@ fn a_commit_of_an_unchanged_fork_makes_no_version() {
     let undone = bench.fork("v");
     put(&bench.fs(undone), "g", b"1");
     bench.fs(undone).unlink(ME, ROOT, b"g").unwrap();
-    assert_eq!(bench.commit(undone, false), None, "the root's times alone are no change");
+    assert_eq!(
+        bench.commit(undone, false),
+        None,
+        "the root's times alone are no change"
+    );
     assert_eq!(bench.engine().log("v").unwrap().len(), 1);
 }
 
@@ -212,7 +244,10 @@ fn keep_commits_a_point_in_time_and_the_fork_goes_on_from_it() {
     assert_eq!(get(&bench.fs(id), "f"), Some(now), "after a restart");
     let read = |number: u32| {
         let mut out = Vec::new();
-        bench.engine().cat(&format!("v@{number}"), b"f", &mut out).unwrap();
+        bench
+            .engine()
+            .cat(&format!("v@{number}"), b"f", &mut out)
+            .unwrap();
         out
     };
     assert_eq!((read(1), read(2)), (noise(300_000, 1), second));
@@ -230,19 +265,39 @@ fn everything_that_was_acknowledged_is_there_after_the_daemon_was_killed() {
     let fs = bench.fs(id);
     let base = fs.lookup(ROOT, b"base").unwrap().unwrap().ino;
     fs.write(ME, base, 5_000, b"patched", false).unwrap();
-    let dir = fs.make(ME, ROOT, b"dir", NewNode::new(Kind::Directory, 0o755)).unwrap().ino;
-    let file = fs.make(ME, dir, b"file", NewNode::new(Kind::File, 0o600)).unwrap().ino;
+    let dir = fs
+        .make(ME, ROOT, b"dir", NewNode::new(Kind::Directory, 0o755))
+        .unwrap()
+        .ino;
+    let file = fs
+        .make(ME, dir, b"file", NewNode::new(Kind::File, 0o600))
+        .unwrap()
+        .ino;
     fs.write(ME, file, 10, b"hello", false).unwrap();
     fs.link(ME, file, ROOT, b"other").unwrap();
-    fs.rename(ME, (dir, b"file"), (ROOT, b"moved"), RenameMode::Replace).unwrap();
-    fs.setxattr(ME, file, b"user.k", b"v", XattrMode::Any).unwrap();
-    fs.setattr(ME, file, SetAttr { mode: Some(0o711), mtime: Some(5), ..SetAttr::default() }).unwrap();
+    fs.rename(ME, (dir, b"file"), (ROOT, b"moved"), RenameMode::Replace)
+        .unwrap();
+    fs.setxattr(ME, file, b"user.k", b"v", XattrMode::Any)
+        .unwrap();
+    fs.setattr(
+        ME,
+        file,
+        SetAttr {
+            mode: Some(0o711),
+            mtime: Some(5),
+            ..SetAttr::default()
+        },
+    )
+    .unwrap();
     let before = (fs.getattr(file).unwrap(), get(&fs, "base"));
     drop(fs);
     bench.reopen();
     let fs = bench.fs(id);
     assert_eq!((fs.getattr(file).unwrap(), get(&fs, "base")), before);
-    assert_eq!(get(&fs, "moved"), Some(b"\0\0\0\0\0\0\0\0\0\0hello".to_vec()));
+    assert_eq!(
+        get(&fs, "moved"),
+        Some(b"\0\0\0\0\0\0\0\0\0\0hello".to_vec())
+    );
     assert_eq!(fs.getxattr(file, b"user.k").unwrap(), b"v");
     drop(fs);
     assert_eq!(bench.commit(id, false), Some(2));
@@ -266,7 +321,11 @@ fn changing_little_of_a_large_committed_file_stores_little() {
     assert!(bench.engine().find_fork(&id.to_string()).unwrap().bytes <= 8192);
     bench.commit(id, false);
     let newest = &bench.engine().log("v").unwrap()[0];
-    assert!(newest.new_bytes < 700_000, "{} bytes for 4 KiB", newest.new_bytes);
+    assert!(
+        newest.new_bytes < 700_000,
+        "{} bytes for 4 KiB",
+        newest.new_bytes
+    );
     let fs = bench.fs(bench.fork("v"));
     assert_eq!(get(&fs, "big").unwrap(), bytes);
     // The same bytes give the same tree, however they came to be.
@@ -283,7 +342,10 @@ fn beyond_its_size_a_fork_answers_no_space_and_nothing_else_breaks() {
     let id = bench.fork_sized("v", 1 << 20);
     let fs = bench.fs(id);
     let ino = put(&fs, "a", &vec![1; 900_000]);
-    assert!(matches!(fs.write(ME, ino, 900_000, &vec![1; 300_000], false), Err(FsError::NoSpace)));
+    assert!(matches!(
+        fs.write(ME, ino, 900_000, &vec![1; 300_000], false),
+        Err(FsError::NoSpace)
+    ));
     assert_eq!(get(&fs, "a"), Some(vec![1; 900_000]));
     fs.unlink(ME, ROOT, b"a").unwrap();
     fs.fork.forget(ino, 10);
@@ -305,7 +367,11 @@ fn an_open_file_without_names_lives_until_it_is_forgotten_and_is_never_committed
     fs.write(ME, ino, 50_000, b"more", false).unwrap();
     assert_eq!(bench.commit(id, true), Some(2));
     let bytes = [noise(50_000, 2), b"more".to_vec()].concat();
-    assert_eq!(fs.read(ino, 0, 60_000).unwrap(), bytes, "after a commit with keep");
+    assert_eq!(
+        fs.read(ino, 0, 60_000).unwrap(),
+        bytes,
+        "after a commit with keep"
+    );
     assert!(bench.engine().ls("v", b"/").unwrap().is_empty());
     fs.fork.forget(ino, 1);
     assert!(matches!(fs.getattr(ino), Err(FsError::Stale)));
@@ -317,7 +383,11 @@ fn gc_frees_what_nothing_names_and_leaves_every_version_whole() {
     let bench = Bench::new();
     for volume in ["keep", "drop"] {
         let id = bench.fork(volume);
-        put(&bench.fs(id), "f", &noise(20 << 20, volume.len() as u64 + u64::from(volume == "drop")));
+        put(
+            &bench.fs(id),
+            "f",
+            &noise(20 << 20, volume.len() as u64 + u64::from(volume == "drop")),
+        );
         bench.commit(id, false);
     }
     bench.engine().store.flush().unwrap();
@@ -340,23 +410,50 @@ fn a_version_survives_export_and_import() {
     let fs = bench.fs(id);
     let file = put(&fs, "file", &noise(300_000, 4));
     fs.link(ME, file, ROOT, b"link").unwrap();
-    fs.setxattr(ME, file, b"user.k", b"v\0w", XattrMode::Any).unwrap();
+    fs.setxattr(ME, file, b"user.k", b"v\0w", XattrMode::Any)
+        .unwrap();
     let long = "n".repeat(200);
-    let dir = fs.make(ME, ROOT, long.as_bytes(), NewNode::new(Kind::Directory, 0o750)).unwrap().ino;
-    let node = NewNode { target: b"../file", ..NewNode::new(Kind::Symlink, 0) };
+    let dir = fs
+        .make(
+            ME,
+            ROOT,
+            long.as_bytes(),
+            NewNode::new(Kind::Directory, 0o750),
+        )
+        .unwrap()
+        .ino;
+    let node = NewNode {
+        target: b"../file",
+        ..NewNode::new(Kind::Symlink, 0)
+    };
     fs.make(ME, dir, b"\xff\xfe", node).unwrap();
-    fs.make(ME, dir, b"pipe", NewNode::new(Kind::Fifo, 0o640)).unwrap();
-    fs.make(ME, dir, b"sock", NewNode::new(Kind::Socket, 0o640)).unwrap();
-    let times = SetAttr { mtime: Some(1_600_000_000_123_456_789), uid: Some(70_000), ..SetAttr::default() };
+    fs.make(ME, dir, b"pipe", NewNode::new(Kind::Fifo, 0o640))
+        .unwrap();
+    fs.make(ME, dir, b"sock", NewNode::new(Kind::Socket, 0o640))
+        .unwrap();
+    let times = SetAttr {
+        mtime: Some(1_600_000_000_123_456_789),
+        uid: Some(70_000),
+        ..SetAttr::default()
+    };
     fs.setattr(ME, dir, times).unwrap();
     bench.commit(id, false);
     let mut tar = Vec::new();
-    bench.engine().export("v", &mut tar).unwrap();
-    let imported = bench.engine().import("w", &mut tar.as_slice(), 0, 0).unwrap();
+    assert_eq!(
+        bench.engine().export("v", &mut tar).unwrap().len(),
+        1,
+        "the socket"
+    );
+    let imported = bench
+        .engine()
+        .import("w", &mut tar.as_slice(), (0, 0))
+        .unwrap();
     assert!(imported.warnings.is_empty(), "{:?}", imported.warnings);
     let list = |volume: &str, path: &[u8]| -> Vec<_> {
         let entries = bench.engine().ls(volume, path).unwrap().into_iter();
-        entries.map(|e| (e.name, e.mode, e.uid, e.size, e.mtime, e.nlink, e.target)).collect()
+        entries
+            .map(|e| (e.name, e.mode, e.uid, e.size, e.mtime, e.nlink, e.target))
+            .collect()
     };
     assert_eq!(list("v", b"/"), list("w", b"/"));
     assert_eq!(list("v", long.as_bytes()), list("w", long.as_bytes()));
@@ -381,9 +478,15 @@ fn a_rollback_is_a_new_version_and_what_it_took_back_commits_only_by_force() {
     put(&bench.fs(late), "late", b"1");
     assert_eq!(bench.engine().rollback("v", "1").unwrap().number, 3);
     assert_eq!(get(&bench.fs(bench.fork("v")), "f"), Some(b"one".to_vec()));
-    let refused = bench.engine().commit(vec![late], request(false)).unwrap_err();
+    let refused = bench
+        .engine()
+        .commit(vec![late], request(false))
+        .unwrap_err();
     assert_eq!(refused.code, Code::HeadMoved);
-    let forced = CommitRequest { force: true, ..request(false) };
+    let forced = CommitRequest {
+        force: true,
+        ..request(false)
+    };
     assert!(bench.engine().commit(vec![late], forced).is_ok());
 }
 
@@ -399,7 +502,8 @@ fn a_diff_names_paths_that_were_added_removed_changed_and_renamed() {
     let changed = fs.lookup(ROOT, b"changed").unwrap().unwrap().ino;
     fs.write(ME, changed, 0, b"CHANGED", false).unwrap();
     fs.unlink(ME, ROOT, b"removed").unwrap();
-    fs.rename(ME, (ROOT, b"old"), (ROOT, b"new"), RenameMode::Replace).unwrap();
+    fs.rename(ME, (ROOT, b"old"), (ROOT, b"new"), RenameMode::Replace)
+        .unwrap();
     put(&fs, "added", b"1");
     let expected = [
         (DiffKind::Added, "/added"),
@@ -409,9 +513,14 @@ fn a_diff_names_paths_that_were_added_removed_changed_and_renamed() {
     ];
     let against = |other: &str| -> Vec<(DiffKind, String)> {
         let found = bench.engine().diff("v@1", other).unwrap().into_iter();
-        found.map(|d| (d.kind, String::from_utf8(d.path).unwrap())).collect()
+        found
+            .map(|d| (d.kind, String::from_utf8(d.path).unwrap()))
+            .collect()
     };
-    let expected: Vec<_> = expected.iter().map(|(kind, path)| (*kind, (*path).to_string())).collect();
+    let expected: Vec<_> = expected
+        .iter()
+        .map(|(kind, path)| (*kind, (*path).to_string()))
+        .collect();
     assert_eq!(against(&id.to_string()), expected, "against the fork");
     bench.commit(id, false);
     assert_eq!(against("v@2"), expected, "against the version");
@@ -426,8 +535,18 @@ fn a_fork_of_another_boot_is_lost_and_can_only_be_abandoned() {
     bench.engine().store.put_fork(&live.record.lock()).unwrap();
     drop(live);
     bench.reopen();
-    assert_eq!(bench.engine().find_fork(&id.to_string()).unwrap().state, "lost");
-    assert_eq!(bench.engine().commit(vec![id], request(false)).unwrap_err().code, Code::Failed);
+    assert_eq!(
+        bench.engine().find_fork(&id.to_string()).unwrap().state,
+        "lost"
+    );
+    assert_eq!(
+        bench
+            .engine()
+            .commit(vec![id], request(false))
+            .unwrap_err()
+            .code,
+        Code::Failed
+    );
     bench.engine().abandon(id).unwrap();
     assert!(bench.engine().forks().unwrap().is_empty());
 }
@@ -447,6 +566,9 @@ fn a_damaged_head_is_set_aside_and_the_newest_whole_version_is_forked() {
     bench.engine().store.damage_chunk(chunk);
     let report = bench.engine().repair().unwrap();
     assert_eq!(report.problems.len(), 1);
-    assert_eq!((report.problems[0].number, &report.problems[0].paths), (2, &vec!["/f".to_string()]));
+    assert_eq!(
+        (report.problems[0].number, &report.problems[0].paths),
+        (2, &vec!["/f".to_string()])
+    );
     assert_eq!(get(&bench.fs(bench.fork("v")), "f"), Some(noise(50_000, 1)));
 }

@@ -66,8 +66,14 @@ impl Engine {
             return false;
         }
         // A commit does the work itself, and faster.
-        let Some(_one) = live.committing.try_lock() else { return false };
-        let ingest = live.ahead.lock().get_or_insert_with(|| Arc::new(self.store.ingest())).clone();
+        let Some(_one) = live.committing.try_lock() else {
+            return false;
+        };
+        let ingest = live
+            .ahead
+            .lock()
+            .get_or_insert_with(|| Arc::new(self.store.ingest()))
+            .clone();
         match commit::ahead(fork, &ingest, AT_A_TIME) {
             Ok(files) => files == AT_A_TIME,
             Err(error) => {
@@ -109,7 +115,9 @@ impl Engine {
 
     /// Removes folders that no fork's record names.
     pub(super) fn remove_strays(&self) {
-        let Ok(entries) = fs::read_dir(self.store.dir().join("forks")) else { return };
+        let Ok(entries) = fs::read_dir(self.store.dir().join("forks")) else {
+            return;
+        };
         for entry in entries.filter_map(std::result::Result::ok) {
             let name = entry.file_name();
             let id = name.to_str().and_then(|name| name.parse().ok());

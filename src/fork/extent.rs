@@ -29,8 +29,14 @@ pub enum Origin {
 impl Origin {
     fn advanced(self, pages: u64) -> Origin {
         match self {
-            Origin::Spool { at, owned } => Origin::Spool { at: at + pages, owned },
-            Origin::Base { ino, page } => Origin::Base { ino, page: page + pages },
+            Origin::Spool { at, owned } => Origin::Spool {
+                at: at + pages,
+                owned,
+            },
+            Origin::Base { ino, page } => Origin::Base {
+                ino,
+                page: page + pages,
+            },
             hole @ Origin::Hole { .. } => hole,
         }
     }
@@ -54,7 +60,11 @@ impl Extent {
     pub fn slice(&self, from: u64, to: u64) -> Extent {
         let start = self.page.max(from);
         let end = self.end().min(to);
-        Extent { page: start, pages: end - start, origin: self.origin.advanced(start - self.page) }
+        Extent {
+            page: start,
+            pages: end - start,
+            origin: self.origin.advanced(start - self.page),
+        }
     }
 
     fn joins(&self, next: &Extent) -> bool {
@@ -117,11 +127,23 @@ impl ExtentMap {
         match self {
             ExtentMap::List(list) => {
                 let start = list.partition_point(|e| e.end() <= from);
-                list[start..].iter().take_while(|e| e.page < to).map(cut).collect()
+                list[start..]
+                    .iter()
+                    .take_while(|e| e.page < to)
+                    .map(cut)
+                    .collect()
             }
             ExtentMap::Map(map) => {
-                let before = map.range(..from).next_back().map(|(_, e)| e).filter(|e| e.end() > from);
-                before.into_iter().chain(map.range(from..to).map(|(_, e)| e)).map(cut).collect()
+                let before = map
+                    .range(..from)
+                    .next_back()
+                    .map(|(_, e)| e)
+                    .filter(|e| e.end() > from);
+                before
+                    .into_iter()
+                    .chain(map.range(from..to).map(|(_, e)| e))
+                    .map(cut)
+                    .collect()
             }
         }
     }
@@ -146,7 +168,12 @@ impl ExtentMap {
             }
             ExtentMap::Map(map) => {
                 let mut keys: Vec<u64> = map.range(from..to).map(|(k, _)| *k).collect();
-                keys.extend(map.range(..from).next_back().filter(|(_, e)| e.end() > from).map(|(k, _)| *k));
+                keys.extend(
+                    map.range(..from)
+                        .next_back()
+                        .filter(|(_, e)| e.end() > from)
+                        .map(|(k, _)| *k),
+                );
                 for key in keys {
                     let old = map.remove(&key).expect("the key was just listed");
                     for part in keep(&old) {
@@ -225,14 +252,23 @@ pub struct Content {
 pub enum Piece {
     Extent(Extent),
     /// The base's own pages `[page, page + pages)` of the same inode.
-    Base { page: u64, pages: u64 },
-    Hole { page: u64, pages: u64 },
+    Base {
+        page: u64,
+        pages: u64,
+    },
+    Hole {
+        page: u64,
+        pages: u64,
+    },
 }
 
 impl Content {
     /// The content of an inode that has what its base has, `size` bytes.
     pub fn of_base(size: u64) -> Content {
-        Content { base_pages: pages(size), ..Content::default() }
+        Content {
+            base_pages: pages(size),
+            ..Content::default()
+        }
     }
 
     /// Returns what `[from, to)` shows, without gaps, in order.
@@ -243,7 +279,10 @@ impl Content {
             self.gap(at, extent.page, &mut out);
             at = extent.end();
             out.push(match extent.origin {
-                Origin::Hole { .. } => Piece::Hole { page: extent.page, pages: extent.pages },
+                Origin::Hole { .. } => Piece::Hole {
+                    page: extent.page,
+                    pages: extent.pages,
+                },
                 _ => Piece::Extent(extent),
             });
         }
@@ -254,10 +293,16 @@ impl Content {
     fn gap(&self, from: u64, to: u64, out: &mut Vec<Piece>) {
         let base_end = to.min(self.base_pages).max(from);
         if from < base_end {
-            out.push(Piece::Base { page: from, pages: base_end - from });
+            out.push(Piece::Base {
+                page: from,
+                pages: base_end - from,
+            });
         }
         if base_end < to {
-            out.push(Piece::Hole { page: base_end, pages: to - base_end });
+            out.push(Piece::Hole {
+                page: base_end,
+                pages: to - base_end,
+            });
         }
     }
 
@@ -283,7 +328,11 @@ mod tests {
     use super::*;
 
     fn spool(page: u64, pages: u64, at: u64) -> Extent {
-        Extent { page, pages, origin: Origin::Spool { at, owned: true } }
+        Extent {
+            page,
+            pages,
+            origin: Origin::Spool { at, owned: true },
+        }
     }
 
     #[test]
@@ -292,7 +341,10 @@ mod tests {
         for n in 0..1000 {
             content.put(spool(n, 1, 100 + n));
         }
-        assert_eq!(content.extents.iter().collect::<Vec<_>>(), [spool(0, 1000, 100)]);
+        assert_eq!(
+            content.extents.iter().collect::<Vec<_>>(),
+            [spool(0, 1000, 100)]
+        );
     }
 
     #[test]
@@ -317,8 +369,13 @@ mod tests {
             let mut shown = vec![None; 600];
             for e in content.extents.iter() {
                 for n in 0..e.pages {
-                    let Origin::Spool { at, .. } = e.origin else { panic!("{e:?}") };
-                    assert!(shown[(e.page + n) as usize].replace(at + n).is_none(), "overlap");
+                    let Origin::Spool { at, .. } = e.origin else {
+                        panic!("{e:?}")
+                    };
+                    assert!(
+                        shown[(e.page + n) as usize].replace(at + n).is_none(),
+                        "overlap"
+                    );
                 }
             }
             assert_eq!(shown, model, "step {step}");
@@ -333,7 +390,10 @@ mod tests {
         content.truncate(4);
         assert_eq!(
             content.pieces(2, 8),
-            [Piece::Base { page: 2, pages: 2 }, Piece::Hole { page: 4, pages: 4 }]
+            [
+                Piece::Base { page: 2, pages: 2 },
+                Piece::Hole { page: 4, pages: 4 }
+            ]
         );
     }
 }

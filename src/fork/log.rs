@@ -48,7 +48,11 @@ pub enum LogError {
     #[error("{0}: {1}")]
     Io(PathBuf, #[source] io::Error),
     #[error("{path} is damaged at byte {at}: {why}")]
-    Damaged { path: PathBuf, at: u64, why: &'static str },
+    Damaged {
+        path: PathBuf,
+        at: u64,
+        why: &'static str,
+    },
 }
 
 fn segment(dir: &Path, number: u64) -> PathBuf {
@@ -59,12 +63,24 @@ impl Log {
     /// Begins segment `number` of a fork in `dir`.
     pub fn create(dir: &Path, fork: u64, number: u64) -> io::Result<Log> {
         let path = segment(dir, number);
-        let file = File::options().write(true).create(true).truncate(true).open(&path)?;
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)?;
         let mut header = MAGIC.to_vec();
         header.extend_from_slice(&fork.to_le_bytes());
         header.extend_from_slice(&number.to_le_bytes());
         file.write_all_at(&header, 0)?;
-        Ok(Log { dir: dir.into(), fork, number, file, end: HEADER, broken: false, buffer: Vec::new() })
+        Ok(Log {
+            dir: dir.into(),
+            fork,
+            number,
+            file,
+            end: HEADER,
+            broken: false,
+            buffer: Vec::new(),
+        })
     }
 
     /// Replays all segments from `first` on through `apply`, cuts a torn last record off, and goes on behind it.
@@ -88,7 +104,15 @@ impl Log {
                 let file = File::options().write(true).open(&path).map_err(io)?;
                 file.set_len(end).map_err(io)?;
                 let dir = dir.into();
-                return Ok(Log { dir, fork, number, file, end, broken: false, buffer: Vec::new() });
+                return Ok(Log {
+                    dir,
+                    fork,
+                    number,
+                    file,
+                    end,
+                    broken: false,
+                    buffer: Vec::new(),
+                });
             }
             number += 1;
         }
@@ -104,7 +128,9 @@ impl Log {
         edits: impl IntoIterator<Item = &'a Edit>,
     ) -> io::Result<()> {
         if self.broken {
-            return Err(io::Error::other("the log of the fork could not be repaired after a failed write"));
+            return Err(io::Error::other(
+                "the log of the fork could not be repaired after a failed write",
+            ));
         }
         self.buffer.clear();
         self.buffer.resize(8, 0);
@@ -126,7 +152,9 @@ impl Log {
                 if self.file.set_len(self.end).is_err() {
                     self.broken = true;
                 }
-                Err(result.err().unwrap_or_else(|| io::ErrorKind::StorageFull.into()))
+                Err(result
+                    .err()
+                    .unwrap_or_else(|| io::ErrorKind::StorageFull.into()))
             }
         }
     }
@@ -159,7 +187,10 @@ pub fn remove_before(dir: &Path, first: u64) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
         let name = entry.file_name();
-        let number = name.to_str().and_then(|n| n.strip_prefix("log-")).and_then(|n| n.parse::<u64>().ok());
+        let number = name
+            .to_str()
+            .and_then(|n| n.strip_prefix("log-"))
+            .and_then(|n| n.parse::<u64>().ok());
         if number.is_some_and(|n| n < first) {
             fs::remove_file(entry.path())?;
         }
@@ -176,7 +207,11 @@ fn read_segment(
     apply: &mut impl FnMut(Request, Vec<Edit>),
 ) -> Result<u64, LogError> {
     let io = |e| LogError::Io(path.into(), e);
-    let damaged = |at, why| LogError::Damaged { path: path.into(), at, why };
+    let damaged = |at, why| LogError::Damaged {
+        path: path.into(),
+        at,
+        why,
+    };
     let file = File::open(path).map_err(io)?;
     let len = file.metadata().map_err(io)?.len();
     let mut reader = io::BufReader::with_capacity(1 << 20, file);
@@ -187,13 +222,22 @@ fn read_segment(
     reader.read_exact(&mut header).map_err(io)?;
     let ours = [&MAGIC[..], &fork.to_le_bytes(), &number.to_le_bytes()].concat();
     if header[..] != ours[..] {
-        return Err(damaged(0, "its header is not that of this fork and segment"));
+        return Err(damaged(
+            0,
+            "its header is not that of this fork and segment",
+        ));
     }
     let mut at = HEADER;
     let mut body = Vec::new();
     while at < len {
         // A record that ends at or behind the end of the last segment may be torn; a bad one before that is damage.
-        let torn_or = |reaches: u64, why| if last && reaches >= len { Ok(at) } else { Err(damaged(at, why)) };
+        let torn_or = |reaches: u64, why| {
+            if last && reaches >= len {
+                Ok(at)
+            } else {
+                Err(damaged(at, why))
+            }
+        };
         if len - at < 8 {
             return torn_or(len, "a record is cut off");
         }
@@ -214,7 +258,8 @@ fn read_segment(
         if crc32fast::hash(&body) != crc {
             return torn_or(end, "the checksum of a record is wrong");
         }
-        let (request, edits) = decode(&body).ok_or_else(|| damaged(at, "a record cannot be read"))?;
+        let (request, edits) =
+            decode(&body).ok_or_else(|| damaged(at, "a record cannot be read"))?;
         apply(request, edits);
         at = end;
     }
@@ -222,7 +267,10 @@ fn read_segment(
 }
 
 fn decode(mut body: &[u8]) -> Option<(Request, Vec<Edit>)> {
-    let request = Request { epoch: varint::take(&mut body)?, unique: varint::take(&mut body)? };
+    let request = Request {
+        epoch: varint::take(&mut body)?,
+        unique: varint::take(&mut body)?,
+    };
     let mut edits = Vec::new();
     while !body.is_empty() {
         edits.push(Edit::take(&mut body)?);
@@ -236,13 +284,26 @@ mod tests {
     use crate::record::Ino;
 
     fn edits(n: u64) -> Vec<Edit> {
-        vec![Edit::Truncate { ino: Ino(n), page: n }, Edit::Orphan { ino: Ino(n) }]
+        vec![
+            Edit::Truncate {
+                ino: Ino(n),
+                page: n,
+            },
+            Edit::Orphan { ino: Ino(n) },
+        ]
     }
 
     fn written(dir: &Path, records: u64) -> Log {
         let mut log = Log::create(dir, 7, 1).unwrap();
         for n in 1..=records {
-            log.append(Request { epoch: 1, unique: n }, &edits(n)).unwrap();
+            log.append(
+                Request {
+                    epoch: 1,
+                    unique: n,
+                },
+                &edits(n),
+            )
+            .unwrap();
         }
         log
     }
@@ -261,10 +322,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut log = written(dir.path(), 3);
         assert_eq!(log.next_segment().unwrap(), 2);
-        log.append(Request { epoch: 1, unique: 4 }, &edits(4)).unwrap();
+        log.append(
+            Request {
+                epoch: 1,
+                unique: 4,
+            },
+            &edits(4),
+        )
+        .unwrap();
         let (seen, mut log) = replayed(dir.path()).unwrap();
         assert_eq!(seen, [1, 2, 3, 4]);
-        log.append(Request { epoch: 2, unique: 5 }, &edits(5)).unwrap();
+        log.append(
+            Request {
+                epoch: 2,
+                unique: 5,
+            },
+            &edits(5),
+        )
+        .unwrap();
         assert_eq!(replayed(dir.path()).unwrap().0, [1, 2, 3, 4, 5]);
     }
 
@@ -277,8 +352,19 @@ mod tests {
         for end in HEADER as usize..whole.len() {
             fs::write(&path, &whole[..end]).unwrap();
             let (seen, mut log) = replayed(dir.path()).unwrap();
-            log.append(Request { epoch: 1, unique: 9 }, &edits(9)).unwrap();
-            assert_eq!(replayed(dir.path()).unwrap().0, [seen, vec![9]].concat(), "{end} bytes");
+            log.append(
+                Request {
+                    epoch: 1,
+                    unique: 9,
+                },
+                &edits(9),
+            )
+            .unwrap();
+            assert_eq!(
+                replayed(dir.path()).unwrap().0,
+                [seen, vec![9]].concat(),
+                "{end} bytes"
+            );
         }
     }
 
@@ -292,7 +378,10 @@ mod tests {
             let mut bytes = whole.clone();
             bytes[at] ^= 1;
             fs::write(&path, &bytes).unwrap();
-            assert!(matches!(replayed(dir.path()), Err(LogError::Damaged { .. })), "byte {at}");
+            assert!(
+                matches!(replayed(dir.path()), Err(LogError::Damaged { .. })),
+                "byte {at}"
+            );
             assert_eq!(fs::read(&path).unwrap(), bytes);
         }
     }

@@ -44,9 +44,16 @@ struct Rooms {
 impl Spool {
     /// Opens the spool at `path`, making it if it is not there.
     pub fn open(path: &Path) -> io::Result<Spool> {
-        let file =
-            File::options().read(true).write(true).create(true).truncate(false).open(path)?;
-        Ok(Spool { file, rooms: Mutex::default() })
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)?;
+        Ok(Spool {
+            file,
+            rooms: Mutex::default(),
+        })
     }
 
     /// Writes at byte `offset` of the spool.
@@ -77,7 +84,11 @@ impl Spool {
         let mut rooms = self.rooms.lock();
         rooms.live += pages;
         let all = pages + ahead;
-        let found = rooms.free.iter().take(FREE_SCAN).find(|(_, len)| **len >= all);
+        let found = rooms
+            .free
+            .iter()
+            .take(FREE_SCAN)
+            .find(|(_, len)| **len >= all);
         if let Some((&start, &len)) = found {
             rooms.free.remove(&start);
             if len > all {
@@ -167,10 +178,14 @@ impl Spool {
     pub fn punch(&self) -> io::Result<()> {
         loop {
             let mut rooms = self.rooms.lock();
-            let Some((at, pages)) = rooms.unpunched.pop() else { return Ok(()) };
+            let Some((at, pages)) = rooms.unpunched.pop() else {
+                return Ok(());
+            };
             // Only what is free now, and taken off the free list while it is punched.
             let (at, pages) = match rooms.free.range(..=at).next_back() {
-                Some((&start, &len)) if start + len > at => (start.max(at), pages.min(start + len - at)),
+                Some((&start, &len)) if start + len > at => {
+                    (start.max(at), pages.min(start + len - at))
+                }
                 _ => continue,
             };
             if pages < PUNCH_PAGES {
@@ -239,7 +254,11 @@ impl Rooms {
         let end = at + pages;
         self.split(at);
         self.split(end);
-        let inside: Vec<(u64, u64)> = self.shared.range(at..end).map(|(s, (l, _))| (*s, *l)).collect();
+        let inside: Vec<(u64, u64)> = self
+            .shared
+            .range(at..end)
+            .map(|(s, (l, _))| (*s, *l))
+            .collect();
         let mut from = at;
         for (start, len) in inside {
             if start > from {
@@ -259,7 +278,8 @@ impl Rooms {
         let end = at + pages;
         self.split(at);
         self.split(end);
-        let inside: Vec<(u64, (u64, u32))> = self.shared.range(at..end).map(|(s, v)| (*s, *v)).collect();
+        let inside: Vec<(u64, (u64, u32))> =
+            self.shared.range(at..end).map(|(s, v)| (*s, *v)).collect();
         let mut from = at;
         for (start, (len, owners)) in inside {
             if start > from {
@@ -285,7 +305,11 @@ mod tests {
     use super::*;
 
     fn extent(at: u64, pages: u64) -> Extent {
-        Extent { page: 0, pages, origin: Origin::Spool { at, owned: true } }
+        Extent {
+            page: 0,
+            pages,
+            origin: Origin::Spool { at, owned: true },
+        }
     }
 
     fn spool() -> (tempfile::TempDir, Spool) {
@@ -321,10 +345,17 @@ mod tests {
         use std::os::unix::fs::MetadataExt;
         let (dir, spool) = spool();
         let at = spool.allocate(1024, 0);
-        spool.write(&vec![1; (1024 * PAGE) as usize], at * PAGE).unwrap();
+        spool
+            .write(&vec![1; (1024 * PAGE) as usize], at * PAGE)
+            .unwrap();
         spool.release([extent(at, 1024)]);
         spool.punch().unwrap();
-        assert_eq!(std::fs::metadata(dir.path().join("spool")).unwrap().blocks(), 0);
+        assert_eq!(
+            std::fs::metadata(dir.path().join("spool"))
+                .unwrap()
+                .blocks(),
+            0
+        );
         assert_eq!(spool.allocate(1024, 0), at);
     }
 }

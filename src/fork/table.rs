@@ -47,7 +47,11 @@ impl Inode {
 
     /// An inode as the base has it.
     pub fn of_base(attr: Attr) -> Inode {
-        let content = Content::of_base(if attr.kind.has_content() { attr.size } else { 0 });
+        let content = Content::of_base(if attr.kind.has_content() {
+            attr.size
+        } else {
+            0
+        });
         Inode::with(attr, content, false)
     }
 
@@ -74,7 +78,10 @@ pub struct Cell {
 
 impl Cell {
     pub fn new(ino: Ino, inode: Inode) -> Arc<Cell> {
-        Arc::new(Cell { ino, state: Arc::new(RwLock::new(inode)) })
+        Arc::new(Cell {
+            ino,
+            state: Arc::new(RwLock::new(inode)),
+        })
     }
 }
 
@@ -102,8 +109,17 @@ pub struct Table {
 pub enum Edit {
     /// The attributes of an inode from now on; makes the inode if nothing has it.
     Attr { ino: Ino, attr: Attr },
-    Entry { dir: Ino, hash: u64, name: Name, child: Option<(Ino, Kind)> },
-    Xattr { ino: Ino, name: Name, value: Option<Arc<[u8]>> },
+    Entry {
+        dir: Ino,
+        hash: u64,
+        name: Name,
+        child: Option<(Ino, Kind)>,
+    },
+    Xattr {
+        ino: Ino,
+        name: Name,
+        value: Option<Arc<[u8]>>,
+    },
     /// An inode lost this name and lives on.
     Unlinked { ino: Ino, parent: Ino, name: Name },
     /// A run of pages of the content from now on.
@@ -113,7 +129,12 @@ pub enum Edit {
     /// The inode lost its last name; the kernel may still use it.
     Orphan { ino: Ino },
     /// An orphan carried over a seal: its gaps show `base`.
-    Carry { ino: Ino, attr: Attr, base: NodeId, base_pages: u64 },
+    Carry {
+        ino: Ino,
+        attr: Attr,
+        base: NodeId,
+        base_pages: u64,
+    },
     /// The inode is no more.
     Remove { ino: Ino },
 }
@@ -126,7 +147,12 @@ impl Edit {
                 head(out, 1, *ino);
                 attr.encode_to(out);
             }
-            Edit::Entry { dir, hash, name, child } => {
+            Edit::Entry {
+                dir,
+                hash,
+                name,
+                child,
+            } => {
                 head(out, 2, *dir);
                 varint::put(out, *hash);
                 put_bytes(out, name);
@@ -173,7 +199,12 @@ impl Edit {
                 varint::put(out, *page);
             }
             Edit::Orphan { ino } => head(out, 7, *ino),
-            Edit::Carry { ino, attr, base, base_pages } => {
+            Edit::Carry {
+                ino,
+                attr,
+                base,
+                base_pages,
+            } => {
                 head(out, 8, *ino);
                 attr.encode_to(out);
                 out.extend_from_slice(&base.0);
@@ -188,7 +219,10 @@ impl Edit {
         let tag = take_byte(bytes)?;
         let ino = Ino(varint::take(bytes)?);
         Some(match tag {
-            1 => Edit::Attr { ino, attr: Attr::take(bytes)? },
+            1 => Edit::Attr {
+                ino,
+                attr: Attr::take(bytes)?,
+            },
             2 => {
                 let hash = varint::take(bytes)?;
                 let name = take_bytes(bytes)?.into();
@@ -196,7 +230,12 @@ impl Edit {
                     0 => None,
                     child => Some((Ino(child), Kind::from_u8(take_byte(bytes)?)?)),
                 };
-                Edit::Entry { dir: ino, hash, name, child }
+                Edit::Entry {
+                    dir: ino,
+                    hash,
+                    name,
+                    child,
+                }
             }
             3 => {
                 let name = take_bytes(bytes)?.into();
@@ -216,9 +255,10 @@ impl Edit {
                 let page = varint::take(bytes)?;
                 let pages = varint::take(bytes)?;
                 let origin = match take_byte(bytes)? {
-                    owned @ (0 | 1) => {
-                        Origin::Spool { at: varint::take(bytes)?, owned: owned == 1 }
-                    }
+                    owned @ (0 | 1) => Origin::Spool {
+                        at: varint::take(bytes)?,
+                        owned: owned == 1,
+                    },
                     2 => Origin::Base {
                         ino: Ino(varint::take(bytes)?),
                         page: varint::take(bytes)?,
@@ -229,16 +269,30 @@ impl Edit {
                 };
                 // Far above any file, and low enough that no sum overflows.
                 let limit = 1 << 52;
-                (pages > 0 && page < limit && pages < limit)
-                    .then_some(Edit::Extent { ino, extent: Extent { page, pages, origin } })?
+                (pages > 0 && page < limit && pages < limit).then_some(Edit::Extent {
+                    ino,
+                    extent: Extent {
+                        page,
+                        pages,
+                        origin,
+                    },
+                })?
             }
-            6 => Edit::Truncate { ino, page: varint::take(bytes)? },
+            6 => Edit::Truncate {
+                ino,
+                page: varint::take(bytes)?,
+            },
             7 => Edit::Orphan { ino },
             8 => {
                 let attr = Attr::take(bytes)?;
                 let (base, rest) = bytes.split_first_chunk::<32>()?;
                 *bytes = rest;
-                Edit::Carry { ino, attr, base: NodeId(*base), base_pages: varint::take(bytes)? }
+                Edit::Carry {
+                    ino,
+                    attr,
+                    base: NodeId(*base),
+                    base_pages: varint::take(bytes)?,
+                }
             }
             9 => Edit::Remove { ino },
             _ => return None,
@@ -282,7 +336,12 @@ impl Table {
     /// Applies an edit to the maps of names. Edits of one inode's state go through [`apply_inode`].
     pub fn apply(&mut self, edit: &Edit) {
         match edit {
-            Edit::Entry { dir, hash, name, child } => {
+            Edit::Entry {
+                dir,
+                hash,
+                name,
+                child,
+            } => {
                 self.entries.insert((*dir, *hash, name.clone()), *child);
             }
             Edit::Xattr { ino, name, value } => {
@@ -291,7 +350,12 @@ impl Table {
             Edit::Unlinked { ino, parent, name } => {
                 self.unlinked.insert((*ino, *parent, name.clone()));
             }
-            Edit::Carry { ino, attr, base, base_pages } => {
+            Edit::Carry {
+                ino,
+                attr,
+                base,
+                base_pages,
+            } => {
                 let mut inode = Inode::created(attr.clone());
                 inode.orphan = true;
                 inode.base = Some(*base);
@@ -332,7 +396,11 @@ impl Table {
     fn forget_names(&mut self, ino: Ino) {
         let empty = Name::default;
         let entries = (ino, 0, empty())..(Ino(ino.0 + 1), 0, empty());
-        let gone: Vec<_> = self.entries.range(entries).map(|(k, _)| k.clone()).collect();
+        let gone: Vec<_> = self
+            .entries
+            .range(entries)
+            .map(|(k, _)| k.clone())
+            .collect();
         for key in gone {
             self.entries.remove(&key);
         }
@@ -387,22 +455,68 @@ mod tests {
         };
         let ino = Ino(300);
         let name: Name = b"x"[..].into();
-        let extent = |origin| Edit::Extent { ino, extent: Extent { page: 3, pages: 400, origin } };
+        let extent = |origin| Edit::Extent {
+            ino,
+            extent: Extent {
+                page: 3,
+                pages: 400,
+                origin,
+            },
+        };
         vec![
-            Edit::Attr { ino, attr: attr.clone() },
-            Edit::Entry { dir: ino, hash: 1 << 55, name: name.clone(), child: Some((Ino(4), Kind::Fifo)) },
-            Edit::Entry { dir: ino, hash: 1, name: name.clone(), child: None },
-            Edit::Xattr { ino, name: name.clone(), value: Some(Arc::from(&b""[..])) },
-            Edit::Xattr { ino, name: name.clone(), value: None },
-            Edit::Unlinked { ino, parent: Ino(1), name },
-            extent(Origin::Spool { at: 1 << 40, owned: true }),
-            extent(Origin::Spool { at: 9, owned: false }),
-            extent(Origin::Base { ino: Ino(6), page: 2 }),
+            Edit::Attr {
+                ino,
+                attr: attr.clone(),
+            },
+            Edit::Entry {
+                dir: ino,
+                hash: 1 << 55,
+                name: name.clone(),
+                child: Some((Ino(4), Kind::Fifo)),
+            },
+            Edit::Entry {
+                dir: ino,
+                hash: 1,
+                name: name.clone(),
+                child: None,
+            },
+            Edit::Xattr {
+                ino,
+                name: name.clone(),
+                value: Some(Arc::from(&b""[..])),
+            },
+            Edit::Xattr {
+                ino,
+                name: name.clone(),
+                value: None,
+            },
+            Edit::Unlinked {
+                ino,
+                parent: Ino(1),
+                name,
+            },
+            extent(Origin::Spool {
+                at: 1 << 40,
+                owned: true,
+            }),
+            extent(Origin::Spool {
+                at: 9,
+                owned: false,
+            }),
+            extent(Origin::Base {
+                ino: Ino(6),
+                page: 2,
+            }),
             extent(Origin::Hole { reserved: true }),
             extent(Origin::Hole { reserved: false }),
             Edit::Truncate { ino, page: 12 },
             Edit::Orphan { ino },
-            Edit::Carry { ino, attr, base: NodeId([1; 32]), base_pages: 5 },
+            Edit::Carry {
+                ino,
+                attr,
+                base: NodeId([1; 32]),
+                base_pages: 5,
+            },
             Edit::Remove { ino },
         ]
     }

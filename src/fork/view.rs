@@ -27,13 +27,20 @@ pub struct Listed {
 const RANKS: u64 = 128;
 
 fn corrupt(what: &'static str, ino: Ino) -> FsError {
-    crate::store::StoreError::Corrupt { what: format!("{what} of inode {ino}") }.into()
+    crate::store::StoreError::Corrupt {
+        what: format!("{what} of inode {ino}"),
+    }
+    .into()
 }
 
 /// Returns the attributes of an inode in a version.
 pub fn base_attr(store: &Store, root: NodeId, ino: Ino) -> Result<Option<Attr>, FsError> {
-    let Some(value) = tree::get(store, root, &record::attr_key(ino))? else { return Ok(None) };
-    Attr::decode(&value).map(Some).ok_or_else(|| corrupt("the attributes", ino))
+    let Some(value) = tree::get(store, root, &record::attr_key(ino))? else {
+        return Ok(None);
+    };
+    Attr::decode(&value)
+        .map(Some)
+        .ok_or_else(|| corrupt("the attributes", ino))
 }
 
 /// Returns the entry of a directory in a version.
@@ -47,7 +54,9 @@ pub fn base_entry(
     let Some(value) = tree::get(store, root, &record::entry_key(dir, hash, name))? else {
         return Ok(None);
     };
-    record::decode_entry(&value).map(Some).ok_or_else(|| corrupt("an entry", dir))
+    record::decode_entry(&value)
+        .map(Some)
+        .ok_or_else(|| corrupt("an entry", dir))
 }
 
 /// Returns the bytes that a value of the tree stands for.
@@ -72,7 +81,8 @@ pub fn base_content(
     let mut out = Vec::new();
     for item in tree::range(store, root, Bound::Included(&start), Bound::Excluded(&end)) {
         let (key, value) = item?;
-        let (Some(Key::Content { offset, .. }), Some(value)) = (Key::parse(&key), Value::decode(&value))
+        let (Some(Key::Content { offset, .. }), Some(value)) =
+            (Key::parse(&key), Value::decode(&value))
         else {
             return Err(corrupt("the content", ino));
         };
@@ -190,7 +200,11 @@ impl Layers {
             if table.removed.contains(&dir) {
                 return Ok(None);
             }
-            if table.inodes.get(&dir).is_some_and(|cell| cell.state.read().created) {
+            if table
+                .inodes
+                .get(&dir)
+                .is_some_and(|cell| cell.state.read().created)
+            {
                 return Ok(None);
             }
         }
@@ -198,7 +212,12 @@ impl Layers {
     }
 
     /// Returns an extended attribute.
-    pub fn xattr(&self, store: &Store, ino: Ino, name: &[u8]) -> Result<Option<Arc<[u8]>>, FsError> {
+    pub fn xattr(
+        &self,
+        store: &Store,
+        ino: Ino,
+        name: &[u8],
+    ) -> Result<Option<Arc<[u8]>>, FsError> {
         let key = (ino, Box::from(name));
         let mut root = self.root.id;
         for table in self.tables() {
@@ -247,7 +266,11 @@ impl Layers {
                 }
             }
         }
-        Ok(names.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect())
+        Ok(names
+            .into_iter()
+            .filter(|(_, there)| *there)
+            .map(|(name, _)| name)
+            .collect())
     }
 
     /// Lists a directory behind `cookie`, in order of cookies, until `each` says that it has enough (by returning false).
@@ -265,7 +288,14 @@ impl Layers {
             rank = if entry_hash == hash { rank + 1 } else { 0 };
             hash = entry_hash;
             let at = entry_hash * RANKS + rank;
-            if at > cookie && !each(Listed { cookie: at, name, ino, kind }) {
+            if at > cookie
+                && !each(Listed {
+                    cookie: at,
+                    name,
+                    ino,
+                    kind,
+                })
+            {
                 return Ok(());
             }
         }
@@ -286,7 +316,10 @@ impl Layers {
 
     /// Whether a directory has no entry.
     pub fn is_empty_dir(&self, store: &Store, dir: Ino) -> Result<bool, FsError> {
-        self.merged(store, dir, 0).next().transpose().map(|first| first.is_none())
+        self.merged(store, dir, 0)
+            .next()
+            .transpose()
+            .map(|first| first.is_none())
     }
 
     /// All entries of a directory whose hash is at least `from`, in order of hash and name.
@@ -296,7 +329,10 @@ impl Layers {
         for table in self.tables() {
             let range = (dir, from, Box::default())..(Ino(dir.0 + 1), 0, Box::default());
             tables.push(table.entries.range(range).peekable());
-            let created = table.inodes.get(&dir).is_some_and(|cell| cell.state.read().created);
+            let created = table
+                .inodes
+                .get(&dir)
+                .is_some_and(|cell| cell.state.read().created);
             if created || table.removed.contains(&dir) {
                 with_base = false;
                 break;
@@ -305,9 +341,18 @@ impl Layers {
         let base: Option<tree::Range<'a, Store>> = with_base.then(|| {
             let start = record::entry_prefix_at(dir, from);
             let end = record::xattrs_prefix(dir);
-            tree::range(store, self.root.id, Bound::Included(&start), Bound::Excluded(&end))
+            tree::range(
+                store,
+                self.root.id,
+                Bound::Included(&start),
+                Bound::Excluded(&end),
+            )
         });
-        Merged { dir, tables, base: base.into_iter().flatten().peekable() }
+        Merged {
+            dir,
+            tables,
+            base: base.into_iter().flatten().peekable(),
+        }
     }
 
     /// Returns the state of an inode for reading its content, with the root that its gaps show.
@@ -318,7 +363,8 @@ impl Layers {
         if self.is_removed(ino) {
             return Ok(None);
         }
-        Ok(base_attr(store, self.root.id, ino)?.map(|attr| InodeView::Base(attr, self.root.clone())))
+        Ok(base_attr(store, self.root.id, ino)?
+            .map(|attr| InodeView::Base(attr, self.root.clone())))
     }
 
     /// Returns the state that a new cell of the live table begins with: what is below it.
@@ -356,7 +402,8 @@ pub enum InodeView {
 
 type Child = ((u64, Box<[u8]>), (Ino, Kind));
 
-type TableEntries<'a> = Peekable<std::collections::btree_map::Range<'a, EntryKey, Option<(Ino, Kind)>>>;
+type TableEntries<'a> =
+    Peekable<std::collections::btree_map::Range<'a, EntryKey, Option<(Ino, Kind)>>>;
 
 /// Merges the entries of one directory: the first table that knows a name decides.
 struct Merged<'a> {
@@ -370,7 +417,9 @@ impl Merged<'_> {
         let mut least: Option<(u64, Box<[u8]>)> = None;
         for entries in &mut self.tables {
             if let Some(((_, hash, name), _)) = entries.peek()
-                && least.as_ref().is_none_or(|(h, n)| (*hash, &**name) < (*h, &**n))
+                && least
+                    .as_ref()
+                    .is_none_or(|(h, n)| (*hash, &**name) < (*h, &**n))
             {
                 least = Some((*hash, name.clone()));
             }
@@ -378,7 +427,9 @@ impl Merged<'_> {
         let base = match self.base.peek() {
             None => None,
             Some(Ok((key, value))) => match (Key::parse(key), record::decode_entry(value)) {
-                (Some(Key::Entry { hash, name, .. }), Some(child)) => Some((hash, Box::from(name), child)),
+                (Some(Key::Entry { hash, name, .. }), Some(child)) => {
+                    Some((hash, Box::from(name), child))
+                }
                 _ => return Err(corrupt("an entry", self.dir)),
             },
             Some(Err(_)) => match self.base.next() {
@@ -396,7 +447,10 @@ impl Merged<'_> {
         }
         let Some(least) = least else { return Ok(None) };
         for entries in self.tables.iter_mut().rev() {
-            if entries.peek().is_some_and(|((_, h, n), _)| (*h, &**n) == (least.0, &*least.1)) {
+            if entries
+                .peek()
+                .is_some_and(|((_, h, n), _)| (*h, &**n) == (least.0, &*least.1))
+            {
                 child = entries.next().map(|(_, child)| *child);
             }
         }

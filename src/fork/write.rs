@@ -87,7 +87,12 @@ impl Tx<'_> {
             let cell = self.layers.live.inodes.get(&ino).ok_or(FsError::Stale)?;
             let state = cell.state.write_arc();
             let attr = state.attr.clone();
-            self.locked.push(Locked { ino, state: Some(state), attr, changed: false });
+            self.locked.push(Locked {
+                ino,
+                state: Some(state),
+                attr,
+                changed: false,
+            });
         }
         Ok(())
     }
@@ -95,7 +100,9 @@ impl Tx<'_> {
     /// The attributes of a locked inode, as changed so far.
     pub fn attr(&self, ino: Ino) -> &Attr {
         let found = self.locked.iter().find(|l| l.ino == ino);
-        &found.expect("an operation reads only the inodes it locked").attr
+        &found
+            .expect("an operation reads only the inodes it locked")
+            .attr
     }
 
     /// The attributes of a locked inode, to be changed.
@@ -114,7 +121,12 @@ impl Tx<'_> {
         self.fork.want_pages(1)?;
         let ino = self.fork.next_ino()?;
         self.created += 1;
-        self.locked.push(Locked { ino, state: None, attr, changed: true });
+        self.locked.push(Locked {
+            ino,
+            state: None,
+            attr,
+            changed: true,
+        });
         Ok(ino)
     }
 
@@ -125,17 +137,30 @@ impl Tx<'_> {
 
     /// Puts or takes away a directory entry.
     pub fn set_entry(&mut self, dir: Ino, hash: u64, name: &[u8], child: Option<(Ino, Kind)>) {
-        self.edits.push(Edit::Entry { dir, hash, name: name.into(), child });
+        self.edits.push(Edit::Entry {
+            dir,
+            hash,
+            name: name.into(),
+            child,
+        });
     }
 
     /// Notes that a non-directory lost a name and lives on.
     pub fn set_unlinked(&mut self, ino: Ino, parent: Ino, name: &[u8]) {
-        self.edits.push(Edit::Unlinked { ino, parent, name: name.into() });
+        self.edits.push(Edit::Unlinked {
+            ino,
+            parent,
+            name: name.into(),
+        });
     }
 
     /// Notes that an inode lost its last name.
     pub fn set_nameless(&mut self, ino: Ino) {
-        let edit = if self.fork.is_known(ino) { Edit::Orphan { ino } } else { Edit::Remove { ino } };
+        let edit = if self.fork.is_known(ino) {
+            Edit::Orphan { ino }
+        } else {
+            Edit::Remove { ino }
+        };
         self.edits.push(edit);
     }
 
@@ -146,7 +171,10 @@ impl Tx<'_> {
     pub fn finish(mut self, request: Request) -> Result<(), FsError> {
         let mut edits: Vec<Edit> = Vec::with_capacity(self.locked.len() + self.edits.len());
         let changed = self.locked.iter().filter(|l| l.changed);
-        edits.extend(changed.map(|l| Edit::Attr { ino: l.ino, attr: l.attr.clone() }));
+        edits.extend(changed.map(|l| Edit::Attr {
+            ino: l.ino,
+            attr: l.attr.clone(),
+        }));
         edits.append(&mut self.edits);
         self.fork.log.lock().append(request, &edits)?;
 
@@ -162,7 +190,10 @@ impl Tx<'_> {
         }
         self.fork.created.fetch_add(self.created, Ordering::Relaxed);
         let mut gone = Vec::new();
-        for edit in edits.iter().filter(|edit| !matches!(edit, Edit::Attr { .. })) {
+        for edit in edits
+            .iter()
+            .filter(|edit| !matches!(edit, Edit::Attr { .. }))
+        {
             if let Edit::Remove { ino } = edit {
                 self.fork.drop_room_ahead(&self.layers, *ino);
             }
@@ -178,7 +209,9 @@ impl Tx<'_> {
 impl Fork {
     /// Gives back what an inode that goes held for its growth, and its charge.
     pub(super) fn drop_room_ahead(&self, layers: &Layers, ino: Ino) {
-        let Some(cell) = layers.live.inodes.get(&ino) else { return };
+        let Some(cell) = layers.live.inodes.get(&ino) else {
+            return;
+        };
         let mut inode = cell.state.write();
         if let Some((at, pages)) = inode.ahead.take() {
             self.spool.give_back(at, pages);

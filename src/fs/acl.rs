@@ -57,14 +57,18 @@ fn encode(entries: &[AclEntry]) -> Vec<u8> {
 
 /// Whether an ACL says no more than a mode does.
 pub fn is_minimal(entries: &[AclEntry]) -> bool {
-    entries.iter().all(|e| matches!(e.tag, USER_OBJ | GROUP_OBJ | OTHER))
+    entries
+        .iter()
+        .all(|e| matches!(e.tag, USER_OBJ | GROUP_OBJ | OTHER))
 }
 
 /// Returns `mode` with the permissions that an access ACL stands for.
 pub fn mode_of(entries: &[AclEntry], mode: u16) -> u16 {
     let find = |tag| entries.iter().find(|e| e.tag == tag).map(|e| e.perm & 7);
     let owner = find(USER_OBJ).unwrap_or(mode >> 6 & 7);
-    let group = find(MASK).or_else(|| find(GROUP_OBJ)).unwrap_or(mode >> 3 & 7);
+    let group = find(MASK)
+        .or_else(|| find(GROUP_OBJ))
+        .unwrap_or(mode >> 3 & 7);
     let other = find(OTHER).unwrap_or(mode & 7);
     (mode & !0o777) | owner << 6 | group << 3 | other
 }
@@ -87,15 +91,28 @@ pub fn with_mode(value: &[u8], mode: u16) -> Result<Vec<u8>, FsError> {
 
 impl Fs {
     /// Returns mode and ACLs of a new inode: by the directory's default ACL where it has one, else by the umask.
-    pub(super) fn inherit(&self, tx: &Tx<'_>, dir: Ino, node: &NewNode<'_>) -> Result<Inherited, FsError> {
-        let plain = Inherited { mode: node.mode & !node.umask & 0o7777, xattrs: Vec::new() };
+    pub(super) fn inherit(
+        &self,
+        tx: &Tx<'_>,
+        dir: Ino,
+        node: &NewNode<'_>,
+    ) -> Result<Inherited, FsError> {
+        let plain = Inherited {
+            mode: node.mode & !node.umask & 0o7777,
+            xattrs: Vec::new(),
+        };
         if node.kind == Kind::Symlink {
-            return Ok(Inherited { mode: 0o777, ..plain });
+            return Ok(Inherited {
+                mode: 0o777,
+                ..plain
+            });
         }
         if !self.options.acl {
             return Ok(plain);
         }
-        let Some(default) = tx.layers.xattr(&self.fork.store, dir, DEFAULT)? else { return Ok(plain) };
+        let Some(default) = tx.layers.xattr(&self.fork.store, dir, DEFAULT)? else {
+            return Ok(plain);
+        };
         let mut entries = parse(&default)?;
         let mut xattrs = Vec::new();
         if node.kind == Kind::Directory {

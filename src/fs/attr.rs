@@ -40,11 +40,19 @@ impl Fs {
         let mut tx = self.fork.begin()?;
         let mut edits = Vec::new();
         if drops_capability && tx.layers.xattr(store, ino, CAPABILITY)?.is_some() {
-            edits.push(Edit::Xattr { ino, name: CAPABILITY.into(), value: None });
+            edits.push(Edit::Xattr {
+                ino,
+                name: CAPABILITY.into(),
+                value: None,
+            });
         }
         if sets_acl && let Some(value) = tx.layers.xattr(store, ino, acl::ACCESS)? {
             let value = acl::with_mode(&value, set.mode.unwrap_or_default())?;
-            edits.push(Edit::Xattr { ino, name: acl::ACCESS.into(), value: Some(value.into()) });
+            edits.push(Edit::Xattr {
+                ino,
+                name: acl::ACCESS.into(),
+                value: Some(value.into()),
+            });
         }
         tx.lock(&[ino])?;
         edits.into_iter().for_each(|edit| tx.push(edit));
@@ -62,7 +70,11 @@ impl Fs {
             return Ok(());
         }
         let mut tx = self.fork.begin()?;
-        tx.push(Edit::Xattr { ino, name: CAPABILITY.into(), value: None });
+        tx.push(Edit::Xattr {
+            ino,
+            name: CAPABILITY.into(),
+            value: None,
+        });
         tx.finish(caller.request)
     }
 }

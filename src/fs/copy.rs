@@ -66,7 +66,9 @@ impl Fs {
         }
         let root = self.fork.root();
         let (a, b) = (self.fork.cell(source)?, self.fork.cell(target)?);
-        let (Some(a), Some(b)) = (a, b) else { return Err(FsError::Stale) };
+        let (Some(a), Some(b)) = (a, b) else {
+            return Err(FsError::Stale);
+        };
         let (mut inode, mut other);
         if source < target {
             inode = a.state.write();
@@ -109,7 +111,13 @@ impl Fs {
             change.attr.kill_suidgid();
         }
         if !kept.is_empty() {
-            let edits: Vec<Edit> = kept.iter().map(|e| Edit::Extent { ino: source, extent: *e }).collect();
+            let edits: Vec<Edit> = kept
+                .iter()
+                .map(|e| Edit::Extent {
+                    ino: source,
+                    extent: *e,
+                })
+                .collect();
             self.fork.spool.retain(kept.iter().copied());
             if let Err(error) = self.fork.edit(caller.request, &mut inode, &edits) {
                 self.fork.spool.release(kept);
@@ -147,7 +155,11 @@ fn shared_pieces(
                 (extent.page, extent.pages, origin)
             }
         };
-        gain.push(Extent { page: shift(page), pages, origin });
+        gain.push(Extent {
+            page: shift(page),
+            pages,
+            origin,
+        });
     }
     (gain, kept)
 }

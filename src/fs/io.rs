@@ -42,7 +42,8 @@ impl Fs {
                 // Held while the spool is read: so the room cannot become another file's meanwhile.
                 let inode = cell.state.read();
                 buffer.resize(clip(&inode.attr, offset, size)?, 0);
-                self.fork.read_inode(&inode, root.id, ino, offset, &mut buffer)?;
+                self.fork
+                    .read_inode(&inode, root.id, ino, offset, &mut buffer)?;
             }
         }
         Ok(buffer)
@@ -58,7 +59,9 @@ impl Fs {
         kill_suidgid: bool,
     ) -> Result<usize, FsError> {
         self.writable()?;
-        let end = offset.checked_add(data.len() as u64).filter(|end| *end <= SIZE_MAX);
+        let end = offset
+            .checked_add(data.len() as u64)
+            .filter(|end| *end <= SIZE_MAX);
         let end = end.ok_or(FsError::TooLarge)?;
         self.drop_capability(caller, ino)?;
         let _gate = self.fork.enter()?;
@@ -134,7 +137,10 @@ impl Fs {
         if len == 0 {
             return Err(FsError::Invalid);
         }
-        let end = offset.checked_add(len).filter(|end| *end <= SIZE_MAX).ok_or(FsError::TooLarge)?;
+        let end = offset
+            .checked_add(len)
+            .filter(|end| *end <= SIZE_MAX)
+            .ok_or(FsError::TooLarge)?;
         let _gate = self.fork.enter()?;
         let root = self.fork.root();
         let cell = self.fork.cell(ino)?.ok_or(FsError::Stale)?;
@@ -173,13 +179,17 @@ impl Fs {
         let (size, runs) = match view {
             InodeView::Base(attr, root) => {
                 let end = pages(attr.size);
-                (attr.size, view::base_runs(store, root.id, ino, offset / PAGE, end)?)
+                (
+                    attr.size,
+                    view::base_runs(store, root.id, ino, offset / PAGE, end)?,
+                )
             }
             InodeView::Changed(cell, root) => {
                 let inode = cell.state.read();
                 let root = inode.base.unwrap_or(root.id);
                 let end = pages(inode.attr.size);
-                let runs = view::content_runs(store, root, ino, &inode.content, offset / PAGE, end)?;
+                let runs =
+                    view::content_runs(store, root, ino, &inode.content, offset / PAGE, end)?;
                 (inode.attr.size, runs)
             }
         };
@@ -207,7 +217,11 @@ impl Fs {
 
 fn clip(attr: &Attr, offset: u64, size: usize) -> Result<usize, FsError> {
     if !attr.kind.has_content() {
-        return Err(if attr.kind == Kind::Directory { FsError::IsDirectory } else { FsError::Invalid });
+        return Err(if attr.kind == Kind::Directory {
+            FsError::IsDirectory
+        } else {
+            FsError::Invalid
+        });
     }
     Ok((attr.size.saturating_sub(offset)).min(size as u64) as usize)
 }
@@ -225,7 +239,14 @@ pub(super) struct Change<'a> {
 
 impl<'a> Change<'a> {
     pub fn new(fs: &'a Fs, inode: &Inode, root: NodeId, ino: Ino) -> Change<'a> {
-        Change { fs, ino, attr: inode.attr.clone(), edits: Vec::new(), root, taken: Vec::new() }
+        Change {
+            fs,
+            ino,
+            attr: inode.attr.clone(),
+            edits: Vec::new(),
+            root,
+            taken: Vec::new(),
+        }
     }
 
     /// Counts the pages of `[from, to)` that hold data.
@@ -250,14 +271,23 @@ impl<'a> Change<'a> {
         }
         match inode.content.pieces(page, page + 1).first() {
             None | Some(Piece::Hole { .. }) => Ok(()),
-            Some(Piece::Extent(Extent { origin: Origin::Spool { at, owned: true }, .. })) => {
+            Some(Piece::Extent(Extent {
+                origin: Origin::Spool { at, owned: true },
+                ..
+            })) => {
                 let zeros = vec![0; (PAGE - size % PAGE) as usize];
                 Ok(self.fs.fork.spool.write(&zeros, at * PAGE + size % PAGE)?)
             }
             Some(_) => {
                 let mut bytes = vec![0; PAGE as usize];
                 let used = (size % PAGE) as usize;
-                self.fs.fork.read_inode(inode, self.root, self.ino, page * PAGE, &mut bytes[..used])?;
+                self.fs.fork.read_inode(
+                    inode,
+                    self.root,
+                    self.ino,
+                    page * PAGE,
+                    &mut bytes[..used],
+                )?;
                 self.place(inode, page, &bytes)
             }
         }
@@ -270,7 +300,13 @@ impl<'a> Change<'a> {
         self.attr.blocks += (last - first - self.data_pages(inode, first, last)?) * 8;
         let mut at = first;
         for extent in inode.content.extents.within(first, last) {
-            let Origin::Spool { at: room, owned: true } = extent.origin else { continue };
+            let Origin::Spool {
+                at: room,
+                owned: true,
+            } = extent.origin
+            else {
+                continue;
+            };
             self.write_new(inode, at, extent.page, offset, data)?;
             let from = (extent.page * PAGE).max(offset);
             let to = (extent.end() * PAGE).min(end);
@@ -280,7 +316,10 @@ impl<'a> Change<'a> {
             if gap < from {
                 // Between the old end and the write, within the page.
                 let zeros = vec![0; (from - gap) as usize];
-                self.fs.fork.spool.write(&zeros, room * PAGE + (gap - extent.page * PAGE))?;
+                self.fs
+                    .fork
+                    .spool
+                    .write(&zeros, room * PAGE + (gap - extent.page * PAGE))?;
             }
             let bytes = &data[(from - offset) as usize..(to - offset) as usize];
             self.fs.fork.spool.write(bytes, room * PAGE + skip)?;
@@ -305,18 +344,26 @@ impl<'a> Change<'a> {
         let start = from * PAGE;
         let stop = (to * PAGE).min(end.max(inode.attr.size));
         if start >= offset && stop <= end {
-            return self.place(inode, from, &data[(start - offset) as usize..(stop - offset) as usize]);
+            return self.place(
+                inode,
+                from,
+                &data[(start - offset) as usize..(stop - offset) as usize],
+            );
         }
         // The first or the last page is written in part: the rest of it is what it was.
         let mut bytes = vec![0; (stop - start) as usize];
         let known = (inode.attr.size.min(stop)).saturating_sub(start) as usize;
         if start < offset {
             let head = known.min((offset - start) as usize);
-            self.fs.fork.read_inode(inode, self.root, self.ino, start, &mut bytes[..head])?;
+            self.fs
+                .fork
+                .read_inode(inode, self.root, self.ino, start, &mut bytes[..head])?;
         }
         if stop > end && known as u64 > end - start {
             let tail = (end - start) as usize;
-            self.fs.fork.read_inode(inode, self.root, self.ino, end, &mut bytes[tail..known])?;
+            self.fs
+                .fork
+                .read_inode(inode, self.root, self.ino, end, &mut bytes[tail..known])?;
         }
         let (a, b) = (start.max(offset), stop.min(end));
         bytes[(a - start) as usize..(b - start) as usize]
@@ -340,17 +387,26 @@ impl<'a> Change<'a> {
             fork.want_pages(count - reserved)?;
         }
         let at = self.room(inode, page, count);
-        let extent = Extent { page, pages: count, origin: Origin::Spool { at, owned: true } };
+        let extent = Extent {
+            page,
+            pages: count,
+            origin: Origin::Spool { at, owned: true },
+        };
         self.taken.push(extent);
         fork.spool.write(bytes, at * PAGE)?;
-        self.edits.push(Edit::Extent { ino: self.ino, extent });
+        self.edits.push(Edit::Extent {
+            ino: self.ino,
+            extent,
+        });
         Ok(())
     }
 
     /// Takes room for `count` pages at `page`: what was taken ahead, if the file grows there, so that it lies in a row.
     fn room(&self, inode: &mut Inode, page: u64, count: u64) -> u64 {
         let spool = &self.fs.fork.spool;
-        let before = page.checked_sub(1).and_then(|p| inode.content.extents.within(p, page).pop());
+        let before = page
+            .checked_sub(1)
+            .and_then(|p| inode.content.extents.within(p, page).pop());
         let growing = page >= pages(inode.attr.size) && page > 0;
         if let Some((at, left)) = inode.ahead.take() {
             let follows = matches!(before, Some(Extent { origin: Origin::Spool { at: last, .. }, .. }) if last + 1 == at);
@@ -380,8 +436,15 @@ impl<'a> Change<'a> {
             {
                 wanted += pages;
                 let origin = Origin::Hole { reserved: true };
-                let extent = Extent { page, pages, origin };
-                self.edits.push(Edit::Extent { ino: self.ino, extent });
+                let extent = Extent {
+                    page,
+                    pages,
+                    origin,
+                };
+                self.edits.push(Edit::Extent {
+                    ino: self.ino,
+                    extent,
+                });
             }
         }
         self.fs.fork.want_pages(wanted)?;
@@ -390,10 +453,20 @@ impl<'a> Change<'a> {
     }
 
     /// Zeroes bytes `[from, to)`: whole pages become a hole, parts of pages that hold data are overwritten.
-    fn zero(&mut self, inode: &mut Inode, from: u64, to: u64, reserved: bool) -> Result<(), FsError> {
+    fn zero(
+        &mut self,
+        inode: &mut Inode,
+        from: u64,
+        to: u64,
+        reserved: bool,
+    ) -> Result<(), FsError> {
         let size = self.attr.size.max(inode.attr.size);
         let first = from.div_ceil(PAGE);
-        let last = if to >= size { pages(to.max(size)).max(first) } else { to / PAGE };
+        let last = if to >= size {
+            pages(to.max(size)).max(first)
+        } else {
+            to / PAGE
+        };
         if first > last {
             return self.zero_part(inode, from, to);
         }
@@ -401,7 +474,11 @@ impl<'a> Change<'a> {
         if to < size {
             self.zero_part(inode, (last * PAGE).max(from), to)?;
         }
-        let last = if reserved { last.min(pages(to)) } else { last.min(pages(size)) };
+        let last = if reserved {
+            last.min(pages(to))
+        } else {
+            last.min(pages(size))
+        };
         if first >= last {
             return Ok(());
         }
@@ -409,8 +486,15 @@ impl<'a> Change<'a> {
             self.fs.fork.want_pages(last - first)?;
         }
         self.attr.blocks -= self.data_pages(inode, first, last)? * 8;
-        let extent = Extent { page: first, pages: last - first, origin: Origin::Hole { reserved } };
-        self.edits.push(Edit::Extent { ino: self.ino, extent });
+        let extent = Extent {
+            page: first,
+            pages: last - first,
+            origin: Origin::Hole { reserved },
+        };
+        self.edits.push(Edit::Extent {
+            ino: self.ino,
+            extent,
+        });
         self.retain_edits();
         Ok(())
     }
@@ -427,7 +511,9 @@ impl<'a> Change<'a> {
     /// Becomes the owner of the reserved holes among the edits.
     fn retain_edits(&mut self) {
         let holes = self.edits.iter().filter_map(|edit| match edit {
-            Edit::Extent { extent, .. } if extent.origin == Origin::Hole { reserved: true } => Some(*extent),
+            Edit::Extent { extent, .. } if extent.origin == Origin::Hole { reserved: true } => {
+                Some(*extent)
+            }
             _ => None,
         });
         let holes: Vec<Extent> = holes.collect();
@@ -438,7 +524,10 @@ impl<'a> Change<'a> {
     /// Puts extents that other inodes have too.
     pub fn take(&mut self, extents: Vec<Extent>) {
         self.fs.fork.spool.retain(extents.iter().copied());
-        let edit = |extent: &Extent| Edit::Extent { ino: self.ino, extent: *extent };
+        let edit = |extent: &Extent| Edit::Extent {
+            ino: self.ino,
+            extent: *extent,
+        };
         let edits: Vec<Edit> = extents.iter().map(edit).collect();
         self.edits.extend(edits);
         self.taken.extend(extents);
@@ -447,7 +536,10 @@ impl<'a> Change<'a> {
     /// Logs the change and shows it.
     pub fn finish(mut self, caller: Caller, inode: &mut Inode) -> Result<(), FsError> {
         let attr = self.attr.clone();
-        self.edits.push(Edit::Attr { ino: self.ino, attr });
+        self.edits.push(Edit::Attr {
+            ino: self.ino,
+            attr,
+        });
         self.fs.fork.edit(caller.request, inode, &self.edits)?;
         self.taken.clear();
         // Bytes may have changed in place, without an extent that says so.

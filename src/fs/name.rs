@@ -17,13 +17,22 @@ impl Fs {
         self.remove(caller, dir, name, true)
     }
 
-    fn remove(&self, caller: Caller, dir: Ino, name: &[u8], directory: bool) -> Result<(), FsError> {
+    fn remove(
+        &self,
+        caller: Caller,
+        dir: Ino,
+        name: &[u8],
+        directory: bool,
+    ) -> Result<(), FsError> {
         self.writable()?;
         check_name(name)?;
         let hash = hash56(name);
         let mut tx = self.fork.begin()?;
         let store = &self.fork.store;
-        let (ino, kind) = tx.layers.entry(store, dir, hash, name)?.ok_or(FsError::NotFound)?;
+        let (ino, kind) = tx
+            .layers
+            .entry(store, dir, hash, name)?
+            .ok_or(FsError::NotFound)?;
         match (kind == Kind::Directory, directory) {
             (true, false) => return Err(FsError::IsDirectory),
             (false, true) => return Err(FsError::NotDirectory),

@@ -2,10 +2,10 @@
 
 use super::acl::Inherited;
 use super::{Caller, Entry, Fs, LINK_MAX, Ownership, check_name, now};
+use crate::fork::Tx;
 use crate::fork::error::FsError;
 use crate::fork::extent::{Extent, Origin, PAGE, pages};
 use crate::fork::table::Edit;
-use crate::fork::Tx;
 use crate::record::{Attr, Ino, Kind, Nanos, hash56};
 
 /// The longest target of a symbolic link.
@@ -28,13 +28,25 @@ pub struct NewNode<'a> {
 impl NewNode<'_> {
     /// A node of this kind and mode, with nothing else to say.
     pub fn new(kind: Kind, mode: u16) -> NewNode<'static> {
-        NewNode { kind, mode, umask: 0, rdev: 0, target: b"" }
+        NewNode {
+            kind,
+            mode,
+            umask: 0,
+            rdev: 0,
+            target: b"",
+        }
     }
 }
 
 impl Fs {
     /// Makes an inode under a name that must be free.
-    pub fn make(&self, caller: Caller, dir: Ino, name: &[u8], node: NewNode<'_>) -> Result<Entry, FsError> {
+    pub fn make(
+        &self,
+        caller: Caller,
+        dir: Ino,
+        name: &[u8],
+        node: NewNode<'_>,
+    ) -> Result<Entry, FsError> {
         self.writable()?;
         check_name(name)?;
         if node.kind == Kind::Symlink && node.target.len() > TARGET_MAX {
@@ -68,7 +80,11 @@ impl Fs {
         let attr = self.new_attr(caller, &parent, dir, &node, &inherited, time);
         let ino = tx.create(attr.clone())?;
         for (name, value) in inherited.xattrs {
-            tx.push(Edit::Xattr { ino, name: name.into(), value: Some(value.into()) });
+            tx.push(Edit::Xattr {
+                ino,
+                name: name.into(),
+                value: Some(value.into()),
+            });
         }
         if let Some(extent) = room {
             tx.push(Edit::Extent { ino, extent });
@@ -80,7 +96,10 @@ impl Fs {
         tx.set_entry(dir, hash, name, Some((ino, node.kind)));
         self.fork.looked_up(ino);
         match tx.finish(caller.request) {
-            Ok(()) => Ok(Entry { ino, attr: self.shown(attr) }),
+            Ok(()) => Ok(Entry {
+                ino,
+                attr: self.shown(attr),
+            }),
             Err(error) => {
                 self.fork.forget(ino, 1);
                 Err(error)
@@ -89,7 +108,13 @@ impl Fs {
     }
 
     /// Fails if a directory is gone, is none, has the name already, or cannot take one more name of that hash.
-    pub(super) fn check_free(&self, tx: &Tx<'_>, dir: Ino, hash: u64, name: &[u8]) -> Result<(), FsError> {
+    pub(super) fn check_free(
+        &self,
+        tx: &Tx<'_>,
+        dir: Ino,
+        hash: u64,
+        name: &[u8],
+    ) -> Result<(), FsError> {
         let store = &self.fork.store;
         let parent = tx.layers.attr(store, dir)?.ok_or(FsError::Stale)?;
         if parent.kind != Kind::Directory {
@@ -118,7 +143,11 @@ impl Fs {
     ) -> Attr {
         let mut mode = inherited.mode;
         let (mut uid, mut gid) = (caller.uid, caller.gid);
-        if let Ownership::As { uid: as_uid, gid: as_gid } = self.options.ownership {
+        if let Ownership::As {
+            uid: as_uid,
+            gid: as_gid,
+        } = self.options.ownership
+        {
             (uid, gid) = (as_uid, as_gid);
         }
         if parent.mode & 0o2000 != 0 {
@@ -133,7 +162,11 @@ impl Fs {
             mode,
             uid,
             gid,
-            rdev: if matches!(node.kind, Kind::CharDevice | Kind::BlockDevice) { node.rdev } else { 0 },
+            rdev: if matches!(node.kind, Kind::CharDevice | Kind::BlockDevice) {
+                node.rdev
+            } else {
+                0
+            },
             nlink: if is_dir { 2 } else { 1 },
             size: node.target.len() as u64,
             blocks: pages(node.target.len() as u64) * 8,
@@ -153,7 +186,11 @@ impl Fs {
         let _gate = self.fork.enter()?;
         self.fork.want_pages(1)?;
         let at = self.fork.spool.allocate(1, 0);
-        let extent = Extent { page: 0, pages: 1, origin: Origin::Spool { at, owned: true } };
+        let extent = Extent {
+            page: 0,
+            pages: 1,
+            origin: Origin::Spool { at, owned: true },
+        };
         if let Err(error) = self.fork.spool.write(target, at * PAGE) {
             self.fork.spool.release([extent]);
             return Err(error.into());
@@ -192,7 +229,10 @@ impl Fs {
             self.fork.forget(ino, 1);
             return Err(error);
         }
-        Ok(Entry { ino, attr: self.shown(attr) })
+        Ok(Entry {
+            ino,
+            attr: self.shown(attr),
+        })
     }
 }
 
@@ -202,4 +242,3 @@ pub(super) fn touch_parent(tx: &mut Tx<'_>, dir: Ino, time: Nanos) {
     parent.mtime = time;
     parent.ctime = time;
 }
-

@@ -41,11 +41,22 @@ impl Fs {
         self.writable()?;
         check_name(name)?;
         check_name(new_name)?;
-        let old = Place { dir: from, hash: hash56(name), name };
-        let new = Place { dir: to, hash: hash56(new_name), name: new_name };
+        let old = Place {
+            dir: from,
+            hash: hash56(name),
+            name,
+        };
+        let new = Place {
+            dir: to,
+            hash: hash56(new_name),
+            name: new_name,
+        };
         let mut tx = self.fork.begin()?;
         let store = &self.fork.store;
-        let source = tx.layers.entry(store, from, old.hash, name)?.ok_or(FsError::NotFound)?;
+        let source = tx
+            .layers
+            .entry(store, from, old.hash, name)?
+            .ok_or(FsError::NotFound)?;
         let target = tx.layers.entry(store, to, new.hash, new_name)?;
         let no_replace = matches!(mode, RenameMode::NoReplace | RenameMode::WhiteoutNoReplace);
         if target.is_some() && no_replace {
@@ -58,12 +69,18 @@ impl Fs {
             // Two names of one inode: nothing happens.
             return Ok(());
         }
-        if tx.layers.attr(store, to)?.is_none_or(|attr| attr.nlink == 0) {
+        if tx
+            .layers
+            .attr(store, to)?
+            .is_none_or(|attr| attr.nlink == 0)
+        {
             return Err(FsError::NotFound);
         }
         self.check_no_cycle(&tx.layers, source, to)?;
         match (mode, target) {
-            (RenameMode::Exchange, Some(target)) => self.check_no_cycle(&tx.layers, target, from)?,
+            (RenameMode::Exchange, Some(target)) => {
+                self.check_no_cycle(&tx.layers, target, from)?
+            }
             _ => self.check_replace(&tx, source.1, target, old, new)?,
         }
         // Names stand still now; what follows needs the inodes themselves, and looks nothing up any more.
@@ -133,7 +150,12 @@ impl Fs {
     }
 
     /// Fails if `source` is a directory at or above `dir`.
-    fn check_no_cycle(&self, layers: &Layers, source: (Ino, Kind), dir: Ino) -> Result<(), FsError> {
+    fn check_no_cycle(
+        &self,
+        layers: &Layers,
+        source: (Ino, Kind),
+        dir: Ino,
+    ) -> Result<(), FsError> {
         if source.1 != Kind::Directory {
             return Ok(());
         }

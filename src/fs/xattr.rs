@@ -28,7 +28,9 @@ impl Fs {
         self.check_xattr_name(name)?;
         let layers = self.fork.layers();
         let value = layers.xattr(&self.fork.store, ino, name)?;
-        value.map(|value| value.to_vec()).ok_or(FsError::NoAttribute)
+        value
+            .map(|value| value.to_vec())
+            .ok_or(FsError::NoAttribute)
     }
 
     /// Returns the names, each ended by NUL. Those of `trusted` are shown to root alone.
@@ -94,7 +96,11 @@ impl Fs {
             }
         }
         attr.ctime = now();
-        tx.push(Edit::Xattr { ino, name: name.into(), value: stored.map(Into::into) });
+        tx.push(Edit::Xattr {
+            ino,
+            name: name.into(),
+            value: stored.map(Into::into),
+        });
         tx.finish(caller.request)
     }
 
@@ -108,7 +114,11 @@ impl Fs {
         }
         tx.lock(&[ino])?;
         tx.attr_mut(ino).ctime = now();
-        tx.push(Edit::Xattr { ino, name: name.into(), value: None });
+        tx.push(Edit::Xattr {
+            ino,
+            name: name.into(),
+            value: None,
+        });
         tx.finish(caller.request)
     }
 
@@ -117,8 +127,14 @@ impl Fs {
             return Err(FsError::Range);
         }
         let known = [&b"user."[..], b"trusted.", b"security."];
-        let plain = known.iter().any(|prefix| name.starts_with(prefix) && name.len() > prefix.len());
+        let plain = known
+            .iter()
+            .any(|prefix| name.starts_with(prefix) && name.len() > prefix.len());
         let is_acl = name == acl::ACCESS || name == acl::DEFAULT;
-        if plain || (is_acl && self.options.acl) { Ok(()) } else { Err(FsError::NotSupported) }
+        if plain || (is_acl && self.options.acl) {
+            Ok(())
+        } else {
+            Err(FsError::NotSupported)
+        }
     }
 }

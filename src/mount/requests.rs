@@ -4,10 +4,38 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const KINDS: [&str; 32] = [
-    "lookup", "forget", "getattr", "setattr", "readlink", "mknod", "mkdir", "unlink",
-    "rmdir", "symlink", "rename", "link", "open", "opendir", "read", "write", "flush", "fsync",
-    "fsyncdir", "readdir", "readdirplus", "statfs", "setxattr", "getxattr", "listxattr",
-    "removexattr", "access", "create", "ioctl", "fallocate", "lseek", "copy_file_range",
+    "lookup",
+    "forget",
+    "getattr",
+    "setattr",
+    "readlink",
+    "mknod",
+    "mkdir",
+    "unlink",
+    "rmdir",
+    "symlink",
+    "rename",
+    "link",
+    "open",
+    "opendir",
+    "read",
+    "write",
+    "flush",
+    "fsync",
+    "fsyncdir",
+    "readdir",
+    "readdirplus",
+    "statfs",
+    "setxattr",
+    "getxattr",
+    "listxattr",
+    "removexattr",
+    "access",
+    "create",
+    "ioctl",
+    "fallocate",
+    "lseek",
+    "copy_file_range",
 ];
 
 /// Counters by kind of request.
@@ -24,7 +52,10 @@ impl Requests {
     /// Counts one request.
     pub fn count(&self, kind: &'static str) {
         // The names are literals of one binary: mostly the pointers are equal.
-        if let Some(at) = KINDS.iter().position(|k| k.len() == kind.len() && *k == kind) {
+        if let Some(at) = KINDS
+            .iter()
+            .position(|k| k.len() == kind.len() && *k == kind)
+        {
             self.0[at].fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -32,6 +63,10 @@ impl Requests {
     /// Returns the counts that are not zero.
     pub fn counts(&self) -> BTreeMap<&'static str, u64> {
         let counts = self.0.iter().map(|count| count.load(Ordering::Relaxed));
-        KINDS.into_iter().zip(counts).filter(|(_, count)| *count > 0).collect()
+        KINDS
+            .into_iter()
+            .zip(counts)
+            .filter(|(_, count)| *count > 0)
+            .collect()
     }
 }

@@ -30,7 +30,12 @@ pub fn serve(
     ended: impl FnOnce() + Send + 'static,
 ) -> io::Result<()> {
     let name = fs.fork.id.to_string();
-    let mount = Mount { fs, epoch, requests, used };
+    let mount = Mount {
+        fs,
+        epoch,
+        requests,
+        used,
+    };
     let mut config = Config::default();
     config.n_threads = Some(threads);
     let (ready, greeted) = channel::bounded(1);
@@ -53,6 +58,9 @@ pub fn serve(
         ended();
     })?;
     greeted.recv_timeout(GREETING).unwrap_or_else(|_| {
-        Err(io::Error::new(io::ErrorKind::TimedOut, "the kernel did not greet: the descriptor is not of a mount"))
+        Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the kernel did not greet: the descriptor is not of a mount",
+        ))
     })
 }

@@ -93,7 +93,10 @@ impl Walk<'_> {
             number: self.version.number,
             what,
             paths,
-            at: Some(VersionRef { volume: self.volume.id, number: self.version.number }),
+            at: Some(VersionRef {
+                volume: self.volume.id,
+                number: self.version.number,
+            }),
         });
     }
 
@@ -157,7 +160,10 @@ impl Walk<'_> {
             None => false,
         };
         if !valid {
-            self.problem(format!("the entry {} cannot be read", key.escape_ascii()), Vec::new());
+            self.problem(
+                format!("the entry {} cannot be read", key.escape_ascii()),
+                Vec::new(),
+            );
             return Ok(false);
         }
         match record::chunk_refs(key, value) {
@@ -173,7 +179,10 @@ impl Walk<'_> {
             && attr.nlink != names
         {
             let paths = self.paths(ino);
-            self.problem(format!("inode {ino} has {names} names and says {}", attr.nlink), paths);
+            self.problem(
+                format!("inode {ino} has {names} names and says {}", attr.nlink),
+                paths,
+            );
         }
     }
 
@@ -229,7 +238,11 @@ impl Store {
             if at == ROOT {
                 break;
             }
-            let Some(attr) = tree::get(self, root, &record::attr_key(at))?.and_then(|v| Attr::decode(&v)) else { break };
+            let Some(attr) =
+                tree::get(self, root, &record::attr_key(at))?.and_then(|v| Attr::decode(&v))
+            else {
+                break;
+            };
             let mut found = None;
             for item in tree::prefix(self, root, &record::entries_prefix(attr.parent)) {
                 let (key, value) = item?;
@@ -245,6 +258,10 @@ impl Store {
         }
         names.reverse();
         let path = names.join("/");
-        Ok(if path.is_empty() { "/".into() } else { format!("/{path}/") })
+        Ok(if path.is_empty() {
+            "/".into()
+        } else {
+            format!("/{path}/")
+        })
     }
 }

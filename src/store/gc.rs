@@ -55,16 +55,26 @@ impl Store {
     ///
     /// # Errors
     /// `Locked` if one runs already; damage met while marking, before anything was removed.
-    pub fn gc(&self, dry_run: bool, roots: impl FnOnce() -> Vec<NodeId>) -> Result<GcReport, StoreError> {
+    pub fn gc(
+        &self,
+        dry_run: bool,
+        roots: impl FnOnce() -> Vec<NodeId>,
+    ) -> Result<GcReport, StoreError> {
         if !self.hands.begin_gc() {
-            return Err(StoreError::Locked { dir: self.dir.join("db (a gc is running)") });
+            return Err(StoreError::Locked {
+                dir: self.dir.join("db (a gc is running)"),
+            });
         }
         let result = self.mark_and_sweep(dry_run, roots);
         self.hands.end_gc();
         result
     }
 
-    fn mark_and_sweep(&self, dry_run: bool, roots: impl FnOnce() -> Vec<NodeId>) -> Result<GcReport, StoreError> {
+    fn mark_and_sweep(
+        &self,
+        dry_run: bool,
+        roots: impl FnOnce() -> Vec<NodeId>,
+    ) -> Result<GcReport, StoreError> {
         let (mut nodes, mut chunks) = (Prefixes::new(), Prefixes::new());
         let mut all = roots();
         all.extend(self.leases.lock().keys());
@@ -74,16 +84,23 @@ impl Store {
         }
         for volume in self.volumes()? {
             for version in self.versions(volume.id)? {
-                let at = super::VersionRef { volume: volume.id, number: version.number };
+                let at = super::VersionRef {
+                    volume: volume.id,
+                    number: version.number,
+                };
                 match self.mark(version.root, &mut nodes, &mut chunks) {
                     // What a version that was set aside still has is kept; what it lacks cannot be marked.
-                    Err(StoreError::Missing { .. } | StoreError::Corrupt { .. }) if self.damage(at)?.is_some() => {}
+                    Err(StoreError::Missing { .. } | StoreError::Corrupt { .. })
+                        if self.damage(at)?.is_some() => {}
                     other => other?,
                 }
             }
         }
         let before = self.disk_bytes();
-        let mut report = GcReport { dry_run, ..GcReport::default() };
+        let mut report = GcReport {
+            dry_run,
+            ..GcReport::default()
+        };
         for (target, marked) in [(Target::Nodes, &nodes), (Target::Sizes, &chunks)] {
             self.sweep(target, marked, &mut report)?;
         }
@@ -94,30 +111,55 @@ impl Store {
         Ok(report)
     }
 
-    fn mark(&self, root: NodeId, nodes: &mut Prefixes, chunks: &mut Prefixes) -> Result<(), StoreError> {
-        tree::walk(self, root, &mut |id| nodes.insert(prefix_of(&id.0)), &mut |node| {
-            if node.level() == 0 {
-                let entries = (0..node.len()).map(|at| (node.key(at), node.value(at)));
-                let named = entries.filter_map(|(key, value)| record::chunk_refs(key, value));
-                chunks.extend(named.map(|id| prefix_of(&id.0)));
-            }
-            Ok(())
-        })
+    fn mark(
+        &self,
+        root: NodeId,
+        nodes: &mut Prefixes,
+        chunks: &mut Prefixes,
+    ) -> Result<(), StoreError> {
+        tree::walk(
+            self,
+            root,
+            &mut |id| nodes.insert(prefix_of(&id.0)),
+            &mut |node| {
+                if node.level() == 0 {
+                    let entries = (0..node.len()).map(|at| (node.key(at), node.value(at)));
+                    let named = entries.filter_map(|(key, value)| record::chunk_refs(key, value));
+                    chunks.extend(named.map(|id| prefix_of(&id.0)));
+                }
+                Ok(())
+            },
+        )
     }
 
     /// Deletes what is not marked, a batch of keys at a time, so that memory stays bounded.
-    fn sweep(&self, target: Target, marked: &Prefixes, report: &mut GcReport) -> Result<(), StoreError> {
+    fn sweep(
+        &self,
+        target: Target,
+        marked: &Prefixes,
+        report: &mut GcReport,
+    ) -> Result<(), StoreError> {
         let mut from: Vec<u8> = Vec::new();
         loop {
             let page = self.keys(target, &from, 10_000)?;
-            let Some((last, _)) = page.last() else { return Ok(()) };
+            let Some((last, _)) = page.last() else {
+                return Ok(());
+            };
             from = [&last[..], &[0]].concat();
             for (id, value) in page {
                 let bytes = stored_len(&value).map_or(0, |(_, stored)| stored);
                 let (kept, removed, family_of) = if target == Target::Nodes {
-                    (&mut report.kept_nodes, &mut report.removed_nodes, Target::Nodes)
+                    (
+                        &mut report.kept_nodes,
+                        &mut report.removed_nodes,
+                        Target::Nodes,
+                    )
                 } else {
-                    (&mut report.kept_chunks, &mut report.removed_chunks, Target::Chunks)
+                    (
+                        &mut report.kept_chunks,
+                        &mut report.removed_chunks,
+                        Target::Chunks,
+                    )
                 };
                 let gone = if report.dry_run {
                     !marked.contains(&prefix_of(&id))
@@ -137,17 +179,33 @@ impl Store {
     }
 
     /// Up to `count` ids of a family from `from` on; values only of `sizes`.
-    fn keys(&self, target: Target, from: &[u8], count: usize) -> Result<Vec<([u8; 32], Vec<u8>)>, StoreError> {
+    fn keys(
+        &self,
+        target: Target,
+        from: &[u8],
+        count: usize,
+    ) -> Result<Vec<([u8; 32], Vec<u8>)>, StoreError> {
         self.with(|db| {
             let mut options = ReadOptions::default();
             options.fill_cache(false);
             let mode = IteratorMode::From(from, rocksdb::Direction::Forward);
             let mut out = Vec::new();
-            for item in db.iterator_cf_opt(family(db, target)?, options, mode).take(count) {
+            for item in db
+                .iterator_cf_opt(family(db, target)?, options, mode)
+                .take(count)
+            {
                 let (key, value) = item?;
-                let id: [u8; 32] =
-                    (*key).try_into().map_err(|_| super::corrupt("the index of the store"))?;
-                out.push((id, if target == Target::Sizes { value.into_vec() } else { Vec::new() }));
+                let id: [u8; 32] = (*key)
+                    .try_into()
+                    .map_err(|_| super::corrupt("the index of the store"))?;
+                out.push((
+                    id,
+                    if target == Target::Sizes {
+                        value.into_vec()
+                    } else {
+                        Vec::new()
+                    },
+                ));
             }
             Ok(out)
         })
@@ -161,12 +219,18 @@ impl Store {
         self.flush()?;
         let result = self.with(|db| {
             let chunks = family(db, Target::Chunks)?;
-            let all = [("blob_garbage_collection_age_cutoff", "1.0"), ("blob_garbage_collection_force_threshold", "0.1")];
+            let all = [
+                ("blob_garbage_collection_age_cutoff", "1.0"),
+                ("blob_garbage_collection_force_threshold", "0.1"),
+            ];
             db.set_options_cf(chunks, &all)?;
             for target in [Target::Chunks, Target::Nodes, Target::Sizes] {
                 db.compact_range_cf(family(db, target)?, None::<&[u8]>, None::<&[u8]>);
             }
-            let usual = [("blob_garbage_collection_age_cutoff", "0.25"), ("blob_garbage_collection_force_threshold", "1.0")];
+            let usual = [
+                ("blob_garbage_collection_age_cutoff", "0.25"),
+                ("blob_garbage_collection_force_threshold", "1.0"),
+            ];
             Ok(db.set_options_cf(chunks, &usual)?)
         });
         self.poison_on_error(result)
@@ -174,14 +238,21 @@ impl Store {
 
     fn disk_bytes(&self) -> u64 {
         use std::os::unix::fs::MetadataExt;
-        let Ok(entries) = std::fs::read_dir(self.dir.join("db")) else { return 0 };
-        let sizes = entries.filter_map(Result::ok).filter_map(|entry| entry.metadata().ok());
+        let Ok(entries) = std::fs::read_dir(self.dir.join("db")) else {
+            return 0;
+        };
+        let sizes = entries
+            .filter_map(Result::ok)
+            .filter_map(|entry| entry.metadata().ok());
         sizes.map(|meta| meta.blocks() * 512).sum()
     }
 
     /// Counts what the store holds.
     pub fn stats(&self) -> Result<Stats, StoreError> {
-        let mut stats = Stats { disk_bytes: self.disk_bytes(), ..Stats::default() };
+        let mut stats = Stats {
+            disk_bytes: self.disk_bytes(),
+            ..Stats::default()
+        };
         // The only volume that has a chunk; None once there are two.
         let mut owner: HashMap<ChunkId, Option<usize>> = HashMap::new();
         for (index, volume) in self.volumes()?.into_iter().enumerate() {
@@ -189,25 +260,37 @@ impl Store {
             let versions = self.versions(volume.id)?;
             let logical = versions.iter().map(|v| v.logical_bytes).sum();
             for version in &versions {
-                tree::walk(self, version.root, &mut |id| seen.insert(prefix_of(&id.0)), &mut |node| {
-                    for at in (0..node.len()).filter(|_| node.level() == 0) {
-                        if let Some(id) = record::chunk_refs(node.key(at), node.value(at)) {
-                            let owner = owner.entry(id).or_insert(Some(index));
-                            *owner = owner.filter(|o| *o == index);
+                tree::walk(
+                    self,
+                    version.root,
+                    &mut |id| seen.insert(prefix_of(&id.0)),
+                    &mut |node| {
+                        for at in (0..node.len()).filter(|_| node.level() == 0) {
+                            if let Some(id) = record::chunk_refs(node.key(at), node.value(at)) {
+                                let owner = owner.entry(id).or_insert(Some(index));
+                                *owner = owner.filter(|o| *o == index);
+                            }
                         }
-                    }
-                    Ok(())
-                })?;
+                        Ok(())
+                    },
+                )?;
             }
             stats.versions += versions.len() as u64;
             stats.logical_bytes += logical;
             let (volume, versions) = (volume.name, versions.len() as u64);
-            stats.volumes.push(VolumeStats { volume, versions, logical_bytes: logical, exclusive_bytes: 0 });
+            stats.volumes.push(VolumeStats {
+                volume,
+                versions,
+                logical_bytes: logical,
+                exclusive_bytes: 0,
+            });
         }
         let mut from = Vec::new();
         loop {
             let page = self.keys(Target::Sizes, &from, 10_000)?;
-            let Some((last, _)) = page.last() else { return Ok(stats) };
+            let Some((last, _)) = page.last() else {
+                return Ok(stats);
+            };
             from = [&last[..], &[0]].concat();
             for (id, value) in page {
                 let (raw, stored) = stored_len(&value).unwrap_or_default();

@@ -34,7 +34,10 @@ pub struct Hands {
 impl Default for Hands {
     fn default() -> Self {
         let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
-        Hands { shards, gc: Mutex::new(None) }
+        Hands {
+            shards,
+            gc: Mutex::new(None),
+        }
     }
 }
 
@@ -156,7 +159,12 @@ impl Ingest {
     /// Stores a node, unless it is there.
     pub fn node(&self, id: NodeId, bytes: &[u8], node: Arc<Node>) -> Result<(), StoreError> {
         if self.take(Target::Nodes, &id.0)? {
-            self.add(Target::Nodes, id.0, chunk::pack(bytes, LEVEL), bytes.len() as u64)?;
+            self.add(
+                Target::Nodes,
+                id.0,
+                chunk::pack(bytes, LEVEL),
+                bytes.len() as u64,
+            )?;
         }
         self.store.nodes.insert(id, node);
         Ok(())
@@ -176,13 +184,22 @@ impl Ingest {
         self.held.lock().push(prefix);
         let mut shard = self.store.hands.lock(prefix);
         *shard.entry(prefix).or_default() += 1;
-        let there = self.store.with(|db| Ok(db.get_pinned_cf(family(db, family_of)?, id)?.is_some()))?;
+        let there = self
+            .store
+            .with(|db| Ok(db.get_pinned_cf(family(db, family_of)?, id)?.is_some()))?;
         drop(shard);
         Ok(!there || self.store.unflushed.lock().contains(prefix))
     }
 
-    fn add(&self, target: Target, id: [u8; 32], stored: Vec<u8>, raw: u64) -> Result<(), StoreError> {
-        self.new_bytes.fetch_add(stored.len() as u64, Ordering::Relaxed);
+    fn add(
+        &self,
+        target: Target,
+        id: [u8; 32],
+        stored: Vec<u8>,
+        raw: u64,
+    ) -> Result<(), StoreError> {
+        self.new_bytes
+            .fetch_add(stored.len() as u64, Ordering::Relaxed);
         let full = {
             let mut pending = self.pending.lock();
             pending.bytes += stored.len();
@@ -200,7 +217,10 @@ impl Ingest {
 
     /// Writes content ahead, without WAL.
     fn spill(&self, items: Vec<(Target, [u8; 32], Vec<u8>, u64)>) -> Result<(), StoreError> {
-        self.store.unflushed.lock().add(items.iter().map(|(_, id, ..)| prefix_of(id)));
+        self.store
+            .unflushed
+            .lock()
+            .add(items.iter().map(|(_, id, ..)| prefix_of(id)));
         let mut batch = WriteBatch::default();
         self.store.put_items(&mut batch, &items)?;
         let mut options = WriteOptions::default();
@@ -217,9 +237,15 @@ impl tree::Source for Ingest {
         match self.store.node(id) {
             Err(StoreError::Missing { what }) => {
                 let pending = self.pending.lock();
-                let found = pending.items.iter().find(|(target, at, ..)| *target == Target::Nodes && *at == id.0);
-                let Some((.., stored, _)) = found else { return Err(StoreError::Missing { what }) };
-                let bytes = chunk::unpack(stored, 1 << 20).map_err(|_| StoreError::Corrupt { what })?;
+                let found = pending
+                    .items
+                    .iter()
+                    .find(|(target, at, ..)| *target == Target::Nodes && *at == id.0);
+                let Some((.., stored, _)) = found else {
+                    return Err(StoreError::Missing { what });
+                };
+                let bytes =
+                    chunk::unpack(stored, 1 << 20).map_err(|_| StoreError::Corrupt { what })?;
                 Ok(Arc::new(Node::decode(&bytes)?))
             }
             other => other,
@@ -229,7 +255,9 @@ impl tree::Source for Ingest {
 
 impl Drop for Ingest {
     fn drop(&mut self) {
-        self.store.hands.release(std::mem::take(&mut self.held.lock()));
+        self.store
+            .hands
+            .release(std::mem::take(&mut self.held.lock()));
     }
 }
 
@@ -255,7 +283,11 @@ impl Store {
     ///
     /// # Errors
     /// What the disk answered; the heads are the old ones then.
-    pub fn publish(&self, ingests: &[Arc<Ingest>], publish: Publish) -> Result<Vec<Version>, StoreError> {
+    pub fn publish(
+        &self,
+        ingests: &[Arc<Ingest>],
+        publish: Publish,
+    ) -> Result<Vec<Version>, StoreError> {
         self.publish_with(ingests, publish, |_| Vec::new())
     }
 
@@ -292,7 +324,9 @@ impl Store {
                 Some(volume) => Some(volume),
                 None => self.volume_by_id(version.volume)?,
             };
-            let missing = || StoreError::Missing { what: format!("volume {}", version.volume) };
+            let missing = || StoreError::Missing {
+                what: format!("volume {}", version.volume),
+            };
             let mut volume = volume.ok_or_else(missing)?;
             version.number = volume.next;
             version.previous = volume.head;
@@ -304,7 +338,12 @@ impl Store {
             heads.insert(volume.id, volume);
         }
         for volume in heads.values() {
-            self.put(&mut batch, Target::Meta, &keys::one(keys::VOLUME, volume.id), &json(volume))?;
+            self.put(
+                &mut batch,
+                Target::Meta,
+                &keys::one(keys::VOLUME, volume.id),
+                &json(volume),
+            )?;
         }
         let more = more(&versions);
         for change in publish.forks.iter().chain(&more) {
@@ -314,7 +353,12 @@ impl Store {
                     self.free_inodes(&mut batch, unused)?;
                 }
                 ForkChange::Put(fork) => {
-                    self.put(&mut batch, Target::Meta, &keys::one(keys::FORK, fork.id.0), &json(fork))?;
+                    self.put(
+                        &mut batch,
+                        Target::Meta,
+                        &keys::one(keys::FORK, fork.id.0),
+                        &json(fork),
+                    )?;
                 }
             }
         }
@@ -340,7 +384,12 @@ impl Store {
     }
 
     /// Whether deleting an id is safe: called, and followed by the deletion, under the lock of its shard.
-    pub(super) fn delete_unless_held(&self, target: Target, id: &[u8; 32], marked: &Prefixes) -> Result<bool, StoreError> {
+    pub(super) fn delete_unless_held(
+        &self,
+        target: Target,
+        id: &[u8; 32],
+        marked: &Prefixes,
+    ) -> Result<bool, StoreError> {
         let prefix = prefix_of(id);
         if marked.contains(&prefix) {
             return Ok(false);

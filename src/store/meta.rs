@@ -24,7 +24,10 @@ impl std::str::FromStr for ForkId {
     type Err = ();
 
     fn from_str(text: &str) -> Result<ForkId, ()> {
-        let digits = text.strip_prefix("f-").filter(|digits| digits.len() == 12).ok_or(())?;
+        let digits = text
+            .strip_prefix("f-")
+            .filter(|digits| digits.len() == 12)
+            .ok_or(())?;
         u64::from_str_radix(digits, 16).map(ForkId).map_err(|_| ())
     }
 }
@@ -161,7 +164,9 @@ impl Store {
 
     /// Returns a volume by name.
     pub fn volume(&self, name: &str) -> Result<Option<Volume>, StoreError> {
-        let Some(id) = self.meta(&keys::name(name))? else { return Ok(None) };
+        let Some(id) = self.meta(&keys::name(name))? else {
+            return Ok(None);
+        };
         self.volume_by_id(u64_of(&id, "the index of a name")?)
     }
 
@@ -180,30 +185,59 @@ impl Store {
             Some(bytes) => u64_of(&bytes, "the counter of volumes")?,
             None => 1,
         };
-        let volume = Volume { id, name: name.into(), created: now, used: now, head: 0, next: 1, taken_back: Vec::new() };
+        let volume = Volume {
+            id,
+            name: name.into(),
+            created: now,
+            used: now,
+            head: 0,
+            next: 1,
+            taken_back: Vec::new(),
+        };
         let mut batch = WriteBatch::default();
         let meta = Target::Meta;
         self.put(&mut batch, meta, keys::NEXT_VOLUME, &(id + 1).to_be_bytes())?;
-        self.put(&mut batch, meta, &keys::one(keys::VOLUME, id), &json(&volume))?;
+        self.put(
+            &mut batch,
+            meta,
+            &keys::one(keys::VOLUME, id),
+            &json(&volume),
+        )?;
         self.put(&mut batch, meta, &keys::name(name), &id.to_be_bytes())?;
         self.write_unsynced(batch)?;
         Ok(volume)
     }
 
     /// Changes a volume's record under the lock that commits take.
-    pub fn update_volume(&self, id: u64, change: impl FnOnce(&mut Volume)) -> Result<(), StoreError> {
+    pub fn update_volume(
+        &self,
+        id: u64,
+        change: impl FnOnce(&mut Volume),
+    ) -> Result<(), StoreError> {
         let _serial = self.publishing.lock();
         let Some(mut volume) = self.volume_by_id(id)? else {
-            return Err(StoreError::Missing { what: format!("volume {id}") });
+            return Err(StoreError::Missing {
+                what: format!("volume {id}"),
+            });
         };
         let before = volume.clone();
         change(&mut volume);
         let mut batch = WriteBatch::default();
         if volume.name != before.name {
             self.delete(&mut batch, Target::Meta, &keys::name(&before.name))?;
-            self.put(&mut batch, Target::Meta, &keys::name(&volume.name), &id.to_be_bytes())?;
+            self.put(
+                &mut batch,
+                Target::Meta,
+                &keys::name(&volume.name),
+                &id.to_be_bytes(),
+            )?;
         }
-        self.put(&mut batch, Target::Meta, &keys::one(keys::VOLUME, id), &json(&volume))?;
+        self.put(
+            &mut batch,
+            Target::Meta,
+            &keys::one(keys::VOLUME, id),
+            &json(&volume),
+        )?;
         self.write_synced(batch)
     }
 
@@ -213,10 +247,18 @@ impl Store {
         let mut batch = WriteBatch::default();
         for version in self.versions(volume.id)? {
             for kind in [keys::VERSION, keys::DAMAGED, keys::PIN] {
-                self.delete(&mut batch, Target::Meta, &keys::two(kind, volume.id, version.number))?;
+                self.delete(
+                    &mut batch,
+                    Target::Meta,
+                    &keys::two(kind, volume.id, version.number),
+                )?;
             }
         }
-        self.delete(&mut batch, Target::Meta, &keys::one(keys::VOLUME, volume.id))?;
+        self.delete(
+            &mut batch,
+            Target::Meta,
+            &keys::one(keys::VOLUME, volume.id),
+        )?;
         self.delete(&mut batch, Target::Meta, &keys::name(&volume.name))?;
         self.write_synced(batch)
     }
@@ -240,7 +282,9 @@ impl Store {
 
     /// Whether a version is pinned.
     pub fn is_pinned(&self, at: VersionRef) -> Result<bool, StoreError> {
-        Ok(self.meta(&keys::two(keys::PIN, at.volume, at.number))?.is_some())
+        Ok(self
+            .meta(&keys::two(keys::PIN, at.volume, at.number))?
+            .is_some())
     }
 
     /// Pins a version, or lets it go.
@@ -277,7 +321,12 @@ impl Store {
     /// Writes a fork's record, unsynced: a fork does not outlive a reboot.
     pub fn put_fork(&self, fork: &Fork) -> Result<(), StoreError> {
         let mut batch = WriteBatch::default();
-        self.put(&mut batch, Target::Meta, &keys::one(keys::FORK, fork.id.0), &json(fork))?;
+        self.put(
+            &mut batch,
+            Target::Meta,
+            &keys::one(keys::FORK, fork.id.0),
+            &json(fork),
+        )?;
         self.write_unsynced(batch)
     }
 
@@ -290,10 +339,19 @@ impl Store {
     }
 
     /// Adds inode numbers that no version holds to the free ones.
-    pub(super) fn free_inodes(&self, batch: &mut WriteBatch, unused: &[Range<u64>]) -> Result<(), StoreError> {
+    pub(super) fn free_inodes(
+        &self,
+        batch: &mut WriteBatch,
+        unused: &[Range<u64>],
+    ) -> Result<(), StoreError> {
         for range in unused.iter().filter(|range| !range.is_empty()) {
             let count = (range.end - range.start).to_be_bytes();
-            self.put(batch, Target::Meta, &keys::one(keys::FREE, range.start), &count)?;
+            self.put(
+                batch,
+                Target::Meta,
+                &keys::one(keys::FREE, range.start),
+                &count,
+            )?;
         }
         Ok(())
     }
@@ -308,7 +366,10 @@ impl Store {
             let len = u64_of(&len, "the free inode numbers")?;
             let take = len.min(count);
             self.delete(&mut batch, Target::Meta, &key)?;
-            self.free_inodes(&mut batch, std::slice::from_ref(&(start + take..start + len)))?;
+            self.free_inodes(
+                &mut batch,
+                std::slice::from_ref(&(start + take..start + len)),
+            )?;
             start..start + take
         } else {
             // 1 is every volume's root directory.
@@ -316,7 +377,12 @@ impl Store {
                 Some(bytes) => u64_of(&bytes, "the counter of inode numbers")?,
                 None => 2,
             };
-            self.put(&mut batch, Target::Meta, keys::NEXT_INO, &(next + count).to_be_bytes())?;
+            self.put(
+                &mut batch,
+                Target::Meta,
+                keys::NEXT_INO,
+                &(next + count).to_be_bytes(),
+            )?;
             next..next + count
         };
         self.write_unsynced(batch)?;
@@ -342,5 +408,8 @@ pub(super) fn corrupt(what: &str) -> StoreError {
 }
 
 pub(super) fn u64_of(bytes: &[u8], what: &str) -> Result<u64, StoreError> {
-    bytes.try_into().map(u64::from_be_bytes).map_err(|_| corrupt(what))
+    bytes
+        .try_into()
+        .map(u64::from_be_bytes)
+        .map_err(|_| corrupt(what))
 }

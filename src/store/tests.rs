@@ -3,18 +3,28 @@ use super::*;
 impl Store {
     /// Flips a bit of a stored chunk, as a bad disk does.
     pub(crate) fn damage_chunk(&self, id: ChunkId) {
-        let mut stored = self.with(|db| Ok(db.get_cf(family(db, Target::Chunks)?, id.0)?)).unwrap().unwrap();
+        let mut stored = self
+            .with(|db| Ok(db.get_cf(family(db, Target::Chunks)?, id.0)?))
+            .unwrap()
+            .unwrap();
         let last = stored.len() - 1;
         stored[last] ^= 1;
         let mut batch = WriteBatch::default();
-        self.put(&mut batch, Target::Chunks, &id.0, &stored).unwrap();
+        self.put(&mut batch, Target::Chunks, &id.0, &stored)
+            .unwrap();
         self.write_synced(batch).unwrap();
         self.chunks.clear();
     }
 }
 
 fn open(dir: &Path) -> Result<Arc<Store>, StoreError> {
-    Store::open(dir, StoreOptions { reserve: Some(0), ..StoreOptions::default() })
+    Store::open(
+        dir,
+        StoreOptions {
+            reserve: Some(0),
+            ..StoreOptions::default()
+        },
+    )
 }
 
 #[test]
@@ -29,18 +39,29 @@ fn a_store_of_a_newer_format_is_refused_and_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path()).unwrap();
     let mut batch = WriteBatch::default();
-    store.put(&mut batch, Target::Meta, keys::FORMAT, &9_u32.to_be_bytes()).unwrap();
+    store
+        .put(&mut batch, Target::Meta, keys::FORMAT, &9_u32.to_be_bytes())
+        .unwrap();
     store.write_synced(batch).unwrap();
     drop(store);
-    assert!(matches!(open(dir.path()), Err(StoreError::Newer { found: 9, .. })));
-    assert!(matches!(open(dir.path()), Err(StoreError::Newer { found: 9, .. })));
+    assert!(matches!(
+        open(dir.path()),
+        Err(StoreError::Newer { found: 9, .. })
+    ));
+    assert!(matches!(
+        open(dir.path()),
+        Err(StoreError::Newer { found: 9, .. })
+    ));
 }
 
 #[test]
 fn a_folder_with_other_things_in_it_is_no_store() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("thesis.tex"), "x").unwrap();
-    assert!(matches!(open(dir.path()), Err(StoreError::NotAStore { .. })));
+    assert!(matches!(
+        open(dir.path()),
+        Err(StoreError::NotAStore { .. })
+    ));
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
 }
 
@@ -60,7 +81,9 @@ fn content_comes_back_verified_and_is_stored_once() {
     let bytes = vec![3; 100_000];
     let first = Arc::new(store.ingest());
     let id = first.chunk(&bytes).unwrap();
-    store.publish(std::slice::from_ref(&first), Publish::default()).unwrap();
+    store
+        .publish(std::slice::from_ref(&first), Publish::default())
+        .unwrap();
     let again = store.ingest();
     assert_eq!(again.chunk(&bytes).unwrap(), id);
     assert_eq!(again.new_bytes(), 0);
@@ -68,7 +91,10 @@ fn content_comes_back_verified_and_is_stored_once() {
     store.damage_chunk(id);
     assert!(matches!(store.chunk(id), Err(StoreError::Corrupt { .. })));
     let nothing = ChunkId([1; 32]);
-    assert!(matches!(store.chunk(nothing), Err(StoreError::Missing { .. })));
+    assert!(matches!(
+        store.chunk(nothing),
+        Err(StoreError::Missing { .. })
+    ));
 }
 
 #[test]
@@ -77,7 +103,9 @@ fn what_is_in_hand_is_never_collected() {
     let store = open(dir.path()).unwrap();
     let ingest = Arc::new(store.ingest());
     let id = ingest.chunk(&[1; 5000]).unwrap();
-    store.publish(std::slice::from_ref(&ingest), Publish::default()).unwrap();
+    store
+        .publish(std::slice::from_ref(&ingest), Publish::default())
+        .unwrap();
     assert_eq!(store.gc(false, Vec::new).unwrap().removed_chunks, 0);
     drop(ingest);
     assert_eq!(store.gc(false, Vec::new).unwrap().removed_chunks, 1);

@@ -68,7 +68,13 @@ pub fn bind(from: &Path, to: &Path) -> io::Result<()> {
 
 /// Lets mounts from outside come into this mount namespace, and none of this one go out.
 pub(super) fn make_slave() -> io::Result<()> {
-    mount(None::<&str>, Path::new("/"), None, libc::MS_REC | libc::MS_SLAVE, None)
+    mount(
+        None::<&str>,
+        Path::new("/"),
+        None,
+        libc::MS_REC | libc::MS_SLAVE,
+        None,
+    )
 }
 
 fn mount(
@@ -78,14 +84,22 @@ fn mount(
     flags: libc::c_ulong,
     data: Option<&str>,
 ) -> io::Result<()> {
-    let source = source.map(|s| CString::new(s.as_ref().as_bytes())).transpose()?;
+    let source = source
+        .map(|s| CString::new(s.as_ref().as_bytes()))
+        .transpose()?;
     let kind = kind.map(CString::new).transpose()?;
     let data = data.map(CString::new).transpose()?;
     let at = c_path(at)?;
     let pointer = |s: &Option<CString>| s.as_ref().map_or(std::ptr::null(), |s| s.as_ptr());
     // SAFETY: every pointer is null or a NUL-terminated string that outlives the call.
     check(unsafe {
-        libc::mount(pointer(&source), at.as_ptr(), pointer(&kind), flags, pointer(&data).cast())
+        libc::mount(
+            pointer(&source),
+            at.as_ptr(),
+            pointer(&kind),
+            flags,
+            pointer(&data).cast(),
+        )
     })
     .map(drop)
 }
@@ -128,7 +142,10 @@ pub fn mount_with_helper(at: &Path, options: &Options) -> Result<OwnedFd, Helper
     let mut command = Command::new("fusermount3");
     command.arg("-o").arg(list).arg("--").arg(at);
     command.env("_FUSE_COMMFD", number.to_string());
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
     // SAFETY: fcntl is async-signal-safe and the descriptor is open in the child, which shares the parent's table by copy.
     unsafe {
         command.pre_exec(move || check(libc::fcntl(number, libc::F_SETFD, 0)).map(drop));
@@ -140,7 +157,8 @@ pub fn mount_with_helper(at: &Path, options: &Options) -> Result<OwnedFd, Helper
     }
     let mut fds = Vec::new();
     socket::receive_with_fds(&ours, &mut [0], &mut fds)?;
-    fds.pop().ok_or_else(|| HelperError::Refused("it sent no descriptor".into()))
+    fds.pop()
+        .ok_or_else(|| HelperError::Refused("it sent no descriptor".into()))
 }
 
 /// Unmounts through fusermount3, lazily: users of the mount keep what they have open.
@@ -157,7 +175,9 @@ pub fn unmount_with_helper(at: &Path) -> Result<(), HelperError> {
 fn words(stderr: &[u8]) -> String {
     let text = String::from_utf8_lossy(stderr);
     let line = text.lines().next().unwrap_or("it gave no reason").trim();
-    line.strip_prefix("fusermount3: ").unwrap_or(line).to_owned()
+    line.strip_prefix("fusermount3: ")
+        .unwrap_or(line)
+        .to_owned()
 }
 
 /// Unmounts and ends the connection, so that whoever still has it open gets errors; EBUSY while somebody has.
@@ -209,7 +229,9 @@ pub fn mounts() -> io::Result<Vec<MountPoint>> {
 
 /// Returns the mounts that the process `pid` sees.
 pub fn mounts_of(pid: u32) -> io::Result<Vec<MountPoint>> {
-    Ok(parse_mountinfo(&fs::read(format!("/proc/{pid}/mountinfo"))?))
+    Ok(parse_mountinfo(&fs::read(format!(
+        "/proc/{pid}/mountinfo"
+    ))?))
 }
 
 fn parse_mountinfo(text: &[u8]) -> Vec<MountPoint> {
@@ -237,10 +259,16 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((&byte, tail)) = rest.split_first() {
-        let digits = tail.get(..3).filter(|d| byte == b'\\' && d.iter().all(|b| (b'0'..b'8').contains(b)));
+        let digits = tail
+            .get(..3)
+            .filter(|d| byte == b'\\' && d.iter().all(|b| (b'0'..b'8').contains(b)));
         match digits {
             Some(digits) => {
-                out.push(digits.iter().fold(0_u8, |n, d| n.wrapping_mul(8).wrapping_add(d - b'0')));
+                out.push(
+                    digits
+                        .iter()
+                        .fold(0_u8, |n, d| n.wrapping_mul(8).wrapping_add(d - b'0')),
+                );
                 rest = &tail[3..];
             }
             None => {
@@ -280,7 +308,10 @@ mod tests {
     #[test]
     fn this_process_sees_its_root() {
         let mounts = mounts().unwrap();
-        let proc = mounts.iter().rfind(|m| m.path == Path::new("/proc")).unwrap();
+        let proc = mounts
+            .iter()
+            .rfind(|m| m.path == Path::new("/proc"))
+            .unwrap();
         assert_eq!(device_at(Path::new("/proc")).unwrap(), proc.device);
     }
 

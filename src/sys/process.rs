@@ -54,7 +54,9 @@ impl Signals {
         // SAFETY: the set is initialised; -1 asks for a new descriptor.
         let fd = check(unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC) })?;
         // SAFETY: the descriptor was just made and belongs to nobody else.
-        Ok(Signals { fd: unsafe { OwnedFd::from_raw_fd(fd) } })
+        Ok(Signals {
+            fd: unsafe { OwnedFd::from_raw_fd(fd) },
+        })
     }
 
     /// Returns the next signal, or `None` if none came in time.
@@ -71,7 +73,10 @@ impl Signals {
         }
         // SAFETY: signalfd gives whole records only, and one was read.
         let info = unsafe { info.assume_init() };
-        Ok(Some(Signal { number: info.ssi_signo as i32, from_kernel: info.ssi_code > 0 }))
+        Ok(Some(Signal {
+            number: info.ssi_signo as i32,
+            from_kernel: info.ssi_code > 0,
+        }))
     }
 
     pub fn as_fd(&self) -> BorrowedFd<'_> {
@@ -80,29 +85,38 @@ impl Signals {
 }
 
 /// Waits until some of the descriptors can be read; returns their places. Empty after the timeout.
-pub fn wait_readable(
-    fds: &[BorrowedFd<'_>],
-    timeout: Option<Duration>,
-) -> io::Result<Vec<usize>> {
+pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<Vec<usize>> {
     let mut polls: Vec<libc::pollfd> = fds
         .iter()
-        .map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 })
+        .map(|fd| libc::pollfd {
+            fd: fd.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        })
         .collect();
     let millis = timeout.map_or(-1, |t| t.as_millis().min(i32::MAX as u128) as i32);
     loop {
         // SAFETY: `polls` is writable for its length.
-        match check(unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, millis) }) {
+        match check(unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, millis) })
+        {
             Ok(_) => break,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
         }
     }
-    Ok(polls.iter().enumerate().filter(|(_, p)| p.revents != 0).map(|(i, _)| i).collect())
+    Ok(polls
+        .iter()
+        .enumerate()
+        .filter(|(_, p)| p.revents != 0)
+        .map(|(i, _)| i)
+        .collect())
 }
 
 /// Sends a signal to a process.
 pub fn kill(pid: u32, signal: i32) -> io::Result<()> {
-    let pid = pid.try_into().map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let pid = pid
+        .try_into()
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     // SAFETY: plain numbers.
     check(unsafe { libc::kill(pid, signal) }).map(drop)
 }
@@ -121,8 +135,12 @@ pub fn with_clean_mask(command: &mut Command) -> &mut Command {
     // SAFETY: sigprocmask is async-signal-safe and the set was made before the fork.
     unsafe {
         command.pre_exec(move || {
-            check(libc::sigprocmask(libc::SIG_SETMASK, &raw const empty, std::ptr::null_mut()))
-                .map(drop)
+            check(libc::sigprocmask(
+                libc::SIG_SETMASK,
+                &raw const empty,
+                std::ptr::null_mut(),
+            ))
+            .map(drop)
         })
     }
 }
@@ -199,7 +217,10 @@ mod tests {
             let mut command = Command::new("grep");
             command.args(["SigBlk", "/proc/self/status"]);
             let out = with_clean_mask(&mut command).output().unwrap();
-            assert_eq!(String::from_utf8_lossy(&out.stdout).trim(), "SigBlk:\t0000000000000000");
+            assert_eq!(
+                String::from_utf8_lossy(&out.stdout).trim(),
+                "SigBlk:\t0000000000000000"
+            );
         })
         .join()
         .unwrap();

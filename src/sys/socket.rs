@@ -23,7 +23,11 @@ pub struct Peer {
 
 /// Returns the credentials of the process that connected or listens at the other end.
 pub fn peer(socket: &UnixStream) -> io::Result<Peer> {
-    let mut out = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut out = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
     let mut length = size_of::<libc::ucred>() as libc::socklen_t;
     // SAFETY: `out` and `length` are writable and `length` is the size of `out`.
     check(unsafe {
@@ -35,7 +39,11 @@ pub fn peer(socket: &UnixStream) -> io::Result<Peer> {
             &raw mut length,
         )
     })?;
-    Ok(Peer { uid: out.uid, gid: out.gid, pid: out.pid })
+    Ok(Peer {
+        uid: out.uid,
+        gid: out.gid,
+        pid: out.pid,
+    })
 }
 
 /// Runs `f` on a name for `path` that is short enough for a socket's address, by way of the folder's descriptor.
@@ -70,7 +78,10 @@ pub fn send_with_fd(
     bytes: &[u8],
     fd: Option<BorrowedFd<'_>>,
 ) -> io::Result<usize> {
-    let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    let mut part = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
     let mut control = Control([0; 64]);
     // SAFETY: all-zero bytes are a valid msghdr.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -88,14 +99,15 @@ pub fn send_with_fd(
             (*header).cmsg_level = libc::SOL_SOCKET;
             (*header).cmsg_type = libc::SCM_RIGHTS;
             (*header).cmsg_len = libc::CMSG_LEN(size) as _;
-            libc::CMSG_DATA(header).cast::<libc::c_int>().write_unaligned(fd.as_raw_fd());
+            libc::CMSG_DATA(header)
+                .cast::<libc::c_int>()
+                .write_unaligned(fd.as_raw_fd());
         }
     }
     loop {
         // SAFETY: the message points at buffers that outlive the call.
-        let n = unsafe {
-            libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL)
-        };
+        let n =
+            unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
         match usize::try_from(n) {
             Ok(n) => return Ok(n),
             Err(_) => {
@@ -114,7 +126,10 @@ pub fn receive_with_fds(
     buffer: &mut [u8],
     fds: &mut Vec<OwnedFd>,
 ) -> io::Result<usize> {
-    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    let mut part = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
     let mut control = Control([0; 64]);
     // SAFETY: all-zero bytes are a valid msghdr.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -126,9 +141,8 @@ pub fn receive_with_fds(
     message.msg_controllen = unsafe { libc::CMSG_SPACE(size) } as _;
     let received = loop {
         // SAFETY: the message points at buffers that are writable and outlive the call.
-        let n = unsafe {
-            libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC)
-        };
+        let n =
+            unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) };
         match usize::try_from(n) {
             Ok(n) => break n,
             Err(_) => {
@@ -156,7 +170,10 @@ pub fn receive_with_fds(
     }
     if message.msg_flags & libc::MSG_CTRUNC != 0 {
         fds.clear();
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "too many descriptors in one message"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "too many descriptors in one message",
+        ));
     }
     Ok(received)
 }

@@ -116,9 +116,13 @@ fn apply_level<S: Source>(
             for at in 0..old.len() {
                 let key = old.key(at);
                 let mut replaced = false;
-                while let Some((edited, edit)) = edits.next_if(|(edited, _)| edited.as_slice() <= key) {
+                while let Some((edited, edit)) =
+                    edits.next_if(|(edited, _)| edited.as_slice() <= key)
+                {
                     replaced = edited == key;
-                    taken.edit(&edited, edit, |value| cutter.push(&edited, value, inner, sink));
+                    taken.edit(&edited, edit, |value| {
+                        cutter.push(&edited, value, inner, sink)
+                    });
                 }
                 if !replaced && !taken.covers(key) {
                     cutter.push(key, old.value(at), inner, sink);
@@ -126,7 +130,9 @@ fn apply_level<S: Source>(
             }
             if cursor.is_last() {
                 for (edited, edit) in edits.by_ref() {
-                    taken.edit(&edited, edit, |value| cutter.push(&edited, value, inner, sink));
+                    taken.edit(&edited, edit, |value| {
+                        cutter.push(&edited, value, inner, sink)
+                    });
                 }
                 cutter.flush(inner, sink);
                 break;
@@ -139,8 +145,10 @@ fn apply_level<S: Source>(
             (id, old) = next;
         }
     }
-    let mut above: BTreeMap<Vec<u8>, Edit> =
-        removed.keys().map(|key| (key.clone(), Edit::Delete)).collect();
+    let mut above: BTreeMap<Vec<u8>, Edit> = removed
+        .keys()
+        .map(|key| (key.clone(), Edit::Delete))
+        .collect();
     for (key, id) in cutter.done {
         if removed.get(&key) == Some(&id) {
             above.remove(&key);
@@ -192,7 +200,13 @@ struct Cutter {
 
 impl Cutter {
     fn new(level: u8) -> Cutter {
-        Cutter { level, node: Node::new(level), weight: 0, done: Vec::new(), known: HashSet::new() }
+        Cutter {
+            level,
+            node: Node::new(level),
+            weight: 0,
+            done: Vec::new(),
+            known: HashSet::new(),
+        }
     }
 
     fn push(

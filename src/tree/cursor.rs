@@ -18,7 +18,12 @@ pub type Named = (NodeId, Arc<Node>);
 
 impl<'a, S: Source> Cursor<'a, S> {
     pub fn new(source: &'a S, root: NodeId, level: u8) -> Cursor<'a, S> {
-        Cursor { source, root, level, path: Vec::new() }
+        Cursor {
+            source,
+            root,
+            level,
+            path: Vec::new(),
+        }
     }
 
     /// Returns the first node of the level with a key that is at least `key`, or its last node.

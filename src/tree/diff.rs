@@ -15,7 +15,11 @@ pub struct Difference {
 
 /// Returns the differences of two trees, in order of keys.
 pub fn diff<S: Source>(source: &S, old: NodeId, new: NodeId) -> Diff<'_, S> {
-    Diff { source, sides: [Side::new(old), Side::new(new)], failed: false }
+    Diff {
+        source,
+        sides: [Side::new(old), Side::new(new)],
+        failed: false,
+    }
 }
 
 /// The differences of two trees.
@@ -33,7 +37,10 @@ struct Side {
 
 impl Side {
     fn new(root: NodeId) -> Side {
-        Side { root: Some(root), path: Vec::new() }
+        Side {
+            root: Some(root),
+            path: Vec::new(),
+        }
     }
 
     /// The subtree that comes next, if it was not looked into, with its level (the root's is not known yet).
@@ -48,7 +55,9 @@ impl Side {
     }
 
     fn entry(&self) -> Option<(&[u8], &[u8])> {
-        self.path.last().map(|(node, at)| (node.key(*at), node.value(*at)))
+        self.path
+            .last()
+            .map(|(node, at)| (node.key(*at), node.value(*at)))
     }
 
     fn enter<S: Source>(&mut self, source: &S, id: NodeId) -> Result<(), S::Error> {
@@ -108,7 +117,11 @@ impl<S: Source> Diff<'_, S> {
                         }
                         (Some((a, _)), Some((b, _))) => a.cmp(b),
                     };
-                    let mut found = Difference { key: Vec::new(), old: None, new: None };
+                    let mut found = Difference {
+                        key: Vec::new(),
+                        old: None,
+                        new: None,
+                    };
                     if order.is_le()
                         && let Some((key, value)) = old.entry()
                     {

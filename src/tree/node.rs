@@ -26,7 +26,13 @@ pub struct Node {
 impl Node {
     /// A node without entries.
     pub fn new(level: u8) -> Node {
-        Node { level, keys: Vec::new(), key_ends: Vec::new(), values: Vec::new(), value_ends: Vec::new() }
+        Node {
+            level,
+            keys: Vec::new(),
+            key_ends: Vec::new(),
+            values: Vec::new(),
+            value_ends: Vec::new(),
+        }
     }
 
     /// 0 for a leaf.
@@ -56,7 +62,10 @@ impl Node {
 
     /// The child that an entry of an inner node names.
     pub fn child(&self, at: usize) -> Result<NodeId, TreeError> {
-        let id = self.value(at).try_into().map_err(|_| TreeError("a child is not named by an id"))?;
+        let id = self
+            .value(at)
+            .try_into()
+            .map_err(|_| TreeError("a child is not named by an id"))?;
         Ok(NodeId(id))
     }
 
@@ -84,12 +93,16 @@ impl Node {
 
     /// Bytes of memory that the node takes.
     pub fn weight(&self) -> usize {
-        self.keys.capacity() + self.values.capacity() + (self.key_ends.capacity() + self.value_ends.capacity()) * 4 + 128
+        self.keys.capacity()
+            + self.values.capacity()
+            + (self.key_ends.capacity() + self.value_ends.capacity()) * 4
+            + 128
     }
 
     /// Returns the one encoding of the node.
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(self.keys.len() / 2 + self.values.len() + self.len() * 3 + 8);
+        let mut out =
+            Vec::with_capacity(self.keys.len() / 2 + self.values.len() + self.len() * 3 + 8);
         out.push(self.level);
         varint::put(&mut out, self.len() as u64);
         let shared: Vec<usize> = (0..self.len()).map(|at| self.shared(at)).collect();
@@ -132,12 +145,20 @@ impl Node {
         let (&level, mut rest) = bytes.split_first().ok_or(short)?;
         let count = varint::take(&mut rest).ok_or(short)?;
         // Three lengths of at least a byte each stand for every entry.
-        let count = usize::try_from(count).ok().filter(|n| *n <= rest.len() / 3).ok_or(short)?;
+        let count = usize::try_from(count)
+            .ok()
+            .filter(|n| *n <= rest.len() / 3)
+            .ok_or(short)?;
         let mut column = || -> Result<Vec<usize>, TreeError> {
             let mut out = Vec::with_capacity(count);
             for _ in 0..count {
                 let len = varint::take(&mut rest).ok_or(short)?;
-                out.push(usize::try_from(len).ok().filter(|len| *len <= NODE_MAX).ok_or(short)?);
+                out.push(
+                    usize::try_from(len)
+                        .ok()
+                        .filter(|len| *len <= NODE_MAX)
+                        .ok_or(short)?,
+                );
             }
             Ok(out)
         };

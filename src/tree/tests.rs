@@ -12,7 +12,11 @@ impl Source for Nodes {
     type Error = TreeError;
 
     fn node(&self, id: NodeId) -> Result<Arc<Node>, TreeError> {
-        self.0.borrow().get(&id).cloned().ok_or(TreeError("missing"))
+        self.0
+            .borrow()
+            .get(&id)
+            .cloned()
+            .ok_or(TreeError("missing"))
     }
 }
 
@@ -22,18 +26,26 @@ impl Nodes {
     fn new() -> (Nodes, NodeId) {
         let nodes = Nodes::default();
         let (id, bytes) = empty();
-        nodes.0.borrow_mut().insert(id, Arc::new(Node::decode(&bytes).unwrap()));
+        nodes
+            .0
+            .borrow_mut()
+            .insert(id, Arc::new(Node::decode(&bytes).unwrap()));
         (nodes, id)
     }
 
     /// Applies edits; returns the new root and how many nodes were new.
     fn apply(&self, root: NodeId, edits: BTreeMap<Vec<u8>, Edit>) -> (NodeId, usize) {
         let mut made = HashMap::new();
-        let root = apply(self, root, edits.into_iter().collect(), &mut |id, bytes, node| {
-            assert_eq!(Node::decode(&bytes).as_ref(), Ok(&*node));
-            assert_eq!(NodeId::of(&bytes), id);
-            assert!(made.insert(id, node).is_none(), "made twice");
-        })
+        let root = apply(
+            self,
+            root,
+            edits.into_iter().collect(),
+            &mut |id, bytes, node| {
+                assert_eq!(Node::decode(&bytes).as_ref(), Ok(&*node));
+                assert_eq!(NodeId::of(&bytes), id);
+                assert!(made.insert(id, node).is_none(), "made twice");
+            },
+        )
         .unwrap();
         let count = made.len();
         self.0.borrow_mut().extend(made);
@@ -41,11 +53,19 @@ impl Nodes {
     }
 
     fn build(&self, empty: NodeId, map: &Map) -> NodeId {
-        self.apply(empty, map.iter().map(|(k, v)| (k.clone(), Edit::Put(v.clone()))).collect()).0
+        self.apply(
+            empty,
+            map.iter()
+                .map(|(k, v)| (k.clone(), Edit::Put(v.clone())))
+                .collect(),
+        )
+        .0
     }
 
     fn all(&self, root: NodeId) -> Map {
-        range(self, root, Bound::Unbounded, Bound::Unbounded).map(Result::unwrap).collect()
+        range(self, root, Bound::Unbounded, Bound::Unbounded)
+            .map(Result::unwrap)
+            .collect()
     }
 }
 
@@ -78,11 +98,22 @@ fn every_key_is_found_and_no_other() {
     let root = nodes.build(empty, &map);
     assert_eq!(nodes.all(root), map);
     for n in 0..60_000 {
-        assert_eq!(get(&nodes, root, &key(n)).unwrap(), map.get(&key(n)).cloned(), "key {n}");
+        assert_eq!(
+            get(&nodes, root, &key(n)).unwrap(),
+            map.get(&key(n)).cloned(),
+            "key {n}"
+        );
     }
-    let part: Map = prefix(&nodes, root, &key(30_000)[..9]).map(Result::unwrap).collect();
+    let part: Map = prefix(&nodes, root, &key(30_000)[..9])
+        .map(Result::unwrap)
+        .collect();
     let prefix = key(30_000)[..9].to_vec();
-    assert_eq!(part, map.into_iter().filter(|(k, _)| k.starts_with(&prefix)).collect());
+    assert_eq!(
+        part,
+        map.into_iter()
+            .filter(|(k, _)| k.starts_with(&prefix))
+            .collect()
+    );
 }
 
 #[test]
@@ -100,7 +131,10 @@ fn nodes_written_grow_with_the_edit_and_not_with_the_tree() {
 fn a_diff_reads_only_what_differs() {
     let (nodes, empty) = Nodes::new();
     let root = nodes.build(empty, &big(50_000));
-    let (other, _) = nodes.apply(root, BTreeMap::from([(key(600), Edit::Put(b"new".to_vec()))]));
+    let (other, _) = nodes.apply(
+        root,
+        BTreeMap::from([(key(600), Edit::Put(b"new".to_vec()))]),
+    );
     struct Counted<'a>(&'a Nodes, RefCell<usize>);
     impl Source for Counted<'_> {
         type Error = TreeError;
@@ -113,7 +147,11 @@ fn a_diff_reads_only_what_differs() {
     let found: Vec<_> = diff(&counted, root, other).map(Result::unwrap).collect();
     assert_eq!(found.len(), 1);
     assert_eq!(found[0].new.as_deref(), Some(&b"new"[..]));
-    assert!(*counted.1.borrow() < 20, "{} nodes read", counted.1.borrow());
+    assert!(
+        *counted.1.borrow() < 20,
+        "{} nodes read",
+        counted.1.borrow()
+    );
 }
 
 fn edits() -> impl Strategy<Value = Vec<BTreeMap<Vec<u8>, Edit>>> {
@@ -122,12 +160,21 @@ fn edits() -> impl Strategy<Value = Vec<BTreeMap<Vec<u8>, Edit>>> {
         7..=10 => (key(n), Edit::Delete),
         _ => (key(n)[..9].to_vec(), Edit::DeletePrefix),
     });
-    prop::collection::vec(prop::collection::btree_map(0_u8..255, edit, 0..120), 0..6)
-        .prop_map(|batches| batches.into_iter().map(|batch| batch.into_values().collect()).collect())
+    prop::collection::vec(prop::collection::btree_map(0_u8..255, edit, 0..120), 0..6).prop_map(
+        |batches| {
+            batches
+                .into_iter()
+                .map(|batch| batch.into_values().collect())
+                .collect()
+        },
+    )
 }
 
 fn change(map: &mut Map, edits: &BTreeMap<Vec<u8>, Edit>) {
-    for (prefix, _) in edits.iter().filter(|(_, edit)| **edit == Edit::DeletePrefix) {
+    for (prefix, _) in edits
+        .iter()
+        .filter(|(_, edit)| **edit == Edit::DeletePrefix)
+    {
         map.retain(|key, _| !key.starts_with(prefix));
     }
     for (key, edit) in edits {
