@@ -100,7 +100,7 @@ impl Config {
 
     /// Memory for decoded nodes and content.
     pub fn cache(&self) -> u64 {
-        self.said.cache.unwrap_or(256 << 20)
+        self.said.cache.unwrap_or(160 << 20)
     }
 
     /// Room on the store's disk that forks may not take; `None`: the larger of 1 GiB and 2 %.
@@ -113,12 +113,9 @@ impl Config {
         self.said.size.unwrap_or(20 << 30)
     }
 
-    /// Threads that store content at commit.
-    pub fn threads(&self) -> usize {
-        self.said.threads.map_or_else(
-            || std::thread::available_parallelism().map_or(2, |n| n.get().min(8)),
-            usize::from,
-        )
+    /// Threads that store content at commit; `None`: one a core.
+    pub fn threads(&self) -> Option<usize> {
+        self.said.threads.map(usize::from).filter(|threads| *threads > 0)
     }
 
     /// Each setting, its value, and where that came from.

@@ -1,0 +1,196 @@
+//! Content without a mount: export, import, cat, ls.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{self, BufReader, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::Context;
+use super::forks::take;
+use super::output::{self, warn};
+use super::volumes::version_name;
+use crate::protocol::{Bytes, Code, Failure, Request};
+
+/// What a compressed file begins with.
+const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+const ZSTD_LEVEL: i32 = 3;
+
+fn file_error(path: &Path, error: &io::Error) -> Failure {
+    Failure::new(Code::Failed, format!("{}: {error}", path.display()))
+}
+
+/// `VERSION:PATH`; a version has no colon in it.
+fn split(text: &OsStr) -> Result<(String, Option<Bytes>), Failure> {
+    let bytes = text.as_bytes();
+    let at = bytes.iter().position(|b| *b == b':');
+    let (version, path) = match at {
+        Some(at) => (&bytes[..at], Some(Bytes(bytes[at + 1..].to_vec()))),
+        None => (bytes, None),
+    };
+    match str::from_utf8(version) {
+        Ok(version) if !version.is_empty() => Ok((version.into(), path)),
+        _ => Err(Failure::new(Code::Usage, format!("{} names no version", text.display()))
+            .hint("write VERSION:PATH")),
+    }
+}
+
+pub fn cat(context: &Context, file: &OsStr) -> Result<(), Failure> {
+    let (version, Some(path)) = split(file)? else {
+        return Err(Failure::new(Code::Usage, format!("{} names no file", file.display()))
+            .hint("write VERSION:PATH"));
+    };
+    let mut out = io::stdout().lock();
+    context.connect()?.fetch(&Request::Cat { version, path }, &mut out)?;
+    out.flush().map_err(|e| output::cannot_print(&e))
+}
+
+pub fn ls(context: &Context, folder: &OsStr) -> Result<(), Failure> {
+    let (version, path) = split(folder)?;
+    let path = path.unwrap_or(Bytes(Vec::new()));
+    let answer = context.ask(&Request::List { version, path })?;
+    let entries: Vec<Value> = take(&answer, "/entries")?;
+    output::show(context.json, &answer, |_| entries.iter().map(entry_line).collect())
+}
+
+fn entry_line(entry: &Value) -> String {
+    let number = |name: &str| entry[name].as_u64().unwrap_or(0);
+    let target = match &entry["target"] {
+        Value::Null => String::new(),
+        target => format!(" -> {}", output::path_text(target)),
+    };
+    let time = entry["mtime"].as_str().and_then(|t| t.get(..19)).unwrap_or("-");
+    format!(
+        "{} {:>5} {:>5} {:>10} {time} {}{target}\n",
+        mode_text(number("mode") as u32),
+        number("uid"),
+        number("gid"),
+        number("size"),
+        output::path_text(&entry["name"]),
+    )
+}
+
+/// A mode as ls(1) writes it.
+fn mode_text(mode: u32) -> String {
+    let kind = match mode >> 12 {
+        0o01 => 'p',
+        0o02 => 'c',
+        0o04 => 'd',
+        0o06 => 'b',
+        0o12 => 'l',
+        0o14 => 's',
+        _ => '-',
+    };
+    let mut text = String::from(kind);
+    for (shift, special, letter) in [(6, 0o4000, 's'), (3, 0o2000, 's'), (0, 0o1000, 't')] {
+        let bits = mode >> shift;
+        text.push(if bits & 4 != 0 { 'r' } else { '-' });
+        text.push(if bits & 2 != 0 { 'w' } else { '-' });
+        text.push(match (bits & 1 != 0, mode & special != 0) {
+            (true, true) => letter,
+            (false, true) => letter.to_ascii_uppercase(),
+            (true, false) => 'x',
+            (false, false) => '-',
+        });
+    }
+    text
+}
+
+pub fn export(context: &Context, version: String, output: &Path) -> Result<(), Failure> {
+    let mut client = context.connect()?;
+    let request = Request::Export { version };
+    if output == Path::new("-") {
+        let mut out = io::stdout().lock();
+        let answer = client.fetch(&request, &mut out)?;
+        out.flush().map_err(|e| output::cannot_print(&e))?;
+        return tell(&answer);
+    }
+    // Under its name only when it is whole.
+    let partial = beside(output);
+    let written = (|| {
+        let failed = |e: &io::Error| file_error(&partial, e);
+        let mut file = File::create(&partial).map_err(|e| failed(&e))?;
+        let is_compressed = output.extension().is_some_and(|e| e == "zst" || e == "tzst");
+        let answer = if is_compressed {
+            let mut encoder =
+                zstd::stream::Encoder::new(file, ZSTD_LEVEL).map_err(|e| failed(&e))?;
+            let answer = client.fetch(&request, &mut encoder)?;
+            file = encoder.finish().map_err(|e| failed(&e))?;
+            answer
+        } else {
+            client.fetch(&request, &mut file)?
+        };
+        file.sync_all().map_err(|e| failed(&e))?;
+        fs::rename(&partial, output).map_err(|e| file_error(output, &e))?;
+        Ok(answer)
+    })();
+    if written.is_err() && partial.exists() {
+        fs::remove_file(&partial).map_err(|e| file_error(&partial, &e))?;
+    }
+    tell(&written?)
+}
+
+fn beside(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".partial");
+    path.with_file_name(name)
+}
+
+/// Says what a tar file could not hold.
+fn tell(answer: &Value) -> Result<(), Failure> {
+    for warning in take::<Option<Vec<String>>>(answer, "/warnings")?.unwrap_or_default() {
+        warn(&warning);
+    }
+    Ok(())
+}
+
+pub fn import(context: &Context, volume: String, file: &Path) -> Result<(), Failure> {
+    let failed = |e: io::Error| file_error(file, &e);
+    let input: Box<dyn Read> = match file == Path::new("-") {
+        true => Box::new(io::stdin().lock()),
+        false => Box::new(File::open(file).map_err(failed)?),
+    };
+    let mut input = BufReader::with_capacity(256 << 10, input);
+    let mut head = Vec::new();
+    input.by_ref().take(ZSTD_MAGIC.len() as u64).read_to_end(&mut head).map_err(failed)?;
+    let is_compressed = head == ZSTD_MAGIC;
+    let whole = io::Cursor::new(head).chain(input);
+    let mut content: Box<dyn Read> = match is_compressed {
+        true => Box::new(zstd::stream::Decoder::new(whole).map_err(failed)?),
+        false => Box::new(whole),
+    };
+    let answer = context.connect()?.send(&Request::Import { volume }, &mut content)?;
+    tell(&answer)?;
+    output::show(context.json, &answer, version_name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_and_a_path_are_split_at_the_first_colon() {
+        let of = |text: &str| split(OsStr::new(text)).map_err(|f| f.code);
+        assert_eq!(of("npm@3"), Ok(("npm@3".into(), None)));
+        assert_eq!(of("npm:a:b"), Ok(("npm".into(), Some(Bytes(b"a:b".to_vec())))));
+        assert_eq!(of(":a"), Err(Code::Usage));
+        let raw = OsStr::from_bytes(b"npm:\xff");
+        assert_eq!(split(raw).unwrap().1, Some(Bytes(vec![0xff])));
+    }
+
+    #[test]
+    fn modes_are_written_as_ls_does() {
+        for (mode, text) in [
+            (0o100_644, "-rw-r--r--"),
+            (0o040_755, "drwxr-xr-x"),
+            (0o104_755, "-rwsr-xr-x"),
+            (0o041_777, "drwxrwxrwt"),
+            (0o102_644, "-rw-r-Sr--"),
+            (0o120_777, "lrwxrwxrwx"),
+        ] {
+            assert_eq!(mode_text(mode), text);
+        }
+    }
+}

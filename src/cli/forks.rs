@@ -1,0 +1,275 @@
+//! fork, mount, commit, abandon, forks.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::client::Client;
+use super::mounting::{self, By, Manner, Mountpoint};
+use super::output::{self, Shown};
+use super::values::{self, Owner};
+use super::{AbandonOptions, CommitOptions, Context, ForkOptions};
+use crate::protocol::{self, Code, Failure, Mount, Request};
+use crate::sys;
+
+/// What a command needs to know of a fork.
+#[derive(Clone, Debug, Deserialize)]
+pub struct ForkFacts {
+    pub id: String,
+    pub volume: String,
+    pub state: String,
+    pub base: Option<String>,
+    pub mount: Option<Mount>,
+    pub read_only: bool,
+    pub suid: bool,
+    pub dev: bool,
+}
+
+/// Takes a part of an answer apart.
+pub fn take<T: for<'a> Deserialize<'a>>(answer: &Value, pointer: &str) -> Result<T, Failure> {
+    let part = answer.pointer(pointer).cloned().unwrap_or_default();
+    serde_json::from_value(part).map_err(|e| {
+        Failure::new(Code::Unreachable, format!("the daemon's answer makes no sense: {e}"))
+    })
+}
+
+/// Makes a fork, which is not mounted yet.
+pub fn make(
+    context: &Context,
+    client: &mut Client,
+    volume: &str,
+    options: &ForkOptions,
+    job: Option<String>,
+) -> Result<ForkFacts, Failure> {
+    let request = protocol::Fork {
+        volume: volume.into(),
+        from: options.from.clone(),
+        parents: options.parent.clone(),
+        read_only: options.read_only,
+        ephemeral: options.ephemeral,
+        size: options.size.unwrap_or_else(|| context.config.size()),
+        labels: labels(options)?,
+        excludes: options.exclude.clone(),
+        default_excludes: !options.no_default_exclude,
+        owner: match options.owner {
+            Owner::Keep => protocol::Owner::Keep,
+            Owner::Ids(uid, gid) => protocol::Owner::Ids(uid, gid),
+        },
+        acl: options.acl,
+        suid: options.suid,
+        dev: options.dev,
+        strict: options.strict,
+        job,
+    };
+    take(&client.call(&Request::Fork(Box::new(request)))?, "/fork")
+}
+
+/// The labels of files first, so that an option wins.
+fn labels(options: &ForkOptions) -> Result<BTreeMap<String, String>, Failure> {
+    let mut labels = BTreeMap::new();
+    for path in &options.label_file {
+        let wrong = |why: String| Failure::new(Code::Usage, format!("{}: {why}", path.display()));
+        let text = fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
+        for line in text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')) {
+            labels.extend([values::label(line).map_err(wrong)?]);
+        }
+    }
+    labels.extend(options.label.iter().cloned());
+    Ok(labels)
+}
+
+impl ForkFacts {
+    pub fn manner(&self, by: By) -> Manner {
+        Manner {
+            volume: self.volume.clone(),
+            read_only: self.read_only,
+            suid: self.suid,
+            dev: self.dev,
+            by,
+        }
+    }
+}
+
+/// Drops a fork that could not be put to use. What fails here is only a warning: it is about something else already.
+pub fn drop_unused(client: &mut Client, fork: &str) {
+    if let Err(failure) = client.call(&Request::Abandon { forks: vec![fork.into()] }) {
+        output::warn(&format!("fork {fork} is left over: {failure}"));
+    }
+}
+
+pub fn fork(
+    context: &Context,
+    volume: &str,
+    mountpoint: &Path,
+    options: &ForkOptions,
+) -> Result<(), Failure> {
+    let mut client = context.connect()?;
+    let at = Mountpoint::prepare(mountpoint, &context.place)?;
+    let made = make(context, &mut client, volume, options, None).and_then(|fork| {
+        mounting::mount(&mut client, &fork.id, &at, &fork.manner(By::default_for_caller()))
+            .map(|mount| (fork.clone(), mount))
+            .inspect_err(|_| drop_unused(&mut client, &fork.id))
+    });
+    let (fork, mount) = made.inspect_err(|_| at.remove_if_created())?;
+    let document = json!({"fork": {
+        "id": fork.id, "volume": fork.volume, "base": fork.base, "mount": mount
+    }});
+    output::show(context.json, &document, |_| format!("{}\n", fork.id))
+}
+
+pub fn mount(context: &Context, fork: &str, mountpoint: Option<&Path>) -> Result<(), Failure> {
+    let mut client = context.connect()?;
+    let fork = find(&mut client, fork)?;
+    if fork.state == "live" {
+        let at = fork.mount.as_ref().map_or_else(String::new, |m| {
+            format!(" at {}", mounting::mount_path(m).display())
+        });
+        return Err(Failure::new(Code::Busy, format!("fork {} is mounted already{at}", fork.id)));
+    }
+    let path = match (mountpoint, &fork.mount) {
+        (Some(path), _) => path,
+        (None, Some(mount)) => {
+            // What its last daemon has left there.
+            mounting::detach(mount);
+            mounting::mount_path(mount)
+        }
+        (None, None) => {
+            return Err(Failure::new(Code::Usage, format!("fork {} has no mountpoint", fork.id))
+                .hint("name one"));
+        }
+    };
+    let at = Mountpoint::prepare(path, &context.place)?;
+    let manner = fork.manner(By::default_for_caller());
+    let mount = mounting::mount(&mut client, &fork.id, &at, &manner)
+        .inspect_err(|_| at.remove_if_created())?;
+    let document = json!({"fork": {
+        "id": fork.id, "volume": fork.volume, "base": fork.base, "mount": mount
+    }});
+    output::show(context.json, &document, |_| format!("{}\n", fork.id))
+}
+
+/// Finds a fork by its id, or by a path inside its mount.
+fn find(client: &mut Client, fork: &str) -> Result<ForkFacts, Failure> {
+    if !fork.starts_with(['/', '.', '~']) {
+        return take(&client.call(&Request::Find { fork: fork.into() })?, "/fork");
+    }
+    let path = values::home_path(fork).map_err(|e| Failure::new(Code::Usage, e))?;
+    let (device, mounted) = mounting::fork_mount_of(&path)?;
+    let forks: Vec<ForkFacts> = take(&client.call(&Request::Forks)?, "/forks")?;
+    forks
+        .into_iter()
+        .find(|f| {
+            f.state == "live"
+                && f.mount.as_ref().is_some_and(|m| sys::device_numbers(m.device) == device)
+        })
+        .ok_or_else(|| {
+            let message = format!("the fork mounted at {} is not of this store", mounted.display());
+            Failure::new(Code::NotFound, message).hint("name its store with --store")
+        })
+}
+
+pub fn commit(context: &Context, options: &CommitOptions) -> Result<(), Failure> {
+    let mut client = context.connect()?;
+    let fork = find(&mut client, &options.fork)?;
+    if let Some(mount) = fork.mount.as_ref().filter(|_| fork.state == "live") {
+        if !options.keep {
+            mounting::respect_busy(mount, options.busy)?;
+        }
+        write_back(mount);
+    }
+    let request = Request::Commit(protocol::Commit {
+        forks: vec![fork.id.clone()],
+        keep: options.keep,
+        labels: options.label.iter().cloned().collect(),
+        message: options.message.clone(),
+        if_head: options.if_head.clone(),
+        if_base: options.if_base,
+        force: options.force,
+        when: protocol::When::Always,
+    });
+    let answer = client.call(&request)?;
+    let commit: Value = take(&answer, "/commits/0")?;
+    if let Some(mount) = take::<Option<Mount>>(&commit, "/mount")?.filter(|_| !options.keep) {
+        mounting::detach(&mount);
+    }
+    if commit.pointer("/version").is_none_or(Value::is_null) {
+        output::note(&format!("fork {} had not changed: there is no new version", fork.id));
+    }
+    output::show(context.json, &json!({"commit": commit}), version_line)
+}
+
+/// The name of the new version, as it can be given to other commands.
+fn version_line(document: &Value) -> String {
+    let part = |pointer| document.pointer(pointer).map(output::path_text);
+    match (part("/commit/version/volume"), part("/commit/version/number")) {
+        (Some(volume), Some(number)) => format!("{volume}@{number}\n"),
+        _ => String::new(),
+    }
+}
+
+/// Asks the kernel to write what it holds dirty. A courtesy to programs that forget msync; nothing relies on it.
+pub fn write_back(mount: &Mount) {
+    let path = mounting::mount_path(mount);
+    let is_ours = sys::mount::device_at(path)
+        .is_ok_and(|found| found == sys::device_numbers(mount.device));
+    if is_ours && let Ok(folder) = File::open(path) {
+        sys::syncfs(&folder).ok();
+    }
+}
+
+pub fn abandon(context: &Context, options: &AbandonOptions) -> Result<(), Failure> {
+    let mut client = context.connect()?;
+    let forks: Vec<ForkFacts> = match &options.fork {
+        Some(fork) => vec![find(&mut client, fork)?],
+        None => {
+            let all: Vec<ForkFacts> = take(&client.call(&Request::Forks)?, "/forks")?;
+            let orphans: Vec<String> = take(&client.call(&Request::Orphans)?, "/orphans")?;
+            all.into_iter().filter(|f| options.all || orphans.contains(&f.id)).collect()
+        }
+    };
+    let ids: Vec<String> = forks.iter().map(|f| f.id.clone()).collect();
+    let answer = match ids.is_empty() {
+        true => json!({"abandoned": [], "failed": null}),
+        false => client.call(&Request::Abandon { forks: ids })?,
+    };
+    let abandoned: Vec<Value> = take(&answer, "/abandoned")?;
+    for fork in &forks {
+        let is_gone = abandoned.iter().any(|a| a.get("fork") == Some(&json!(fork.id)));
+        if let Some(mount) = fork.mount.as_ref().filter(|_| is_gone) {
+            mounting::detach(mount);
+        }
+    }
+    output::show(context.json, &json!({"abandoned": abandoned}), |_| {
+        let lines = abandoned.iter().filter_map(|a| a.get("fork"));
+        lines.map(|id| format!("{}\n", output::path_text(id))).collect()
+    })?;
+    match take::<Option<Failure>>(&answer, "/failed")? {
+        Some(failure) => Err(failure),
+        None => Ok(()),
+    }
+}
+
+pub fn list(context: &Context) -> Result<(), Failure> {
+    let answer = context.ask(&Request::Forks)?;
+    let forks: Vec<Value> = take(&answer, "/forks")?;
+    output::show(context.json, &answer, |_| {
+        output::table(
+            &forks,
+            &[
+                ("FORK", "/id", Shown::Plain),
+                ("STATE", "/state", Shown::Plain),
+                ("VOLUME", "/volume", Shown::Plain),
+                ("BASE", "/base", Shown::Plain),
+                ("AGE", "/age", Shown::Seconds),
+                ("CHANGED", "/changed", Shown::Plain),
+                ("BYTES", "/bytes", Shown::Size),
+                ("OWNER", "/uid", Shown::Plain),
+                ("JOB", "/job", Shown::Plain),
+                ("MOUNTPOINT", "/mount/path", Shown::Plain),
+            ],
+        )
+    })
+}

@@ -1,0 +1,265 @@
+//! What looks at volumes, versions and the store, or tidies them up.
+
+use serde_json::{Value, json};
+
+use super::forks::take;
+use super::mounting;
+use super::output::{self, Column, Shown};
+use super::{Context, VolumeCommand};
+use crate::protocol::{Code, Failure, Mount, Request};
+
+const VOLUME: [Column; 8] = [
+    ("VOLUME", "/name", Shown::Plain),
+    ("HEAD", "/head", Shown::Plain),
+    ("VERSIONS", "/versions", Shown::Plain),
+    ("FORKS", "/forks", Shown::Plain),
+    ("FILES", "/files", Shown::Plain),
+    ("BYTES", "/logical_bytes", Shown::Size),
+    ("USED", "/used", Shown::Time),
+    ("CREATED", "/created", Shown::Time),
+];
+
+pub fn list(context: &Context) -> Result<(), Failure> {
+    let answer = context.ask(&Request::Volumes)?;
+    let volumes: Vec<Value> = take(&answer, "/volumes")?;
+    output::show(context.json, &answer, |_| output::table(&volumes, &VOLUME))
+}
+
+pub fn volume(context: &Context, command: VolumeCommand) -> Result<(), Failure> {
+    let request = match command {
+        VolumeCommand::Show { name } => {
+            let answer = context.ask(&Request::Volume { name })?;
+            return output::show(context.json, &answer, |a| {
+                output::fields(a.pointer("/volume").unwrap_or(&Value::Null), &VOLUME)
+            });
+        }
+        VolumeCommand::Rm { name, force } => Request::RemoveVolume { name, force },
+        VolumeCommand::Rename { old, new } => Request::RenameVolume { old, new },
+        VolumeCommand::Reset { name } => Request::ResetVolume { name },
+    };
+    let answer = context.ask(&request)?;
+    for mount in take::<Option<Vec<Mount>>>(&answer, "/mounts")?.unwrap_or_default() {
+        mounting::detach(&mount);
+    }
+    output::show(context.json, &answer, |_| String::new())
+}
+
+pub fn log(context: &Context, volume: String) -> Result<(), Failure> {
+    let answer = context.ask(&Request::Log { volume })?;
+    let versions: Vec<Value> = take(&answer, "/versions")?;
+    output::show(context.json, &answer, |_| {
+        let short: Vec<Value> = versions
+            .iter()
+            .map(|version| {
+                let mut version = version.clone();
+                let id = version["id"].as_str().and_then(|id| id.get(..13)).map(str::to_owned);
+                version["id"] = json!(id);
+                version
+            })
+            .collect();
+        output::table(
+            &short,
+            &[
+                ("NUMBER", "/number", Shown::Plain),
+                ("ID", "/id", Shown::Plain),
+                ("TIME", "/time", Shown::Time),
+                ("BASE", "/base", Shown::Plain),
+                ("FILES", "/files", Shown::Plain),
+                ("BYTES", "/logical_bytes", Shown::Size),
+                ("NEW", "/new_bytes", Shown::Size),
+                ("JOB", "/job", Shown::Plain),
+                ("MESSAGE", "/message", Shown::Plain),
+                ("LABELS", "/labels", Shown::Pairs),
+            ],
+        )
+    })
+}
+
+pub fn diff(context: &Context, a: &str, b: &str, stat: bool) -> Result<(), Failure> {
+    let answer = context.ask(&Request::Diff { a: a.into(), b: b.into() })?;
+    let changes: Vec<Value> = take(&answer, "/changes")?;
+    if !stat {
+        return output::show(context.json, &answer, |_| changes.iter().map(change_line).collect());
+    }
+    let count = |kind: &str| changes.iter().filter(|c| c["kind"] == kind).count();
+    let sum = |field: &str| changes.iter().filter_map(|c| c[field].as_u64()).sum::<u64>();
+    let document = json!({
+        "a": a, "b": b,
+        "added": count("added"), "removed": count("removed"),
+        "changed": count("changed"), "renamed": count("renamed"),
+        "old_bytes": sum("old_size"), "new_bytes": sum("new_size"),
+    });
+    output::show(context.json, &document, |d| {
+        format!(
+            "{} added, {} removed, {} changed, {} renamed; {} before, {} after\n",
+            d["added"],
+            d["removed"],
+            d["changed"],
+            d["renamed"],
+            output::size(sum("old_size")),
+            output::size(sum("new_size")),
+        )
+    })
+}
+
+fn change_line(change: &Value) -> String {
+    let path = output::path_text(&change["path"]);
+    match change["kind"].as_str() {
+        Some("added") => format!("+ {path}\n"),
+        Some("removed") => format!("- {path}\n"),
+        Some("renamed") => format!("> {} -> {path}\n", output::path_text(&change["from"])),
+        _ => format!("M {path}\n"),
+    }
+}
+
+pub fn rollback(context: &Context, volume: String, version: String) -> Result<(), Failure> {
+    let answer = context.ask(&Request::Rollback { volume, version })?;
+    output::show(context.json, &answer, version_name)
+}
+
+pub fn pin(context: &Context, version: String, pinned: bool) -> Result<(), Failure> {
+    let answer = context.ask(&Request::Pin { version, pinned })?;
+    output::show(context.json, &answer, |_| String::new())
+}
+
+pub fn version_name(answer: &Value) -> String {
+    let version = &answer["version"];
+    format!("{}@{}\n", output::path_text(&version["volume"]), version["number"])
+}
+
+pub fn stats(context: &Context, prometheus: bool) -> Result<(), Failure> {
+    let answer = context.ask(&Request::Stats)?;
+    if prometheus {
+        return output::print(exposition(&answer).as_bytes());
+    }
+    let volumes: Vec<Value> = take(&answer, "/stats/volumes")?;
+    output::show(context.json, &answer, |answer| {
+        let stats = &answer["stats"];
+        let number = |name: &str| stats[name].as_u64().unwrap_or(0);
+        let ratio = number("logical_bytes") as f64 / number("stored_bytes").max(1) as f64;
+        let mut text = output::fields(
+            stats,
+            &[
+                ("versions", "/versions", Shown::Plain),
+                ("logical", "/logical_bytes", Shown::Size),
+                ("unique", "/unique_bytes", Shown::Size),
+                ("stored", "/stored_bytes", Shown::Size),
+                ("on disk", "/disk_bytes", Shown::Size),
+                ("chunks", "/chunks", Shown::Plain),
+            ],
+        );
+        text.push_str(&format!("ratio:    {ratio:.1}\n"));
+        text.push_str(&output::table(
+            &volumes,
+            &[
+                ("VOLUME", "/volume", Shown::Plain),
+                ("VERSIONS", "/versions", Shown::Plain),
+                ("LOGICAL", "/logical_bytes", Shown::Size),
+                ("REMOVING FREES", "/exclusive_bytes", Shown::Size),
+            ],
+        ));
+        text
+    })
+}
+
+/// The text format that Prometheus reads.
+fn exposition(answer: &Value) -> String {
+    let mut text = String::new();
+    let gauges = answer["stats"].as_object().into_iter().flatten();
+    for (name, value) in gauges.filter(|(_, value)| value.is_number()) {
+        text.push_str(&format!("# TYPE forkvol_{name} gauge\nforkvol_{name} {value}\n"));
+    }
+    for field in ["versions", "logical_bytes", "exclusive_bytes"] {
+        text.push_str(&format!("# TYPE forkvol_volume_{field} gauge\n"));
+        for volume in answer["stats"]["volumes"].as_array().into_iter().flatten() {
+            let name = volume["volume"].as_str().unwrap_or_default();
+            let value = &volume[field];
+            text.push_str(&format!("forkvol_volume_{field}{{volume=\"{name}\"}} {value}\n"));
+        }
+    }
+    for (name, value) in answer["counters"].as_object().into_iter().flatten() {
+        text.push_str(&format!("# TYPE forkvol_{name}_total counter\nforkvol_{name}_total {value}\n"));
+    }
+    text
+}
+
+pub fn gc(context: &Context, dry_run: bool) -> Result<(), Failure> {
+    let answer = context.ask(&Request::Gc { dry_run })?;
+    output::show(context.json, &answer, |answer| {
+        output::fields(
+            &answer["gc"],
+            &[
+                ("removed nodes", "/removed_nodes", Shown::Plain),
+                ("removed chunks", "/removed_chunks", Shown::Plain),
+                ("removed", "/removed_bytes", Shown::Size),
+                ("freed on disk", "/freed_bytes", Shown::Size),
+            ],
+        )
+    })
+}
+
+pub fn check(context: &Context, repair: bool, yes: bool) -> Result<(), Failure> {
+    let (request, key) = match repair && yes {
+        true => (Request::Repair, "repair"),
+        false => (Request::Check, "check"),
+    };
+    let answer = context.ask(&request)?;
+    let problems = answer[key]["problems"].as_array().cloned().unwrap_or_default();
+    output::show(context.json, &answer, |answer| {
+        let report = &answer[key];
+        let mut text: String = problems.iter().map(problem_line).collect();
+        text.push_str(&format!(
+            "{} versions, {} nodes, {} chunks, {}: {} problems\n",
+            report["versions"],
+            report["nodes"],
+            report["chunks"],
+            output::size(report["bytes"].as_u64().unwrap_or(0)),
+            problems.len()
+        ));
+        text
+    })?;
+    if problems.is_empty() || (repair && yes) {
+        return Ok(());
+    }
+    let failure = Failure::new(Code::Damaged, format!("the store has {} problems", problems.len()));
+    Err(failure.hint(match repair {
+        true => "forkvol check --repair --yes sets those versions aside",
+        false => "forkvol check --repair says more",
+    }))
+}
+
+fn problem_line(problem: &Value) -> String {
+    let paths = problem["paths"].as_array().cloned().unwrap_or_default();
+    let paths: Vec<String> = paths.iter().map(output::path_text).collect();
+    format!(
+        "{}@{}: {}{}{}\n",
+        output::path_text(&problem["volume"]),
+        problem["number"],
+        output::path_text(&problem["what"]),
+        if paths.is_empty() { "" } else { ": " },
+        paths.join(", ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prometheus_gets_gauges_and_counters() {
+        let answer = json!({
+            "stats": {"chunks": 3, "volumes": [{"volume": "a/b", "versions": 1, "logical_bytes": 9, "exclusive_bytes": 8}]},
+            "counters": {"forks": 2},
+        });
+        let text = exposition(&answer);
+        assert!(text.contains("# TYPE forkvol_chunks gauge\nforkvol_chunks 3\n"), "{text}");
+        assert!(text.contains("forkvol_volume_exclusive_bytes{volume=\"a/b\"} 8\n"), "{text}");
+        assert!(text.contains("# TYPE forkvol_forks_total counter\nforkvol_forks_total 2\n"), "{text}");
+    }
+
+    #[test]
+    fn changes_are_one_line_each() {
+        assert_eq!(change_line(&json!({"kind": "added", "path": "a"})), "+ a\n");
+        assert_eq!(change_line(&json!({"kind": "renamed", "path": "b", "from": "a"})), "> a -> b\n");
+    }
+}

@@ -1,0 +1,126 @@
+//! A store, its engine and a mounted fork, without a daemon.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use forkvol::engine::{CommitRequest, Engine, EngineConfig, ForkRequest, Owner, When};
+use forkvol::store::ForkId;
+use forkvol::sys::mount;
+
+pub struct TestStore {
+    pub dir: tempfile::TempDir,
+    pub engine: Arc<Engine>,
+}
+
+/// A mounted fork; unmounted when dropped, whatever happened.
+pub struct TestMount {
+    pub id: ForkId,
+    pub path: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Drop for TestMount {
+    fn drop(&mut self) {
+        // Gone already after a commit.
+        if mount::device_at(&self.path).is_ok() {
+            mount::detach_abort(&self.path).unwrap_or_default();
+        }
+    }
+}
+
+impl TestStore {
+    pub fn new() -> TestStore {
+        let dir = tempfile::tempdir().unwrap();
+        let config = EngineConfig { reserve: Some(0), ..EngineConfig::default() };
+        let engine = Engine::open(&dir.path().join("store"), config).unwrap();
+        TestStore { dir, engine }
+    }
+
+    pub fn fork(&self, volume: &str) -> TestMount {
+        self.fork_with(volume, |_| {})
+    }
+
+    pub fn fork_with(&self, volume: &str, change: impl FnOnce(&mut ForkRequest)) -> TestMount {
+        let mut request = ForkRequest {
+            volume: volume.into(),
+            from: None,
+            parents: Vec::new(),
+            read_only: false,
+            ephemeral: false,
+            size: 4 << 30,
+            labels: BTreeMap::new(),
+            excludes: Vec::new(),
+            default_excludes: false,
+            owner: Owner::Keep,
+            acl: false,
+            suid: true,
+            dev: true,
+            strict: false,
+            job: None,
+            uid: 0,
+            gid: 0,
+        };
+        change(&mut request);
+        let id = self.engine.fork(request).unwrap().id.parse().unwrap();
+        self.mount(id)
+    }
+
+    pub fn mount(&self, id: ForkId) -> TestMount {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m");
+        std::fs::create_dir(&path).unwrap();
+        let fuse = mount::open_fuse().expect("these tests need /dev/fuse");
+        let options = mount::Options {
+            source: "forkvol:test".into(),
+            suid: true,
+            dev: true,
+            allow_other: true,
+            ..mount::Options::default()
+        };
+        mount::mount_fuse(&fuse, &path, &options).expect("these tests need root");
+        let dev = mount::device_number(mount::device_at(&path).unwrap());
+        self.engine.serve(id, fuse.into(), path.to_str().unwrap(), dev, false).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().dev(), dev);
+        TestMount { id, path, _dir: dir }
+    }
+
+    /// Commits and takes the mount away; returns the number of the new version.
+    pub fn commit(&self, mount: TestMount) -> Option<u64> {
+        let version = self.commit_as(&mount, false);
+        drop(mount);
+        version
+    }
+
+    pub fn commit_as(&self, mount: &TestMount, keep: bool) -> Option<u64> {
+        let request = CommitRequest {
+            keep,
+            labels: BTreeMap::new(),
+            message: None,
+            if_head: None,
+            if_base: false,
+            force: false,
+            when: When::Always,
+        };
+        let mut done = self.engine.commit(vec![mount.id], request).unwrap();
+        done.remove(0).version.map(|version| version.number)
+    }
+
+    pub fn check(&self) {
+        let report = self.engine.check().unwrap();
+        assert!(report.problems.is_empty(), "{:?}", report.problems);
+    }
+}
+
+/// Runs a shell script in a folder and returns what it prints.
+pub fn sh(dir: &Path, script: &str) -> String {
+    let output = std::process::Command::new("bash")
+        .args(["-euo", "pipefail", "-c", script])
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(output.status.success(), "{script}\n{}{}", text(&output.stdout), text(&output.stderr));
+    text(&output.stdout)
+}

@@ -1,0 +1,5 @@
+//! Forks on real mounts: what programs see through the kernel. Needs root and /dev/fuse.
+
+mod common;
+mod differential;
+mod posix;
