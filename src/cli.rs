@@ -455,10 +455,10 @@ fn settings(context: &Context, command: Option<&ConfigCommand>) -> Result<(), Fa
         .table()
         .into_iter()
         .map(|(name, value, origin)| match (name, place) {
-            ("store", Place::Embedded { store, named_by }) if value.is_null() => {
+            ("store", Place::Embedded { store, named_by }) if *named_by != place::CONFIGURED => {
                 json!({"name": name, "value": store, "origin": named_by})
             }
-            ("store", Place::Service) if value.is_null() => {
+            ("store", Place::Service) => {
                 json!({"name": name, "value": place::SERVICE_SOCKET, "origin": "the service"})
             }
             _ => json!({"name": name, "value": value, "origin": origin}),

@@ -312,6 +312,15 @@ pub fn mount_path(mount: &Mount) -> &Path {
     Path::new(std::ffi::OsStr::from_bytes(&mount.path.0))
 }
 
+/// Takes a bind of a fork's mount away; who still uses it is named in a warning.
+pub fn unbind(at: &Path, mount: &Mount) {
+    match kernel::unbind(at) {
+        Err(e) if e.raw_os_error() == Some(EBUSY) => warn_of_holders(mount),
+        Err(e) => warn(&format!("cannot unbind {}: {e}", at.display())),
+        Ok(()) => {}
+    }
+}
+
 /// Unmounts a fork that has been committed or abandoned. It never fails: what it could not do, or whom it took the mount from, is
 /// a warning.
 pub fn detach(mount: &Mount) {
@@ -328,7 +337,12 @@ pub fn detach_by(mount: &Mount, by: By) {
             return warn(&format!("{} is not unmounted: {what} is mounted there now", path.display()));
         }
         // Unmounted by somebody else, or mounted in a namespace that is not ours.
-        Ok(None) => return,
+        Ok(None) => {
+            if mount.created && path.is_dir() {
+                Mountpoint { path: path.into(), created: true }.remove_if_created();
+            }
+            return;
+        }
         Err(failure) => return warn(&failure.message),
     }
     let result = match by {

@@ -14,6 +14,8 @@ use crate::sys::socket::MAX_PATH;
 
 /// Where the service listens.
 pub const SERVICE_SOCKET: &str = "/run/forkvol/forkvol.sock";
+/// What names a store that the configuration names.
+pub const CONFIGURED: &str = "the configuration";
 const SOCKET_NAME: &str = "forkvol.sock";
 
 /// A store, or the service, which knows its own.
@@ -38,7 +40,7 @@ impl Place {
                 return Ok(Place::Service);
             }
             (None, None) => match config.store() {
-                Some(dir) => (dir.to_owned(), "the configuration"),
+                Some(dir) => (dir.to_owned(), CONFIGURED),
                 None => (own_store()?, "default"),
             },
         };

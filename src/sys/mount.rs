@@ -185,6 +185,11 @@ pub fn unmount_abort(at: &Path) -> io::Result<()> {
     unmount(at, libc::MNT_FORCE)
 }
 
+/// Takes a bind away; EBUSY while somebody uses it.
+pub fn unbind(at: &Path) -> io::Result<()> {
+    unmount(at, 0)
+}
+
 /// As [`unmount_abort`], and takes the mount out of sight at once however busy it is.
 pub fn detach_abort(at: &Path) -> io::Result<()> {
     unmount(at, libc::MNT_FORCE | libc::MNT_DETACH)

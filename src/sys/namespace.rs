@@ -4,6 +4,9 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
 
 use super::{check, mount, process};
 
@@ -25,6 +28,25 @@ pub fn private_mounts_in_user_namespace() -> io::Result<()> {
     fs::write("/proc/self/uid_map", format!("{uid} {uid} 1"))?;
     fs::write("/proc/self/gid_map", format!("{gid} {gid} 1"))?;
     mount::make_slave()
+}
+
+/// Lets the command start in a user and mount namespace of its own, with folders bound over others: (what, over what).
+pub fn enter_in_child(command: &mut Command, binds: Vec<(PathBuf, PathBuf)>) -> &mut Command {
+    let folder = std::env::current_dir();
+    // SAFETY: this process has a single thread, so no lock can be held by another one at the fork, and the child may allocate.
+    unsafe {
+        command.pre_exec(move || {
+            private_mounts_in_user_namespace()?;
+            for (from, to) in &binds {
+                mount::bind(from, to)?;
+            }
+            // The working directory may have been covered.
+            match &folder {
+                Ok(folder) => std::env::set_current_dir(folder),
+                Err(_) => Ok(()),
+            }
+        })
+    }
 }
 
 /// Returns whether [`private_mounts_in_user_namespace`] would succeed. It is tried in a child: some systems let the namespace be

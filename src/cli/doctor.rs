@@ -1,0 +1,318 @@
+//! `doctor`: what of the machine and the set-up stands in the way, each finding with its remedy.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use super::Context;
+use super::client::Client;
+use super::mounting;
+use super::output;
+use super::place::Place;
+use crate::protocol::{Code, Failure, VERSION};
+use crate::sys::mount as kernel;
+use crate::sys::namespace;
+use crate::sys::process;
+use crate::sys::{FsKind, fs_kind, room};
+
+/// How grave a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Grade {
+    Ok,
+    Warning,
+    Error,
+}
+
+struct Finding {
+    what: &'static str,
+    grade: Grade,
+    message: String,
+    remedy: Option<String>,
+}
+
+impl Finding {
+    fn ok(what: &'static str, message: impl Into<String>) -> Finding {
+        Finding { what, grade: Grade::Ok, message: message.into(), remedy: None }
+    }
+
+    fn warning(what: &'static str, message: impl Into<String>, remedy: impl Into<String>) -> Finding {
+        Finding { what, grade: Grade::Warning, message: message.into(), remedy: Some(remedy.into()) }
+    }
+
+    fn error(what: &'static str, message: impl Into<String>, remedy: impl Into<String>) -> Finding {
+        Finding { what, grade: Grade::Error, message: message.into(), remedy: Some(remedy.into()) }
+    }
+
+    fn document(&self) -> Value {
+        let grade = match self.grade {
+            Grade::Ok => "ok",
+            Grade::Warning => "warning",
+            Grade::Error => "error",
+        };
+        json!({"what": self.what, "grade": grade, "message": self.message, "remedy": self.remedy})
+    }
+}
+
+pub fn doctor(context: &Context, fix: Option<Option<String>>) -> Result<(), Failure> {
+    if let Some(what) = fix {
+        mend(context, what.as_deref())?;
+    }
+    let findings = examine(context);
+    let documents: Vec<Value> = findings.iter().map(Finding::document).collect();
+    let document = json!({"version": VERSION, "store": context.place.to_string(), "findings": documents});
+    output::show(context.json, &document, |_| findings.iter().map(line).collect())?;
+    let errors = findings.iter().filter(|f| f.grade == Grade::Error).count();
+    match errors {
+        0 => Ok(()),
+        n => Err(Failure::new(Code::Failed, format!("{n} findings stand in the way"))),
+    }
+}
+
+fn line(finding: &Finding) -> String {
+    let mark = match finding.grade {
+        Grade::Ok => "ok",
+        Grade::Warning => "warning",
+        Grade::Error => "error",
+    };
+    let remedy = finding.remedy.as_ref().map_or_else(String::new, |r| format!("\n          {r}"));
+    format!("{mark:8}  {}: {}{remedy}\n", finding.what, finding.message)
+}
+
+fn examine(context: &Context) -> Vec<Finding> {
+    let mut findings = vec![kernel_version(), device()];
+    findings.extend(helper());
+    findings.push(namespaces());
+    findings.push(store(context));
+    findings.extend(space(context));
+    findings.push(daemon(context));
+    findings.extend(cgroup(context));
+    findings.extend(dead_mounts());
+    findings.push(ids());
+    findings
+}
+
+fn kernel_version() -> Finding {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let release = release.trim();
+    let mut numbers = release.split(['.', '-']).map_while(|n| n.parse::<u32>().ok());
+    match (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) {
+        at if at < (5, 11) => Finding::error("kernel", format!("{release} is too old"), "use 5.11 or newer"),
+        at if at < (6, 16) => Finding::warning(
+            "kernel",
+            format!("{release}: what a program has mapped and not synced may miss a commit"),
+            "end such programs with msync, or use 6.16 or newer",
+        ),
+        _ => Finding::ok("kernel", release),
+    }
+}
+
+fn device() -> Finding {
+    match kernel::open_fuse() {
+        Ok(_) => Finding::ok("fuse", format!("{} can be opened", kernel::FUSE_DEVICE)),
+        Err(e) => {
+            let failure = mounting::explain_device(&e);
+            Finding::error("fuse", failure.message, failure.hint.unwrap_or_default())
+        }
+    }
+}
+
+/// fusermount3 and its rules concern ordinary users alone.
+fn helper() -> Vec<Finding> {
+    if process::euid() == 0 {
+        return Vec::new();
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|dir| dir.join("fusermount3")).find(|p| p.is_file());
+    let Some(found) = found else {
+        return vec![Finding::error("fusermount3", "it is not installed", "install the package fuse3")];
+    };
+    let setuid = fs::metadata(&found).is_ok_and(|m| m.permissions().mode() & 0o4000 != 0 && m.uid() == 0);
+    let mut findings = vec![match setuid {
+        true => Finding::ok("fusermount3", found.display().to_string()),
+        false => Finding::warning(
+            "fusermount3",
+            format!("{} is not setuid root", found.display()),
+            format!("chown root {0} && chmod u+s {0}", found.display()),
+        ),
+    }];
+    if !mounting::user_allow_other() {
+        findings.push(Finding::warning(
+            "user_allow_other",
+            "other users, and root, cannot enter your forks",
+            "put the line user_allow_other into /etc/fuse.conf",
+        ));
+    }
+    findings
+}
+
+fn namespaces() -> Finding {
+    if process::euid() == 0 {
+        return Finding::ok("namespaces", "root may make them");
+    }
+    match namespace::user_namespaces_work() {
+        true => Finding::ok("namespaces", "user namespaces work"),
+        false => Finding::warning(
+            "namespaces",
+            "run cannot give commands a private view of their paths",
+            "permit user namespaces: sysctl kernel.apparmor_restrict_unprivileged_userns=0 or an AppArmor profile",
+        ),
+    }
+}
+
+fn store(context: &Context) -> Finding {
+    let Place::Embedded { store, .. } = &context.place else {
+        return Finding::ok("store", context.place.to_string());
+    };
+    let existing = store.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"));
+    let text = context.place.to_string();
+    let elsewhere = "choose a folder on a local disk with --store or FORKVOL_STORE";
+    match fs_kind(existing) {
+        Ok(kind @ (FsKind::Nfs | FsKind::Smb | FsKind::Fuse)) => {
+            Finding::error("store", format!("{text} lies on {kind:?}, where it is not safe"), elsewhere)
+        }
+        Ok(FsKind::Overlay) => Finding::warning(
+            "store",
+            format!("{text} lies on an overlay and goes with its container"),
+            "put it on a volume of the host",
+        ),
+        Ok(FsKind::Tmpfs) => {
+            Finding::warning("store", format!("{text} lies in memory and does not survive a reboot"), elsewhere)
+        }
+        Ok(FsKind::Other) => match fs::metadata(store) {
+            Ok(metadata) if metadata.mode() & 0o077 != 0 => Finding::warning(
+                "store",
+                format!("{text} is open to other users"),
+                format!("chmod 0700 {}, or forkvol doctor --fix=store", store.display()),
+            ),
+            _ => Finding::ok("store", text),
+        },
+        Err(e) => Finding::error("store", format!("{text}: {e}"), elsewhere),
+    }
+}
+
+fn space(context: &Context) -> Option<Finding> {
+    let Place::Embedded { store, .. } = &context.place else { return None };
+    let room = room(store.ancestors().find(|dir| dir.is_dir())?).ok()?;
+    let reserve = context.config.reserve().unwrap_or((room.total / 50).max(1 << 30));
+    let free = output::size(room.available);
+    Some(match room.available > reserve {
+        true => Finding::ok("space", format!("{free} free")),
+        false => Finding::error(
+            "space",
+            format!("{free} free, of which {} are kept in reserve", output::size(reserve)),
+            "free some room, or run forkvol gc",
+        ),
+    })
+}
+
+fn daemon(context: &Context) -> Finding {
+    match Client::connect(&context.place).and_then(|client| client.map(|mut c| c.status()).transpose()) {
+        Ok(Some(status)) if status.version != VERSION => Finding::warning(
+            "daemon",
+            format!("pid {} is forkvol {}, this is {VERSION}", status.pid, status.version),
+            "it is replaced when its forks have ended",
+        ),
+        Ok(Some(status)) => {
+            Finding::ok("daemon", format!("pid {} with {} live forks", status.pid, status.forks))
+        }
+        Ok(None) => Finding::ok("daemon", "not running; it is started when needed"),
+        Err(failure) => {
+            Finding::error("daemon", failure.message, failure.hint.unwrap_or_else(|| "see its log".into()))
+        }
+    }
+}
+
+/// An embedded daemon that a job starts ends with the job's cgroup where systemd cannot give it another.
+fn cgroup(context: &Context) -> Option<Finding> {
+    if context.place == Place::Service || Path::new("/run/systemd/system").exists() {
+        return None;
+    }
+    let in_container = Path::new("/.dockerenv").exists() || Path::new("/run/.containerenv").exists();
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let is_root = own.lines().all(|l| l.ends_with(":/") || l.ends_with("/init.scope"));
+    if !in_container && is_root {
+        return None;
+    }
+    Some(Finding::warning(
+        "cgroup",
+        "a daemon started from here ends with this container or job, and its live forks with it",
+        "run forkvol daemon run as a service outside, and pass its socket in",
+    ))
+}
+
+/// Mounts whose daemon is gone.
+fn dead_mounts() -> Vec<Finding> {
+    let mounts = kernel::mounts().unwrap_or_default();
+    mounts
+        .iter()
+        .filter(|m| m.kind == kernel::FS_TYPE && is_dead(&m.path))
+        .map(|m| {
+            let path = m.path.display();
+            Finding::warning(
+                "mount",
+                format!("{path} has lost its daemon"),
+                format!("umount -l {path}, or forkvol doctor --fix=mounts"),
+            )
+        })
+        .collect()
+}
+
+fn is_dead(path: &Path) -> bool {
+    fs::metadata(path).is_err_and(|e| e.kind() == io::ErrorKind::NotConnected)
+}
+
+fn ids() -> Finding {
+    match namespace::ids_are_identity() {
+        true => Finding::ok("ids", "user ids mean the same here as outside"),
+        false => Finding::warning(
+            "ids",
+            "this user namespace maps user ids, and forks store them as they are in here",
+            "write a volume from one kind of namespace only",
+        ),
+    }
+}
+
+/// Mends what needs no change of the kernel.
+fn mend(context: &Context, what: Option<&str>) -> Result<(), Failure> {
+    if let Some(unknown) = what.filter(|w| !matches!(*w, "store" | "mounts")) {
+        return Err(Failure::new(Code::Usage, format!("there is nothing to fix called {unknown}"))
+            .hint("store or mounts"));
+    }
+    let wanted = |name: &str| what.is_none_or(|w| w == name);
+    if wanted("store")
+        && let Place::Embedded { store, .. } = &context.place
+        && store.is_dir()
+    {
+        fs::set_permissions(store, fs::Permissions::from_mode(0o700)).map_err(|e| {
+            Failure::new(Code::Failed, format!("cannot close {} to others: {e}", store.display()))
+        })?;
+    }
+    if wanted("mounts") {
+        for mount in kernel::mounts().unwrap_or_default() {
+            if mount.kind == kernel::FS_TYPE && is_dead(&mount.path) {
+                unmount_dead(&mount.path)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn unmount_dead(path: &Path) -> Result<(), Failure> {
+    let failed = |why: String| {
+        Failure::new(Code::Failed, format!("cannot unmount {}: {why}", path.display()))
+    };
+    if process::euid() == 0 {
+        return kernel::detach_abort(path).map_err(|e| failed(e.to_string()));
+    }
+    let mut command = Command::new("fusermount3");
+    command.args(["-u", "-z", "--"]).arg(path);
+    match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(_) => Err(failed("fusermount3 refused".into())),
+        Err(e) => Err(failed(format!("fusermount3: {e}"))),
+    }
+}

@@ -1,0 +1,466 @@
+//! `run`: forks in place, a command, a commit.
+
+mod child;
+mod paths;
+
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{ArgMatches, Args};
+use serde_json::{Value, json};
+
+use super::client::Client;
+use super::exit;
+use super::forks::{self, ForkFacts, take};
+use super::mounting::{self, By, Mountpoint};
+use super::output::warn;
+use super::values;
+use super::{Context, ForkOptions, When};
+use crate::protocol::{self, Code, Failure, Mount, Request};
+use crate::sys;
+use crate::sys::process::{self, Signals};
+use crate::sys::{mount as kernel, namespace};
+use child::Outcome;
+use paths::{Target, Wish};
+
+#[derive(Clone, Debug, Args)]
+pub struct Run {
+    /// A volume to fork; may be repeated
+    #[arg(short = 'v', long = "volume", value_parser = values::volume)]
+    volume: Vec<String>,
+    /// Where the volume before it is put for the command; may be repeated
+    #[arg(short = 'p', long = "path", value_parser = values::home_path)]
+    path: Vec<PathBuf>,
+    #[command(flatten)]
+    options: ForkOptions,
+    /// When to commit
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "on-success")]
+    commit: When,
+    /// Write what happened into this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+/// In which mount namespace the command runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Isolation {
+    /// This process and the command are in a private one; mounts go with it.
+    Together,
+    /// Only the command is; the forks are mounted outside, with the helper's rights.
+    Child,
+    /// There is none: forks are mounted at their paths for all to see.
+    None,
+}
+
+/// A fork in use.
+struct InUse {
+    fork: ForkFacts,
+    mount: Mount,
+    targets: Vec<Target>,
+}
+
+/// Runs the command; the status is the command's own wherever it ran.
+pub fn run(context: &Context, run: Run, matches: Option<&ArgMatches>) -> ExitCode {
+    let begun = Instant::now();
+    let fail = |failure: &Failure| exit::report_as(failure, exit::RUN_FAILED, context.json);
+    let signals = match child::watch_signals() {
+        Ok(signals) => signals,
+        Err(e) => return fail(&Failure::new(Code::Failed, format!("cannot watch signals: {e}"))),
+    };
+    let wishes = match wishes(&run, matches) {
+        Ok(wishes) => wishes,
+        Err(failure) => return fail(&failure),
+    };
+    let mut job = Job::new(context, &run);
+    if let Err(failure) = job.set_up(&wishes) {
+        job.give_up();
+        return fail(&failure);
+    }
+    match job.execute(&signals) {
+        Ok(outcome) => {
+            let (volumes, failed) = job.finish(outcome);
+            job.report(outcome, begun, volumes);
+            let status =
+                if failed && run.options.strict { exit::RUN_FAILED } else { outcome.status };
+            ExitCode::from(status)
+        }
+        Err(not_run) => {
+            job.give_up();
+            exit::report_as(&not_run.failure, not_run.status, context.json)
+        }
+    }
+}
+
+fn wishes(run: &Run, matches: Option<&ArgMatches>) -> Result<Vec<Wish>, Failure> {
+    let places = |name: &str| -> Vec<usize> {
+        matches.and_then(|m| m.indices_of(name)).into_iter().flatten().collect()
+    };
+    let volumes = places("volume").into_iter().zip(run.volume.iter().cloned()).collect();
+    let paths = places("path").into_iter().zip(run.path.iter().cloned()).collect();
+    paths::pair(volumes, paths)
+}
+
+struct Job<'a> {
+    context: &'a Context,
+    run: &'a Run,
+    isolation: Isolation,
+    by: By,
+    /// The folder in which the forks are mounted.
+    private: Option<PathBuf>,
+    forks: Vec<InUse>,
+    /// (folder of a fork, folder that it covers), outer ones first.
+    binds: Vec<(PathBuf, PathBuf)>,
+}
+
+impl<'a> Job<'a> {
+    fn new(context: &'a Context, run: &'a Run) -> Job<'a> {
+        let by = By::default_for_caller();
+        let isolation = Isolation::None;
+        Job { context, run, isolation, by, private: None, forks: Vec::new(), binds: Vec::new() }
+    }
+
+    fn set_up(&mut self, wishes: &[Wish]) -> Result<(), Failure> {
+        if wishes.is_empty() {
+            return Ok(());
+        }
+        // Before any namespace: a daemon started here must not live in it.
+        let mut client = self.context.connect()?;
+        let mut targets = Vec::new();
+        for (at, wish) in wishes.iter().enumerate() {
+            let of_volume = paths::targets(wish, &self.context.place)?;
+            targets.extend(of_volume.into_iter().map(|target| (target, at)));
+        }
+        let targets = paths::in_order(targets)?;
+        self.isolate()?;
+        for (at, wish) in wishes.iter().enumerate() {
+            let own: Vec<Target> =
+                targets.iter().filter(|(_, of)| *of == at).map(|(t, _)| t.clone()).collect();
+            self.mount(&mut client, wish, own)?;
+        }
+        self.put_in_place()
+    }
+
+    /// Gives the command a mount namespace of its own where that is permitted.
+    fn isolate(&mut self) -> Result<(), Failure> {
+        let failed = |e: io::Error| {
+            Failure::new(Code::Failed, format!("cannot make a private mount namespace: {e}"))
+        };
+        if process::euid() == 0 {
+            // Without the right to it, mounting will say what is missing.
+            if namespace::private_mounts().is_ok() {
+                self.isolation = Isolation::Together;
+            }
+        } else if !namespace::user_namespaces_work() {
+            self.isolation = Isolation::None;
+        } else if helper_is_there() {
+            self.isolation = Isolation::Child;
+        } else {
+            namespace::private_mounts_in_user_namespace().map_err(failed)?;
+            self.isolation = Isolation::Together;
+            self.by = By::Caller;
+        }
+        Ok(())
+    }
+
+    fn mount(&mut self, client: &mut Client, wish: &Wish, targets: Vec<Target>) -> Result<(), Failure> {
+        let path = match (self.isolation, targets.as_slice()) {
+            (Isolation::None, [only]) => only.path.clone(),
+            (Isolation::None, [_, _, ..]) => {
+                let message = format!("volume {} cannot have several paths here", wish.volume);
+                return Err(Failure::new(Code::Policy, message)
+                    .hint("this user may not make mount namespaces: see forkvol doctor"));
+            }
+            _ => self.private_folder()?.join(self.forks.len().to_string()),
+        };
+        if self.isolation != Isolation::None || targets.is_empty() {
+            make_folder(&path)?;
+        }
+        let job = Some(format!("run-{}", std::process::id()));
+        let fork = forks::make(self.context, client, &wish.volume, &self.run.options, job)?;
+        let at = Mountpoint { path, created: false };
+        let mount = mounting::mount(client, &fork.id, &at, &fork.manner(self.by))
+            .inspect_err(|_| forks::drop_unused(client, &fork.id))?;
+        self.forks.push(InUse { fork, mount, targets });
+        Ok(())
+    }
+
+    fn private_folder(&mut self) -> Result<PathBuf, Failure> {
+        if let Some(folder) = &self.private {
+            return Ok(folder.clone());
+        }
+        let mut name = [0; 8];
+        sys::random(&mut name)
+            .map_err(|e| Failure::new(Code::Failed, format!("no random numbers: {e}")))?;
+        let folder =
+            std::env::temp_dir().join(format!("forkvol-run-{:016x}", u64::from_ne_bytes(name)));
+        make_folder(&folder)?;
+        Ok(self.private.insert(folder).clone())
+    }
+
+    /// Covers each path with its folder. In a namespace of the command alone that is left to the command's own process.
+    fn put_in_place(&mut self) -> Result<(), Failure> {
+        if self.isolation == Isolation::None {
+            return Ok(());
+        }
+        let mut binds = Vec::new();
+        for used in &self.forks {
+            let root = mounting::mount_path(&used.mount);
+            for target in &used.targets {
+                let from = match &target.folder {
+                    None => root.to_owned(),
+                    Some(name) => {
+                        let folder = root.join(name);
+                        if !folder.is_dir() {
+                            make_folder_open(&folder)?;
+                        }
+                        folder
+                    }
+                };
+                binds.push((from, target.path.clone()));
+            }
+        }
+        binds.sort_by(|(_, a), (_, b)| a.cmp(b));
+        if self.isolation == Isolation::Together {
+            let folder = std::env::current_dir();
+            for (from, to) in binds {
+                // A path within another one may exist only in what was covered.
+                if !to.is_dir() {
+                    make_folder_open(&to)?;
+                }
+                kernel::bind(&from, &to).map_err(|e| {
+                    Failure::new(Code::Failed, format!("cannot put a fork at {}: {e}", to.display()))
+                })?;
+                self.binds.push((from, to));
+            }
+            // The working directory may have been covered.
+            if let Ok(folder) = folder {
+                std::env::set_current_dir(&folder).map_err(|e| {
+                    Failure::new(Code::Failed, format!("cannot enter {}: {e}", folder.display()))
+                })?;
+            }
+        } else {
+            self.binds = binds;
+        }
+        Ok(())
+    }
+
+    fn execute(&self, signals: &Signals) -> Result<Outcome, child::NotRun> {
+        let cancelled = child::cancelled(signals).ok().flatten();
+        if let Some(signal) = cancelled {
+            return Err(child::NotRun {
+                failure: Failure::new(Code::Interrupted, "interrupted before the command began"),
+                status: u8::try_from(128 + signal).unwrap_or(exit::RUN_FAILED),
+            });
+        }
+        let binds = (self.isolation == Isolation::Child).then(|| self.binds.clone());
+        child::supervise(&self.run.command, &self.variables(), binds, signals)
+    }
+
+    /// Where each volume is, for a command that was given no path for it.
+    fn variables(&self) -> Vec<(String, PathBuf)> {
+        self.forks
+            .iter()
+            .map(|used| {
+                let name: String = used
+                    .fork
+                    .volume
+                    .chars()
+                    .map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' })
+                    .collect();
+                (format!("FORKVOL_DIR_{name}"), mounting::mount_path(&used.mount).to_owned())
+            })
+            .collect()
+    }
+
+    /// Commits or abandons; returns what became of each volume, and whether the cache failed.
+    fn finish(&mut self, outcome: Outcome) -> (Vec<Value>, bool) {
+        if self.forks.is_empty() {
+            return (Vec::new(), false);
+        }
+        let result = self.settle(outcome);
+        self.clean_up();
+        let failure = match result {
+            Ok(commits) => return (self.documents(&commits, None), false),
+            Err(failure) => failure,
+        };
+        warn(&exit::line(&failure));
+        (self.documents(&[], Some(&failure)), true)
+    }
+
+    /// Returns the commits that were made.
+    fn settle(&self, outcome: Outcome) -> Result<Vec<Value>, Failure> {
+        // The daemon does not wait for a client as long as a command may take.
+        let mut client = self.context.connect()?;
+        let ids: Vec<String> = self.forks.iter().map(|used| used.fork.id.clone()).collect();
+        let options = &self.run.options;
+        let wanted = !options.read_only && !options.ephemeral;
+        let Some(when) = decide(self.run.commit, outcome).filter(|_| wanted) else {
+            client.call(&Request::Abandon { forks: ids })?;
+            return Ok(Vec::new());
+        };
+        self.forks.iter().for_each(|used| forks::write_back(&used.mount));
+        let commit = protocol::Commit {
+            forks: ids.clone(),
+            keep: false,
+            labels: Default::default(),
+            message: None,
+            if_head: None,
+            if_base: false,
+            force: false,
+            when,
+        };
+        let answer = client.call(&Request::Commit(commit)).inspect_err(|_| {
+            // Nothing else will come back for them.
+            ids.iter().for_each(|id| forks::drop_unused(&mut client, id));
+        })?;
+        take(&answer, "/commits")
+    }
+
+    fn documents(&self, commits: &[Value], failure: Option<&Failure>) -> Vec<Value> {
+        let document = |used: &InUse| {
+            let commit = commits.iter().find(|c| c["fork"] == json!(used.fork.id));
+            let version = commit.map(|c| c["version"].clone()).unwrap_or_default();
+            let outcome = match (failure, commit) {
+                (Some(_), _) => "failed",
+                (None, None) => "abandoned",
+                (None, Some(_)) if version.is_null() => "unchanged",
+                (None, Some(_)) => "committed",
+            };
+            let paths: Vec<&Path> = used.targets.iter().map(|t| t.path.as_path()).collect();
+            json!({
+                "volume": used.fork.volume,
+                "fork": used.fork.id,
+                "base": used.fork.base,
+                "paths": paths,
+                "outcome": outcome,
+                "version": version,
+                "error": failure.map(|f| &f.message),
+            })
+        };
+        self.forks.iter().map(document).collect()
+    }
+
+    /// Takes the mounts and the folders away; nothing of it fails.
+    fn clean_up(&self) {
+        let mount_of = |from: &Path| {
+            self.forks
+                .iter()
+                .map(|used| &used.mount)
+                .find(|mount| from.starts_with(mounting::mount_path(mount)))
+        };
+        // A busy mount is only left by leaving it.
+        std::env::set_current_dir("/").ok();
+        if self.isolation == Isolation::Together {
+            for (from, to) in self.binds.iter().rev() {
+                if let Some(mount) = mount_of(from) {
+                    mounting::unbind(to, mount);
+                }
+            }
+        }
+        for used in &self.forks {
+            mounting::detach_by(&used.mount, self.by);
+        }
+        let Some(private) = &self.private else { return };
+        let folders = (0..self.forks.len()).map(|n| private.join(n.to_string()));
+        for folder in folders.chain([private.clone()]) {
+            if let Err(error) = fs::remove_dir(&folder) {
+                warn(&format!("cannot remove {}: {error}", folder.display()));
+            }
+        }
+    }
+
+    /// Undoes what was set up for a command that did not run.
+    fn give_up(&self) {
+        if self.forks.is_empty() {
+            if let Some(private) = &self.private {
+                fs::remove_dir_all(private).ok();
+            }
+            return;
+        }
+        let ids = self.forks.iter().map(|used| used.fork.id.clone()).collect();
+        let dropped =
+            self.context.connect().and_then(|mut c| c.call(&Request::Abandon { forks: ids }));
+        if let Err(failure) = dropped {
+            warn(&exit::line(&failure));
+        }
+        self.clean_up();
+    }
+
+    fn report(&self, outcome: Outcome, begun: Instant, volumes: Vec<Value>) {
+        let Some(path) = &self.run.report else { return };
+        let command: Vec<_> = self.run.command.iter().map(|w| w.to_string_lossy()).collect();
+        let document = json!({"run": {
+            "command": command,
+            "status": outcome.status,
+            "signal": outcome.signal,
+            "cancelled": outcome.cancelled,
+            "seconds": begun.elapsed().as_secs_f64(),
+            "volumes": volumes,
+        }});
+        if let Err(error) = fs::write(path, format!("{document}\n")) {
+            warn(&format!("cannot write the report {}: {error}", path.display()));
+        }
+    }
+}
+
+/// What is asked of the daemon after such an end; `None`: nothing is committed.
+fn decide(when: When, outcome: Outcome) -> Option<protocol::When> {
+    let successful = outcome.is_success();
+    match when {
+        When::Always if !outcome.cancelled => Some(protocol::When::Always),
+        When::OnSuccess if successful => Some(protocol::When::Always),
+        When::OnChange if successful => Some(protocol::When::OnChange),
+        When::IfMissing if successful => Some(protocol::When::IfMissing),
+        _ => None,
+    }
+}
+
+fn helper_is_there() -> bool {
+    std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).any(|folder| folder.join("fusermount3").is_file())
+    })
+}
+
+fn make_folder(path: &Path) -> Result<(), Failure> {
+    make(path, 0o700)
+}
+
+fn make_folder_open(path: &Path) -> Result<(), Failure> {
+    make(path, 0o755)
+}
+
+fn make(path: &Path, mode: u32) -> Result<(), Failure> {
+    DirBuilder::new().mode(mode).recursive(true).create(path).map_err(|e| {
+        Failure::new(Code::Failed, format!("cannot make the folder {}: {e}", path.display()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_commit_depends_on_the_end() {
+        let end = |status, cancelled| Outcome { status, signal: None, cancelled };
+        let all = protocol::When::Always;
+        for (when, success, failure) in [
+            (When::OnSuccess, Some(all), None),
+            (When::Always, Some(all), Some(all)),
+            (When::Never, None, None),
+            (When::OnChange, Some(protocol::When::OnChange), None),
+            (When::IfMissing, Some(protocol::When::IfMissing), None),
+        ] {
+            assert_eq!(decide(when, end(0, false)), success, "{when:?}");
+            assert_eq!(decide(when, end(1, false)), failure, "{when:?}");
+            assert_eq!(decide(when, end(0, true)), None, "{when:?}");
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! Which volume goes where: the order of -v and -p, and the folders that forks are put over.
+
+use std::fs::{self, DirBuilder};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use super::super::mounting::refuse_dangerous;
+use super::super::place::{Place, real_path};
+use crate::protocol::{Code, Failure};
+
+/// A volume and the paths that it is wanted at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wish {
+    pub volume: String,
+    pub paths: Vec<PathBuf>,
+}
+
+/// A path belongs to the volume before it. Both lists come with their places on the command line.
+pub fn pair(
+    volumes: Vec<(usize, String)>,
+    paths: Vec<(usize, PathBuf)>,
+) -> Result<Vec<Wish>, Failure> {
+    let mut wishes: Vec<(usize, Wish)> = volumes
+        .into_iter()
+        .map(|(at, volume)| (at, Wish { volume, paths: Vec::new() }))
+        .collect();
+    wishes.sort_by_key(|(at, _)| *at);
+    for (at, path) in paths {
+        match wishes.iter_mut().rfind(|(volume, _)| *volume < at) {
+            Some((_, wish)) => wish.paths.push(path),
+            None => {
+                let message = format!("-p {} has no -v before it", path.display());
+                return Err(Failure::new(Code::Usage, message));
+            }
+        }
+    }
+    let wishes: Vec<Wish> = wishes.into_iter().map(|(_, wish)| wish).collect();
+    for (at, wish) in wishes.iter().enumerate() {
+        if wishes.iter().take(at).any(|other| other.volume == wish.volume) {
+            let message = format!("volume {} is named twice", wish.volume);
+            return Err(Failure::new(Code::Usage, message).hint("give one -v several -p"));
+        }
+    }
+    Ok(wishes)
+}
+
+/// A folder that a fork, or a folder of one, is put over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The folder, without links.
+    pub path: PathBuf,
+    /// The folder of the volume that goes there; none for its root.
+    pub folder: Option<String>,
+}
+
+/// Resolves the paths of a volume and makes what is missing of them.
+pub fn targets(wish: &Wish, place: &Place) -> Result<Vec<Target>, Failure> {
+    let several = wish.paths.len() > 1;
+    wish.paths
+        .iter()
+        .map(|path| {
+            Ok(Target { folder: several.then(|| folder_name(path)), path: prepare(path, place)? })
+        })
+        .collect()
+}
+
+fn prepare(path: &Path, place: &Place) -> Result<PathBuf, Failure> {
+    let failed =
+        |why: String| Failure::new(Code::Failed, format!("cannot use {}: {why}", path.display()));
+    let real = real_path(path).map_err(|e| failed(e.to_string()))?;
+    refuse_dangerous(&real, place)?;
+    match fs::metadata(&real) {
+        Ok(metadata) if metadata.is_dir() => {}
+        Ok(_) => return Err(failed("it is not a folder".into())),
+        Err(_) => DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(&real)
+            .map_err(|e| failed(e.to_string()))?,
+    }
+    Ok(real)
+}
+
+/// Where several paths share a volume each has a folder in it, named after the path as it was written, so that it is found again
+/// from another working directory or home.
+fn folder_name(path: &Path) -> String {
+    let home = std::env::home_dir();
+    let path = home.and_then(|home| path.strip_prefix(home).ok()).unwrap_or(path);
+    let parts: Vec<String> = path
+        .components()
+        .filter_map(|part| match part {
+            std::path::Component::Normal(name) => {
+                Some(String::from_utf8_lossy(name.as_bytes()).into_owned())
+            }
+            std::path::Component::ParentDir => Some("..".into()),
+            _ => None,
+        })
+        .collect();
+    match parts.join("__").as_str() {
+        "" => "cwd".into(),
+        "." | ".." => "up".into(),
+        name => name.into(),
+    }
+}
+
+/// Refuses a path that is wanted twice, and puts outer folders before those within.
+pub fn in_order<T>(mut targets: Vec<(Target, T)>) -> Result<Vec<(Target, T)>, Failure> {
+    targets.sort_by(|(a, _), (b, _)| a.path.cmp(&b.path));
+    for pair in targets.windows(2) {
+        if let [(a, _), (b, _)] = pair
+            && a.path == b.path
+        {
+            return Err(Failure::new(Code::Usage, format!("{} is named twice", a.path.display())));
+        }
+    }
+    Ok(targets)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wish(volume: &str, paths: &[&str]) -> Wish {
+        Wish { volume: volume.into(), paths: paths.iter().map(PathBuf::from).collect() }
+    }
+
+    #[test]
+    fn a_path_belongs_to_the_volume_before_it() {
+        let volumes = vec![(1, "a".to_owned()), (4, "b".to_owned()), (5, "c".to_owned())];
+        let paths = vec![(2, "x".into()), (3, "y".into()), (6, "z".into())];
+        assert_eq!(
+            pair(volumes, paths).unwrap(),
+            [wish("a", &["x", "y"]), wish("b", &[]), wish("c", &["z"])]
+        );
+        assert!(pair(vec![(2, "a".into())], vec![(1, "x".into())]).is_err());
+        assert!(pair(vec![(1, "a".into()), (2, "a".into())], Vec::new()).is_err());
+    }
+
+    #[test]
+    fn several_paths_have_a_folder_each() {
+        let home = std::env::home_dir().unwrap();
+        for (path, name) in [
+            (home.join(".cache/pip"), ".cache__pip"),
+            ("/var/cache/apt".into(), "var__cache__apt"),
+            ("./node_modules".into(), "node_modules"),
+            (".".into(), "cwd"),
+        ] {
+            assert_eq!(folder_name(&path), name);
+        }
+    }
+
+    #[test]
+    fn outer_folders_come_first_and_none_twice() {
+        let target = |path: &str| (Target { path: path.into(), folder: None }, ());
+        let sorted = in_order(vec![target("/a/b/c"), target("/z"), target("/a/b")]).unwrap();
+        let paths: Vec<_> = sorted.iter().map(|(t, ())| t.path.to_str().unwrap()).collect();
+        assert_eq!(paths, ["/a/b", "/a/b/c", "/z"]);
+        assert!(in_order(vec![target("/a"), target("/a")]).is_err());
+    }
+
+    #[test]
+    fn what_is_missing_is_made_and_a_file_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Place::Embedded { store: "/data/store".into(), named_by: "--store" };
+        let path = dir.path().join("a/b");
+        let targets = targets(&Wish { volume: "v".into(), paths: vec![path.clone()] }, &place).unwrap();
+        assert!(path.is_dir());
+        assert_eq!(targets[0].folder, None);
+        fs::write(dir.path().join("file"), "").unwrap();
+        assert!(prepare(&dir.path().join("file"), &place).is_err());
+        assert_eq!(prepare(Path::new("/tmp"), &place).unwrap_err().code, Code::Policy);
+    }
+}
