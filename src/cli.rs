@@ -34,7 +34,12 @@ use crate::sys::process;
 
 /// Forkable cache volumes for CI jobs: private, writable forks of a committed version, mounted through FUSE.
 #[derive(Debug, Parser)]
-#[command(name = "forkvol", version, disable_help_subcommand = true, infer_subcommands = false)]
+#[command(
+    name = "forkvol",
+    version,
+    disable_help_subcommand = true,
+    infer_subcommands = false
+)]
 struct Cli {
     /// The store's folder (default: the service's, else your own)
     #[arg(long, global = true, value_name = "DIR")]
@@ -330,14 +335,18 @@ pub fn main() -> ExitCode {
     // Before the command's own arguments begin.
     let own = arguments.iter().skip(1).take_while(|a| *a != "--");
     let json = own.clone().any(|a| a == "--json");
-    let parsed = Cli::command().try_get_matches_from(&arguments).and_then(|matches| {
-        let cli = Cli::from_arg_matches(&matches)?;
-        Ok((cli, matches))
-    });
+    let parsed = Cli::command()
+        .try_get_matches_from(&arguments)
+        .and_then(|matches| {
+            let cli = Cli::from_arg_matches(&matches)?;
+            Ok((cli, matches))
+        });
     match parsed {
         Ok((cli, matches)) => dispatch(cli, &matches),
         Err(error) => {
-            let is_run = own.filter(|a| !a.to_string_lossy().starts_with('-')).any(|a| a == "run");
+            let is_run = own
+                .filter(|a| !a.to_string_lossy().starts_with('-'))
+                .any(|a| a == "run");
             misused(&error, is_run, json)
         }
     }
@@ -353,16 +362,29 @@ fn misused(error: &clap::Error, is_run: bool, json: bool) -> ExitCode {
         }
         kind => {
             let text = error.to_string();
-            let mut lines = text.lines().map(str::trim).take_while(|l| !l.starts_with("Usage:"));
-            let first = lines.next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+            let mut lines = text
+                .lines()
+                .map(str::trim)
+                .take_while(|l| !l.starts_with("Usage:"));
+            let first = lines
+                .next()
+                .unwrap_or_default()
+                .trim_start_matches("error: ")
+                .to_owned();
             let rest: Vec<&str> = lines.filter(|l| !l.is_empty()).collect();
             let message = match kind {
-                ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => "a command is missing".into(),
+                ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+                    "a command is missing".into()
+                }
                 _ if rest.is_empty() => first,
-                _ => format!("{first} {}", rest.join(", ")),
+                _ => format!("{first}: {}", rest.join(", ")),
             };
             let failure = Failure::new(Code::Usage, message).hint("see forkvol --help");
-            let status = if is_run { exit::RUN_FAILED } else { exit::status(Code::Usage) };
+            let status = if is_run {
+                exit::RUN_FAILED
+            } else {
+                exit::status(Code::Usage)
+            };
             exit::report_as(&failure, status, json)
         }
     }
@@ -376,7 +398,11 @@ fn dispatch(cli: Cli, matches: &ArgMatches) -> ExitCode {
     let context = || -> Result<Context, Failure> {
         let config = Config::load()?;
         let place = Place::find(cli.store.as_deref(), &config)?;
-        Ok(Context { json, config, place })
+        Ok(Context {
+            json,
+            config,
+            place,
+        })
     };
     if let Command::Run(run) = cli.command {
         let matches = matches.subcommand_matches("run");
@@ -399,9 +425,11 @@ fn dispatch(cli: Cli, matches: &ArgMatches) -> ExitCode {
 fn execute(context: &Context, command: Command) -> Result<(), Failure> {
     match command {
         Command::Run(_) => Err(Failure::new(Code::Usage, "run has a status of its own")),
-        Command::Fork { volume, mountpoint, options } => {
-            forks::fork(context, &volume, &mountpoint, &options)
-        }
+        Command::Fork {
+            volume,
+            mountpoint,
+            options,
+        } => forks::fork(context, &volume, &mountpoint, &options),
         Command::Commit(options) => forks::commit(context, &options),
         Command::Mount { fork, mountpoint } => forks::mount(context, &fork, mountpoint.as_deref()),
         Command::Abandon(options) => forks::abandon(context, &options),
@@ -432,14 +460,12 @@ fn execute(context: &Context, command: Command) -> Result<(), Failure> {
             clap_complete::generate(shell, &mut Cli::command(), "forkvol", &mut text);
             output::print(&text)
         }
-        Command::Man { dir } => {
-            std::fs::create_dir_all(&dir)
-                .and_then(|()| clap_mangen::generate_to(Cli::command(), &dir))
-                .map_err(|e| {
-                    let message = format!("cannot write manual pages to {}: {e}", dir.display());
-                    Failure::new(Code::Failed, message)
-                })
-        }
+        Command::Man { dir } => std::fs::create_dir_all(&dir)
+            .and_then(|()| clap_mangen::generate_to(Cli::command(), &dir))
+            .map_err(|e| {
+                let message = format!("cannot write manual pages to {}: {e}", dir.display());
+                Failure::new(Code::Failed, message)
+            }),
     }
 }
 
@@ -447,7 +473,10 @@ fn execute(context: &Context, command: Command) -> Result<(), Failure> {
 fn settings(context: &Context, command: Option<&ConfigCommand>) -> Result<(), Failure> {
     let Context { config, place, .. } = context;
     if matches!(command, Some(ConfigCommand::Check)) {
-        let file = config.file.as_ref().map_or("none".into(), |f| f.display().to_string());
+        let file = config
+            .file
+            .as_ref()
+            .map_or("none".into(), |f| f.display().to_string());
         let document = json!({"file": config.file, "ok": true});
         return output::show(context.json, &document, |_| format!("{file}: ok\n"));
     }

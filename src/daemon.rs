@@ -120,7 +120,8 @@ pub fn run(mut options: Options) -> Result<(), Failure> {
 type Started = (Arc<Shared>, Signals, Listening, PipeReader);
 
 fn start(options: &mut Options) -> Result<Started, Failure> {
-    let failed = |what: &str, error: io::Error| Failure::new(Code::Failed, format!("{what}: {error}"));
+    let failed =
+        |what: &str, error: io::Error| Failure::new(Code::Failed, format!("{what}: {error}"));
     // Before any thread: they inherit the mask.
     let signals = Signals::block(&[process::SIGTERM, process::SIGINT, process::SIGHUP])
         .map_err(|e| failed("cannot block signals", e))?;
@@ -272,7 +273,9 @@ impl Shared {
     /// Answers `stop`: refused while forks are live, unless told to wait for them or to end them.
     fn stop(&self, stop: &Stop) -> Result<Value, Failure> {
         self.closing.store(true, Ordering::Release);
-        let wait = stop.drain.map_or(Duration::ZERO, |s| Duration::try_from_secs_f64(s).unwrap_or(Duration::MAX));
+        let wait = stop.drain.map_or(Duration::ZERO, |s| {
+            Duration::try_from_secs_f64(s).unwrap_or(Duration::MAX)
+        });
         let begun = Instant::now();
         while self.engine.live_forks() > 0 && begun.elapsed() < wait {
             std::thread::sleep(Duration::from_millis(20));
@@ -280,8 +283,10 @@ impl Shared {
         if self.engine.live_forks() > 0 && !stop.force {
             self.closing.store(false, Ordering::Release);
             let live = calls::live_fork_names(&self.engine).join(", ");
-            return Err(Failure::new(Code::Busy, format!("the daemon serves live forks: {live}"))
-                .hint("commit or abandon them, or stop with --drain or --force"));
+            return Err(
+                Failure::new(Code::Busy, format!("the daemon serves live forks: {live}"))
+                    .hint("commit or abandon them, or stop with --drain or --force"),
+            );
         }
         self.shut_down(stop.force)?;
         Ok(json!({"stopped": std::process::id()}))
@@ -315,7 +320,11 @@ impl Client {
 
     fn converse(&self, connection: &mut Connection, peer: Peer) -> Result<(), FrameError> {
         connection.set_write_timeout(Some(ANSWER_TIMEOUT))?;
-        let refused = access::admit(peer, self.shared.options.uid, self.shared.options.shared_socket);
+        let refused = access::admit(
+            peer,
+            self.shared.options.uid,
+            self.shared.options.shared_socket,
+        );
         if let Err(failure) = refused {
             return connection.send(&Answer::Error(failure));
         }
@@ -383,5 +392,9 @@ fn failure(error: EngineError) -> Failure {
         engine::Code::Busy => Code::Busy,
         engine::Code::NoSpace => Code::NoSpace,
     };
-    Failure { code, message: error.message, hint: error.hint }
+    Failure {
+        code,
+        message: error.message,
+        hint: error.hint,
+    }
 }

@@ -233,9 +233,10 @@ impl Fork {
         for edit in edits {
             match edit {
                 Edit::Attr { ino, attr } => {
-                    if !self.load(&mut layers, *ino)? {
-                        let cell = Cell::new(*ino, Inode::created(attr.clone()));
-                        layers.live.inodes.insert(*ino, cell);
+                    let known = self.load(&mut layers, *ino)?;
+                    let made = || Cell::new(*ino, Inode::created(attr.clone()));
+                    if !known {
+                        layers.live.inodes.insert(*ino, made());
                     }
                 }
                 Edit::Extent { ino, .. } | Edit::Truncate { ino, .. } | Edit::Orphan { ino } => {

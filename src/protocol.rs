@@ -45,7 +45,9 @@ impl Serialize for Bytes {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match str::from_utf8(&self.0) {
             Ok(text) => BytesForm::Text(text.into()),
-            Err(_) => BytesForm::Raw { b64: BASE64.encode(&self.0) },
+            Err(_) => BytesForm::Raw {
+                b64: BASE64.encode(&self.0),
+            },
         }
         .serialize(serializer)
     }
@@ -72,33 +74,72 @@ pub enum Request {
     /// Serves a fork on the FUSE device that comes beside this frame.
     Serve(Serve),
     /// What is known of one fork.
-    Find { fork: String },
+    Find {
+        fork: String,
+    },
     Commit(Commit),
     /// Drops forks; answers with the mounts that the client is to take away.
-    Abandon { forks: Vec<String> },
+    Abandon {
+        forks: Vec<String>,
+    },
     /// The forks that nothing uses any more.
     Orphans,
     /// The client has taken the mount of this fork away.
-    Unmounted { fork: String },
+    Unmounted {
+        fork: String,
+    },
     Forks,
     Volumes,
-    Volume { name: String },
-    RemoveVolume { name: String, force: bool },
-    RenameVolume { old: String, new: String },
-    ResetVolume { name: String },
-    Log { volume: String },
-    Rollback { volume: String, version: String },
-    Pin { version: String, pinned: bool },
-    Diff { a: String, b: String },
-    List { version: String, path: Bytes },
+    Volume {
+        name: String,
+    },
+    RemoveVolume {
+        name: String,
+        force: bool,
+    },
+    RenameVolume {
+        old: String,
+        new: String,
+    },
+    ResetVolume {
+        name: String,
+    },
+    Log {
+        volume: String,
+    },
+    Rollback {
+        volume: String,
+        version: String,
+    },
+    Pin {
+        version: String,
+        pinned: bool,
+    },
+    Diff {
+        a: String,
+        b: String,
+    },
+    List {
+        version: String,
+        path: Bytes,
+    },
     /// The content of a file, as frames after the answer [`Answer::Content`].
-    Cat { version: String, path: Bytes },
+    Cat {
+        version: String,
+        path: Bytes,
+    },
     /// A version as a tar file, in frames likewise.
-    Export { version: String },
+    Export {
+        version: String,
+    },
     /// Makes a version of a tar file, which the client sends in frames after the answer [`Answer::Send`].
-    Import { volume: String },
+    Import {
+        volume: String,
+    },
     Stats,
-    Gc { dry_run: bool },
+    Gc {
+        dry_run: bool,
+    },
     Check,
     Repair,
 }
@@ -113,7 +154,10 @@ pub struct Hello {
 impl Hello {
     /// Returns what this program says of itself.
     pub fn ours() -> Hello {
-        Hello { protocol: PROTOCOL, version: VERSION.into() }
+        Hello {
+            protocol: PROTOCOL,
+            version: VERSION.into(),
+        }
     }
 }
 
@@ -228,7 +272,11 @@ pub struct Failure {
 
 impl Failure {
     pub fn new(code: Code, message: impl Into<String>) -> Failure {
-        Failure { code, message: message.into(), hint: None }
+        Failure {
+            code,
+            message: message.into(),
+            hint: None,
+        }
     }
 
     #[must_use]
@@ -290,12 +338,18 @@ mod tests {
     fn the_stable_requests_keep_their_shape() {
         for (request, form) in [
             (
-                Request::Hello(Hello { protocol: 1, version: "0.1.0".into() }),
+                Request::Hello(Hello {
+                    protocol: 1,
+                    version: "0.1.0".into(),
+                }),
                 json!({"hello": {"protocol": 1, "version": "0.1.0"}}),
             ),
             (Request::Status, json!("status")),
             (
-                Request::Stop(Stop { force: false, drain: Some(1.5) }),
+                Request::Stop(Stop {
+                    force: false,
+                    drain: Some(1.5),
+                }),
                 json!({"stop": {"force": false, "drain": 1.5}}),
             ),
         ] {

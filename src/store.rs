@@ -124,6 +124,9 @@ impl quick_cache::Weighter<ChunkId, Arc<[u8]>> for ChunkWeight {
     }
 }
 
+/// A key and its value.
+type Pair = (Box<[u8]>, Box<[u8]>);
+
 /// An open store.
 pub struct Store {
     dir: PathBuf,
@@ -375,11 +378,7 @@ impl Store {
     }
 
     /// All entries of a family whose keys begin with `prefix`; for the records alone, which are few.
-    fn entries(
-        &self,
-        target: Target,
-        prefix: &[u8],
-    ) -> Result<Vec<(Box<[u8]>, Box<[u8]>)>, StoreError> {
+    fn entries(&self, target: Target, prefix: &[u8]) -> Result<Vec<Pair>, StoreError> {
         self.with(|db| {
             let mode = IteratorMode::From(prefix, rocksdb::Direction::Forward);
             let mut out = Vec::new();
@@ -394,7 +393,7 @@ impl Store {
         })
     }
 
-    fn first(&self, prefix: &[u8]) -> Result<Option<(Box<[u8]>, Box<[u8]>)>, StoreError> {
+    fn first(&self, prefix: &[u8]) -> Result<Option<Pair>, StoreError> {
         self.with(|db| {
             let mode = IteratorMode::From(prefix, rocksdb::Direction::Forward);
             let first = db

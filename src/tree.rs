@@ -112,6 +112,9 @@ fn prefix_end(prefix: &[u8]) -> Option<Vec<u8>> {
     Some(end)
 }
 
+/// A key and its value.
+pub type Pair = (Vec<u8>, Vec<u8>);
+
 /// The entries between two bounds.
 pub struct Range<'a, S: Source> {
     cursor: Cursor<'a, S>,
@@ -121,7 +124,7 @@ pub struct Range<'a, S: Source> {
 }
 
 impl<S: Source> Range<'_, S> {
-    fn step(&mut self) -> Result<Option<(Vec<u8>, Vec<u8>)>, S::Error> {
+    fn step(&mut self) -> Result<Option<Pair>, S::Error> {
         if self.at.is_none() {
             let (key, skip_equal) = match &self.from {
                 Bound::Included(key) => (key.as_slice(), false),
@@ -169,7 +172,7 @@ impl<S: Source> Range<'_, S> {
 }
 
 impl<S: Source> Iterator for Range<'_, S> {
-    type Item = Result<(Vec<u8>, Vec<u8>), S::Error>;
+    type Item = Result<Pair, S::Error>;
 
     fn next(&mut self) -> Option<Self::Item> {
         self.step().transpose()

@@ -76,7 +76,11 @@ impl Client {
             .send(&Request::Hello(Hello::ours()))
             .and_then(|()| connection.receive(MAX_ANSWER, Some(HELLO_TIMEOUT)));
         match greeted {
-            Ok(Answer::Hello(hello)) => Ok(Some(Client { connection, socket: path.into(), hello })),
+            Ok(Answer::Hello(hello)) => Ok(Some(Client {
+                connection,
+                socket: path.into(),
+                hello,
+            })),
             Ok(Answer::Error(failure)) => Err(failure),
             Ok(_) | Err(FrameError::Garbage(_) | FrameError::TooLong { .. }) => Err(Failure::new(
                 Code::Unreachable,
@@ -107,7 +111,9 @@ impl Client {
 
     /// Asks for content and writes it to `out`.
     pub fn fetch(&mut self, request: &Request, out: &mut dyn io::Write) -> Result<Value, Failure> {
-        self.connection.send(request).map_err(|e| lost(&self.socket, &e))?;
+        self.connection
+            .send(request)
+            .map_err(|e| lost(&self.socket, &e))?;
         match self.receive()? {
             Answer::Content => {}
             other => return self.last(other),
@@ -118,8 +124,14 @@ impl Client {
     }
 
     /// Asks for something that is made of content, and sends that.
-    pub fn send(&mut self, request: &Request, content: &mut dyn io::Read) -> Result<Value, Failure> {
-        self.connection.send(request).map_err(|e| lost(&self.socket, &e))?;
+    pub fn send(
+        &mut self,
+        request: &Request,
+        content: &mut dyn io::Read,
+    ) -> Result<Value, Failure> {
+        self.connection
+            .send(request)
+            .map_err(|e| lost(&self.socket, &e))?;
         match self.receive()? {
             Answer::Send => {}
             other => return self.last(other),
@@ -134,8 +146,7 @@ impl Client {
     /// What the daemon says of itself.
     pub fn status(&mut self) -> Result<Status, Failure> {
         let value = self.call(&Request::Status)?;
-        serde_json::from_value(value)
-            .map_err(|e| lost(&self.socket, &FrameError::Garbage(e)))
+        serde_json::from_value(value).map_err(|e| lost(&self.socket, &FrameError::Garbage(e)))
     }
 
     /// Ends the daemon; returns when its process has gone.
@@ -176,7 +187,9 @@ impl Client {
     }
 
     fn receive(&mut self) -> Result<Answer, Failure> {
-        self.connection.receive(MAX_ANSWER, None).map_err(|e| lost(&self.socket, &e))
+        self.connection
+            .receive(MAX_ANSWER, None)
+            .map_err(|e| lost(&self.socket, &e))
     }
 
     fn answer(&mut self) -> Result<Value, Failure> {
@@ -189,7 +202,10 @@ impl Client {
             Answer::Done(value) => Ok(value),
             Answer::Error(failure) => Err(failure),
             Answer::Hello(_) | Answer::Content | Answer::Send => {
-                let message = format!("the daemon on {} answered out of turn", self.socket.display());
+                let message = format!(
+                    "the daemon on {} answered out of turn",
+                    self.socket.display()
+                );
                 Err(Failure::new(Code::Unreachable, message))
             }
         }
@@ -197,8 +213,11 @@ impl Client {
 }
 
 fn is_zombie(pid: u32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/stat"))
-        .is_ok_and(|stat| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z')))
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
+        stat.rsplit(") ")
+            .next()
+            .is_some_and(|rest| rest.starts_with('Z'))
+    })
 }
 
 fn lost(path: &Path, error: &FrameError) -> Failure {
@@ -210,24 +229,32 @@ fn lost(path: &Path, error: &FrameError) -> Failure {
 fn unreachable(path: &Path, place: &Place, error: &io::Error) -> Result<Option<Client>, Failure> {
     let failure = |message: String| Failure::new(Code::Unreachable, message);
     match (place, error.kind()) {
-        (Place::Embedded { .. }, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => Ok(None),
+        (Place::Embedded { .. }, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            Ok(None)
+        }
         (Place::Service, io::ErrorKind::PermissionDenied) => {
             let group = fs::metadata(SERVICE_SOCKET).map_or(0, |m| m.gid());
             let group = process::group_name(group).unwrap_or_else(|| group.to_string());
-            Err(failure(format!("the service's socket {SERVICE_SOCKET} is not open to you"))
-                .hint(format!("join the group {group}, or name a store of your own with --store")))
+            Err(failure(format!(
+                "the service's socket {SERVICE_SOCKET} is not open to you"
+            ))
+            .hint(format!(
+                "join the group {group}, or name a store of your own with --store"
+            )))
         }
-        (Place::Service, _) => {
-            Err(failure(format!("the service does not listen on {SERVICE_SOCKET}: {error}"))
-                .hint("start it, or remove that socket"))
-        }
-        (Place::Embedded { .. }, io::ErrorKind::PermissionDenied) => {
-            Err(failure(format!("the socket {} is not open to you", path.display()))
-                .hint("the store belongs to somebody else; name one of your own with --store"))
-        }
-        (Place::Embedded { .. }, _) => {
-            Err(failure(format!("cannot connect to {}: {error}", path.display())))
-        }
+        (Place::Service, _) => Err(failure(format!(
+            "the service does not listen on {SERVICE_SOCKET}: {error}"
+        ))
+        .hint("start it, or remove that socket")),
+        (Place::Embedded { .. }, io::ErrorKind::PermissionDenied) => Err(failure(format!(
+            "the socket {} is not open to you",
+            path.display()
+        ))
+        .hint("the store belongs to somebody else; name one of your own with --store")),
+        (Place::Embedded { .. }, _) => Err(failure(format!(
+            "cannot connect to {}: {error}",
+            path.display()
+        ))),
     }
 }
 
@@ -235,8 +262,11 @@ fn unreachable(path: &Path, place: &Place, error: &io::Error) -> Result<Option<C
 /// socket lies in a folder of such a user that no other may write to.
 fn believe(path: &Path, peer: &io::Result<socket::Peer>, place: &Place) -> Result<(), Failure> {
     let doubt = |why: String| {
-        Err(Failure::new(Code::Policy, format!("the socket {} is not to be trusted: {why}", path.display()))
-            .hint("remove it, or name another store with --store"))
+        Err(Failure::new(
+            Code::Policy,
+            format!("the socket {} is not to be trusted: {why}", path.display()),
+        )
+        .hint("remove it, or name another store with --store"))
     };
     let folder = path.parent().unwrap_or(Path::new("/"));
     let metadata = match fs::metadata(folder) {
@@ -268,11 +298,16 @@ fn believe(path: &Path, peer: &io::Result<socket::Peer>, place: &Place) -> Resul
 fn start(place: &Place) -> Result<Client, Failure> {
     let (Place::Embedded { store, .. }, Some(socket)) = (place, place.sockets().into_iter().next())
     else {
-        return Err(Failure::new(Code::Unreachable, format!("no daemon serves {place}"))
-            .hint("start the service"));
+        return Err(
+            Failure::new(Code::Unreachable, format!("no daemon serves {place}"))
+                .hint("start the service"),
+        );
     };
     let failed = |what: &str, error: io::Error| {
-        Failure::new(Code::Failed, format!("{what} the store {}: {error}", store.display()))
+        Failure::new(
+            Code::Failed,
+            format!("{what} the store {}: {error}", store.display()),
+        )
     };
     DirBuilder::new()
         .recursive(true)
@@ -318,8 +353,10 @@ fn spawn(store: &Path, socket: &Path) -> Result<(), Failure> {
         return outcome;
     }
     spawn_by(None, store, socket).unwrap_or_else(|| {
-        Err(Failure::new(Code::Unreachable, "the daemon ended before it was ready")
-            .hint(format!("see {}", store.join("log").display())))
+        Err(
+            Failure::new(Code::Unreachable, "the daemon ended before it was ready")
+                .hint(format!("see {}", store.join("log").display())),
+        )
     })
 }
 
@@ -345,17 +382,35 @@ fn spawn_by(wrapper: Option<Command>, store: &Path, socket: &Path) -> Option<Res
         None => Command::new(program),
     };
     command.arg("--store").arg(store);
-    command.args(["daemon", "run", "--embedded", "--socket"]).arg(socket);
+    command
+        .args(["daemon", "run", "--embedded", "--socket"])
+        .arg(socket);
     command.env_clear();
-    command.envs(KEPT_VARIABLES.iter().filter_map(|k| Some((k, std::env::var_os(k)?))));
-    command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    command.envs(
+        KEPT_VARIABLES
+            .iter()
+            .filter_map(|k| Some((k, std::env::var_os(k)?))),
+    );
+    command
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
     let mut child = match process::with_clean_mask(&mut command).spawn() {
         Ok(child) => child,
         Err(_) if wrapped => return None,
-        Err(e) => return Some(Err(Failure::new(Code::Failed, format!("cannot start a daemon: {e}")))),
+        Err(e) => {
+            return Some(Err(Failure::new(
+                Code::Failed,
+                format!("cannot start a daemon: {e}"),
+            )));
+        }
     };
     let mut line = String::new();
-    let read = child.stdout.take().map(|out| BufReader::new(out).read_line(&mut line));
+    let read = child
+        .stdout
+        .take()
+        .map(|out| BufReader::new(out).read_line(&mut line));
     match (read, line.trim()) {
         (Some(Ok(_)), "ready") => Some(Ok(())),
         (_, "") => {

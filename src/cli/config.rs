@@ -35,12 +35,16 @@ struct File {
 
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
     let text = String::deserialize(deserializer)?;
-    values::duration(&text).map(Some).map_err(serde::de::Error::custom)
+    values::duration(&text)
+        .map(Some)
+        .map_err(serde::de::Error::custom)
 }
 
 fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
     let text = String::deserialize(deserializer)?;
-    values::size(&text).map(Some).map_err(serde::de::Error::custom)
+    values::size(&text)
+        .map(Some)
+        .map_err(serde::de::Error::custom)
 }
 
 /// The settings in force.
@@ -54,28 +58,44 @@ pub struct Config {
 impl Config {
     /// Reads the configuration of this caller.
     pub fn load() -> Result<Config, Failure> {
-        for path in [Some(PathBuf::from(SYSTEM_FILE)), user_file()].into_iter().flatten() {
+        for path in [Some(PathBuf::from(SYSTEM_FILE)), user_file()]
+            .into_iter()
+            .flatten()
+        {
             match fs::read_to_string(&path) {
                 Ok(text) => return Config::parse(&text, &path),
-                Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                    ) => {}
                 Err(e) => {
                     let message = format!("cannot read {}: {e}", path.display());
                     return Err(Failure::new(Code::Failed, message));
                 }
             }
         }
-        Ok(Config { file: None, said: File::default() })
+        Ok(Config {
+            file: None,
+            said: File::default(),
+        })
     }
 
     fn parse(text: &str, path: &Path) -> Result<Config, Failure> {
         let said = toml::from_str(text).map_err(|error: toml::de::Error| {
-            let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            let before = error
+                .span()
+                .and_then(|span| text.get(..span.start))
+                .unwrap_or_default();
             let line = before.matches('\n').count() + 1;
             let column = before.len() - before.rfind('\n').map_or(0, |at| at + 1) + 1;
             let message = format!("{}:{line}:{column}: {}", path.display(), error.message());
             Failure::new(Code::Usage, message)
         })?;
-        Ok(Config { file: Some(path.into()), said })
+        Ok(Config {
+            file: Some(path.into()),
+            said,
+        })
     }
 
     /// The store of a caller who names none.
@@ -115,23 +135,51 @@ impl Config {
 
     /// Threads that store content at commit; `None`: one a core.
     pub fn threads(&self) -> Option<usize> {
-        self.said.threads.map(usize::from).filter(|threads| *threads > 0)
+        self.said
+            .threads
+            .map(usize::from)
+            .filter(|threads| *threads > 0)
     }
 
     /// Each setting, its value, and where that came from.
     pub fn table(&self) -> Vec<(&'static str, Value, String)> {
-        let file = self.file.as_ref().map_or_else(String::new, |f| f.display().to_string());
-        let origin = |said: bool| if said { file.clone() } else { "default".to_owned() };
+        let file = self
+            .file
+            .as_ref()
+            .map_or_else(String::new, |f| f.display().to_string());
+        let origin = |said: bool| {
+            if said {
+                file.clone()
+            } else {
+                "default".to_owned()
+            }
+        };
         let s = &self.said;
         vec![
             ("store", json!(s.store), origin(s.store.is_some())),
             ("group", json!(s.group), origin(s.group.is_some())),
-            ("idle", json!(self.idle().as_secs_f64()), origin(s.idle.is_some())),
-            ("orphan_after", json!(self.orphan_after().as_secs_f64()), origin(s.orphan_after.is_some())),
+            (
+                "idle",
+                json!(self.idle().as_secs_f64()),
+                origin(s.idle.is_some()),
+            ),
+            (
+                "orphan_after",
+                json!(self.orphan_after().as_secs_f64()),
+                origin(s.orphan_after.is_some()),
+            ),
             ("cache", json!(self.cache()), origin(s.cache.is_some())),
-            ("reserve", json!(self.reserve()), origin(s.reserve.is_some())),
+            (
+                "reserve",
+                json!(self.reserve()),
+                origin(s.reserve.is_some()),
+            ),
             ("size", json!(self.size()), origin(s.size.is_some())),
-            ("threads", json!(self.threads()), origin(s.threads.is_some())),
+            (
+                "threads",
+                json!(self.threads()),
+                origin(s.threads.is_some()),
+            ),
         ]
     }
 }
@@ -162,13 +210,20 @@ mod tests {
         assert_eq!(config.size(), 20 << 30);
         let table = config.table();
         assert!(table.contains(&("cache", json!(1 << 30), "/c.toml".into())));
-        assert!(table.iter().any(|(name, _, origin)| *name == "size" && origin == "default"));
+        assert!(
+            table
+                .iter()
+                .any(|(name, _, origin)| *name == "size" && origin == "default")
+        );
     }
 
     #[test]
     fn a_mistake_is_named_with_its_place_in_one_line() {
         for (text, part) in [
-            ("idle = \"30s\"\nchache = \"1g\"\n", "/c.toml:2:1: unknown field `chache`"),
+            (
+                "idle = \"30s\"\nchache = \"1g\"\n",
+                "/c.toml:2:1: unknown field `chache`",
+            ),
             ("\n  cache = \"lots\"", "/c.toml:2:"),
             ("threads = -1", "/c.toml:1:11:"),
             ("store = ", "/c.toml:1:"),

@@ -32,18 +32,24 @@ fn split(text: &OsStr) -> Result<(String, Option<Bytes>), Failure> {
     };
     match str::from_utf8(version) {
         Ok(version) if !version.is_empty() => Ok((version.into(), path)),
-        _ => Err(Failure::new(Code::Usage, format!("{} names no version", text.display()))
-            .hint("write VERSION:PATH")),
+        _ => Err(
+            Failure::new(Code::Usage, format!("{} names no version", text.display()))
+                .hint("write VERSION:PATH"),
+        ),
     }
 }
 
 pub fn cat(context: &Context, file: &OsStr) -> Result<(), Failure> {
     let (version, Some(path)) = split(file)? else {
-        return Err(Failure::new(Code::Usage, format!("{} names no file", file.display()))
-            .hint("write VERSION:PATH"));
+        return Err(
+            Failure::new(Code::Usage, format!("{} names no file", file.display()))
+                .hint("write VERSION:PATH"),
+        );
     };
     let mut out = io::stdout().lock();
-    context.connect()?.fetch(&Request::Cat { version, path }, &mut out)?;
+    context
+        .connect()?
+        .fetch(&Request::Cat { version, path }, &mut out)?;
     out.flush().map_err(|e| output::cannot_print(&e))
 }
 
@@ -52,7 +58,9 @@ pub fn ls(context: &Context, folder: &OsStr) -> Result<(), Failure> {
     let path = path.unwrap_or(Bytes(Vec::new()));
     let answer = context.ask(&Request::List { version, path })?;
     let entries: Vec<Value> = take(&answer, "/entries")?;
-    output::show(context.json, &answer, |_| entries.iter().map(entry_line).collect())
+    output::show(context.json, &answer, |_| {
+        entries.iter().map(entry_line).collect()
+    })
 }
 
 fn entry_line(entry: &Value) -> String {
@@ -61,7 +69,10 @@ fn entry_line(entry: &Value) -> String {
         Value::Null => String::new(),
         target => format!(" -> {}", output::path_text(target)),
     };
-    let time = entry["mtime"].as_str().and_then(|t| t.get(..19)).unwrap_or("-");
+    let time = entry["mtime"]
+        .as_str()
+        .and_then(|t| t.get(..19))
+        .unwrap_or("-");
     format!(
         "{} {:>5} {:>5} {:>10} {time} {}{target}\n",
         mode_text(number("mode") as u32),
@@ -112,7 +123,9 @@ pub fn export(context: &Context, version: String, output: &Path) -> Result<(), F
     let written = (|| {
         let failed = |e: &io::Error| file_error(&partial, e);
         let mut file = File::create(&partial).map_err(|e| failed(&e))?;
-        let is_compressed = output.extension().is_some_and(|e| e == "zst" || e == "tzst");
+        let is_compressed = output
+            .extension()
+            .is_some_and(|e| e == "zst" || e == "tzst");
         let answer = if is_compressed {
             let mut encoder =
                 zstd::stream::Encoder::new(file, ZSTD_LEVEL).map_err(|e| failed(&e))?;
@@ -154,14 +167,20 @@ pub fn import(context: &Context, volume: String, file: &Path) -> Result<(), Fail
     };
     let mut input = BufReader::with_capacity(256 << 10, input);
     let mut head = Vec::new();
-    input.by_ref().take(ZSTD_MAGIC.len() as u64).read_to_end(&mut head).map_err(failed)?;
+    input
+        .by_ref()
+        .take(ZSTD_MAGIC.len() as u64)
+        .read_to_end(&mut head)
+        .map_err(failed)?;
     let is_compressed = head == ZSTD_MAGIC;
     let whole = io::Cursor::new(head).chain(input);
     let mut content: Box<dyn Read> = match is_compressed {
         true => Box::new(zstd::stream::Decoder::new(whole).map_err(failed)?),
         false => Box::new(whole),
     };
-    let answer = context.connect()?.send(&Request::Import { volume }, &mut content)?;
+    let answer = context
+        .connect()?
+        .send(&Request::Import { volume }, &mut content)?;
     tell(&answer)?;
     output::show(context.json, &answer, version_name)
 }
@@ -174,7 +193,10 @@ mod tests {
     fn a_version_and_a_path_are_split_at_the_first_colon() {
         let of = |text: &str| split(OsStr::new(text)).map_err(|f| f.code);
         assert_eq!(of("npm@3"), Ok(("npm@3".into(), None)));
-        assert_eq!(of("npm:a:b"), Ok(("npm".into(), Some(Bytes(b"a:b".to_vec())))));
+        assert_eq!(
+            of("npm:a:b"),
+            Ok(("npm".into(), Some(Bytes(b"a:b".to_vec()))))
+        );
         assert_eq!(of(":a"), Err(Code::Usage));
         let raw = OsStr::from_bytes(b"npm:\xff");
         assert_eq!(split(raw).unwrap().1, Some(Bytes(vec![0xff])));

@@ -49,11 +49,18 @@ pub enum DaemonCommand {
 
 pub fn daemon(context: &Context, command: DaemonCommand) -> Result<(), Failure> {
     match command {
-        DaemonCommand::Run { socket, group, embedded } => run(context, socket, group, embedded),
+        DaemonCommand::Run {
+            socket,
+            group,
+            embedded,
+        } => run(context, socket, group, embedded),
         DaemonCommand::Start => status(context, context.connect()?),
         DaemonCommand::Status => status(context, running(context)?),
         DaemonCommand::Stop { drain, force } => {
-            running(context)?.stop(Stop { force, drain: as_seconds(drain) })?;
+            running(context)?.stop(Stop {
+                force,
+                drain: as_seconds(drain),
+            })?;
             output::show(context.json, &json!({"stopped": true}), |_| String::new())
         }
     }
@@ -62,8 +69,11 @@ pub fn daemon(context: &Context, command: DaemonCommand) -> Result<(), Failure> 
 /// The daemon that is there; none is started.
 fn running(context: &Context) -> Result<Client, Failure> {
     Client::connect(&context.place)?.ok_or_else(|| {
-        Failure::new(Code::Unreachable, format!("no daemon serves {}", context.place))
-            .hint("any other command starts one")
+        Failure::new(
+            Code::Unreachable,
+            format!("no daemon serves {}", context.place),
+        )
+        .hint("any other command starts one")
     })
 }
 
@@ -92,17 +102,23 @@ fn run(
 ) -> Result<(), Failure> {
     let config = &context.config;
     let (store, default_socket) = match &context.place {
-        Place::Embedded { store, .. } => (store.clone(), context.place.sockets().into_iter().next()),
+        Place::Embedded { store, .. } => {
+            (store.clone(), context.place.sockets().into_iter().next())
+        }
         // The socket that is there may be a dead one of this very service.
         Place::Service => (
-            config.store().map_or_else(|| "/var/lib/forkvol".into(), PathBuf::from),
+            config
+                .store()
+                .map_or_else(|| "/var/lib/forkvol".into(), PathBuf::from),
             Some(SERVICE_SOCKET.into()),
         ),
     };
     let socket = socket.or(default_socket).ok_or_else(|| {
         Failure::new(Code::Usage, "there is no folder for a socket").hint("name one with --socket")
     })?;
-    let group = group.as_deref().or_else(|| config.group().filter(|_| !embedded));
+    let group = group
+        .as_deref()
+        .or_else(|| config.group().filter(|_| !embedded));
     let group = match group {
         None => None,
         Some(name) => Some(process::group_id(name).ok_or_else(|| {

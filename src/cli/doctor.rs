@@ -36,15 +36,34 @@ struct Finding {
 
 impl Finding {
     fn ok(what: &'static str, message: impl Into<String>) -> Finding {
-        Finding { what, grade: Grade::Ok, message: message.into(), remedy: None }
+        Finding {
+            what,
+            grade: Grade::Ok,
+            message: message.into(),
+            remedy: None,
+        }
     }
 
-    fn warning(what: &'static str, message: impl Into<String>, remedy: impl Into<String>) -> Finding {
-        Finding { what, grade: Grade::Warning, message: message.into(), remedy: Some(remedy.into()) }
+    fn warning(
+        what: &'static str,
+        message: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Finding {
+        Finding {
+            what,
+            grade: Grade::Warning,
+            message: message.into(),
+            remedy: Some(remedy.into()),
+        }
     }
 
     fn error(what: &'static str, message: impl Into<String>, remedy: impl Into<String>) -> Finding {
-        Finding { what, grade: Grade::Error, message: message.into(), remedy: Some(remedy.into()) }
+        Finding {
+            what,
+            grade: Grade::Error,
+            message: message.into(),
+            remedy: Some(remedy.into()),
+        }
     }
 
     fn document(&self) -> Value {
@@ -63,12 +82,18 @@ pub fn doctor(context: &Context, fix: Option<Option<String>>) -> Result<(), Fail
     }
     let findings = examine(context);
     let documents: Vec<Value> = findings.iter().map(Finding::document).collect();
-    let document = json!({"version": VERSION, "store": context.place.to_string(), "findings": documents});
-    output::show(context.json, &document, |_| findings.iter().map(line).collect())?;
+    let document =
+        json!({"version": VERSION, "store": context.place.to_string(), "findings": documents});
+    output::show(context.json, &document, |_| {
+        findings.iter().map(line).collect()
+    })?;
     let errors = findings.iter().filter(|f| f.grade == Grade::Error).count();
     match errors {
         0 => Ok(()),
-        n => Err(Failure::new(Code::Failed, format!("{n} findings stand in the way"))),
+        n => Err(Failure::new(
+            Code::Failed,
+            format!("{n} findings stand in the way"),
+        )),
     }
 }
 
@@ -78,7 +103,10 @@ fn line(finding: &Finding) -> String {
         Grade::Warning => "warning",
         Grade::Error => "error",
     };
-    let remedy = finding.remedy.as_ref().map_or_else(String::new, |r| format!("\n          {r}"));
+    let remedy = finding
+        .remedy
+        .as_ref()
+        .map_or_else(String::new, |r| format!("\n          {r}"));
     format!("{mark:8}  {}: {}{remedy}\n", finding.what, finding.message)
 }
 
@@ -98,9 +126,15 @@ fn examine(context: &Context) -> Vec<Finding> {
 fn kernel_version() -> Finding {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let release = release.trim();
-    let mut numbers = release.split(['.', '-']).map_while(|n| n.parse::<u32>().ok());
+    let mut numbers = release
+        .split(['.', '-'])
+        .map_while(|n| n.parse::<u32>().ok());
     match (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) {
-        at if at < (5, 11) => Finding::error("kernel", format!("{release} is too old"), "use 5.11 or newer"),
+        at if at < (5, 11) => Finding::error(
+            "kernel",
+            format!("{release} is too old"),
+            "use 5.11 or newer",
+        ),
         at if at < (6, 16) => Finding::warning(
             "kernel",
             format!("{release}: what a program has mapped and not synced may miss a commit"),
@@ -126,11 +160,18 @@ fn helper() -> Vec<Finding> {
         return Vec::new();
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path).map(|dir| dir.join("fusermount3")).find(|p| p.is_file());
+    let found = std::env::split_paths(&path)
+        .map(|dir| dir.join("fusermount3"))
+        .find(|p| p.is_file());
     let Some(found) = found else {
-        return vec![Finding::error("fusermount3", "it is not installed", "install the package fuse3")];
+        return vec![Finding::error(
+            "fusermount3",
+            "it is not installed",
+            "install the package fuse3",
+        )];
     };
-    let setuid = fs::metadata(&found).is_ok_and(|m| m.permissions().mode() & 0o4000 != 0 && m.uid() == 0);
+    let setuid =
+        fs::metadata(&found).is_ok_and(|m| m.permissions().mode() & 0o4000 != 0 && m.uid() == 0);
     let mut findings = vec![match setuid {
         true => Finding::ok("fusermount3", found.display().to_string()),
         false => Finding::warning(
@@ -167,26 +208,36 @@ fn store(context: &Context) -> Finding {
     let Place::Embedded { store, .. } = &context.place else {
         return Finding::ok("store", context.place.to_string());
     };
-    let existing = store.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"));
+    let existing = store
+        .ancestors()
+        .find(|dir| dir.is_dir())
+        .unwrap_or(Path::new("/"));
     let text = context.place.to_string();
     let elsewhere = "choose a folder on a local disk with --store or FORKVOL_STORE";
     match fs_kind(existing) {
-        Ok(kind @ (FsKind::Nfs | FsKind::Smb | FsKind::Fuse)) => {
-            Finding::error("store", format!("{text} lies on {kind:?}, where it is not safe"), elsewhere)
-        }
+        Ok(kind @ (FsKind::Nfs | FsKind::Smb | FsKind::Fuse)) => Finding::error(
+            "store",
+            format!("{text} lies on {kind:?}, where it is not safe"),
+            elsewhere,
+        ),
         Ok(FsKind::Overlay) => Finding::warning(
             "store",
             format!("{text} lies on an overlay and goes with its container"),
             "put it on a volume of the host",
         ),
-        Ok(FsKind::Tmpfs) => {
-            Finding::warning("store", format!("{text} lies in memory and does not survive a reboot"), elsewhere)
-        }
+        Ok(FsKind::Tmpfs) => Finding::warning(
+            "store",
+            format!("{text} lies in memory and does not survive a reboot"),
+            elsewhere,
+        ),
         Ok(FsKind::Other) => match fs::metadata(store) {
             Ok(metadata) if metadata.mode() & 0o077 != 0 => Finding::warning(
                 "store",
                 format!("{text} is open to other users"),
-                format!("chmod 0700 {}, or forkvol doctor --fix=store", store.display()),
+                format!(
+                    "chmod 0700 {}, or forkvol doctor --fix=store",
+                    store.display()
+                ),
             ),
             _ => Finding::ok("store", text),
         },
@@ -195,34 +246,50 @@ fn store(context: &Context) -> Finding {
 }
 
 fn space(context: &Context) -> Option<Finding> {
-    let Place::Embedded { store, .. } = &context.place else { return None };
+    let Place::Embedded { store, .. } = &context.place else {
+        return None;
+    };
     let room = room(store.ancestors().find(|dir| dir.is_dir())?).ok()?;
-    let reserve = context.config.reserve().unwrap_or((room.total / 50).max(1 << 30));
+    let reserve = context
+        .config
+        .reserve()
+        .unwrap_or((room.total / 50).max(1 << 30));
     let free = output::size(room.available);
     Some(match room.available > reserve {
         true => Finding::ok("space", format!("{free} free")),
         false => Finding::error(
             "space",
-            format!("{free} free, of which {} are kept in reserve", output::size(reserve)),
+            format!(
+                "{free} free, of which {} are kept in reserve",
+                output::size(reserve)
+            ),
             "free some room, or run forkvol gc",
         ),
     })
 }
 
 fn daemon(context: &Context) -> Finding {
-    match Client::connect(&context.place).and_then(|client| client.map(|mut c| c.status()).transpose()) {
+    match Client::connect(&context.place)
+        .and_then(|client| client.map(|mut c| c.status()).transpose())
+    {
         Ok(Some(status)) if status.version != VERSION => Finding::warning(
             "daemon",
-            format!("pid {} is forkvol {}, this is {VERSION}", status.pid, status.version),
+            format!(
+                "pid {} is forkvol {}, this is {VERSION}",
+                status.pid, status.version
+            ),
             "it is replaced when its forks have ended",
         ),
-        Ok(Some(status)) => {
-            Finding::ok("daemon", format!("pid {} with {} live forks", status.pid, status.forks))
-        }
+        Ok(Some(status)) => Finding::ok(
+            "daemon",
+            format!("pid {} with {} live forks", status.pid, status.forks),
+        ),
         Ok(None) => Finding::ok("daemon", "not running; it is started when needed"),
-        Err(failure) => {
-            Finding::error("daemon", failure.message, failure.hint.unwrap_or_else(|| "see its log".into()))
-        }
+        Err(failure) => Finding::error(
+            "daemon",
+            failure.message,
+            failure.hint.unwrap_or_else(|| "see its log".into()),
+        ),
     }
 }
 
@@ -231,9 +298,12 @@ fn cgroup(context: &Context) -> Option<Finding> {
     if context.place == Place::Service || Path::new("/run/systemd/system").exists() {
         return None;
     }
-    let in_container = Path::new("/.dockerenv").exists() || Path::new("/run/.containerenv").exists();
+    let in_container =
+        Path::new("/.dockerenv").exists() || Path::new("/run/.containerenv").exists();
     let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let is_root = own.lines().all(|l| l.ends_with(":/") || l.ends_with("/init.scope"));
+    let is_root = own
+        .lines()
+        .all(|l| l.ends_with(":/") || l.ends_with("/init.scope"));
     if !in_container && is_root {
         return None;
     }
@@ -279,8 +349,11 @@ fn ids() -> Finding {
 /// Mends what needs no change of the kernel.
 fn mend(context: &Context, what: Option<&str>) -> Result<(), Failure> {
     if let Some(unknown) = what.filter(|w| !matches!(*w, "store" | "mounts")) {
-        return Err(Failure::new(Code::Usage, format!("there is nothing to fix called {unknown}"))
-            .hint("store or mounts"));
+        return Err(Failure::new(
+            Code::Usage,
+            format!("there is nothing to fix called {unknown}"),
+        )
+        .hint("store or mounts"));
     }
     let wanted = |name: &str| what.is_none_or(|w| w == name);
     if wanted("store")
@@ -288,7 +361,10 @@ fn mend(context: &Context, what: Option<&str>) -> Result<(), Failure> {
         && store.is_dir()
     {
         fs::set_permissions(store, fs::Permissions::from_mode(0o700)).map_err(|e| {
-            Failure::new(Code::Failed, format!("cannot close {} to others: {e}", store.display()))
+            Failure::new(
+                Code::Failed,
+                format!("cannot close {} to others: {e}", store.display()),
+            )
         })?;
     }
     if wanted("mounts") {
@@ -303,7 +379,10 @@ fn mend(context: &Context, what: Option<&str>) -> Result<(), Failure> {
 
 fn unmount_dead(path: &Path) -> Result<(), Failure> {
     let failed = |why: String| {
-        Failure::new(Code::Failed, format!("cannot unmount {}: {why}", path.display()))
+        Failure::new(
+            Code::Failed,
+            format!("cannot unmount {}: {why}", path.display()),
+        )
     };
     if process::euid() == 0 {
         return kernel::detach_abort(path).map_err(|e| failed(e.to_string()));

@@ -37,7 +37,10 @@ pub fn report_as(failure: &Failure, status: u8, json: bool) -> ExitCode {
     eprintln!("forkvol: {}", line(failure));
     if json {
         let (message, hint) = (&failure.message, &failure.hint);
-        eprintln!("{}", json!({"error": {"code": status, "message": message, "hint": hint}}));
+        eprintln!(
+            "{}",
+            json!({"error": {"code": status, "message": message, "hint": hint}})
+        );
     }
     ExitCode::from(status)
 }

@@ -11,6 +11,7 @@ use super::client::Client;
 use super::mounting::{self, By, Manner, Mountpoint};
 use super::output::{self, Shown};
 use super::values::{self, Owner};
+use super::volumes::version_name;
 use super::{AbandonOptions, CommitOptions, Context, ForkOptions};
 use crate::protocol::{self, Code, Failure, Mount, Request};
 use crate::sys;
@@ -32,7 +33,10 @@ pub struct ForkFacts {
 pub fn take<T: for<'a> Deserialize<'a>>(answer: &Value, pointer: &str) -> Result<T, Failure> {
     let part = answer.pointer(pointer).cloned().unwrap_or_default();
     serde_json::from_value(part).map_err(|e| {
-        Failure::new(Code::Unreachable, format!("the daemon's answer makes no sense: {e}"))
+        Failure::new(
+            Code::Unreachable,
+            format!("the daemon's answer makes no sense: {e}"),
+        )
     })
 }
 
@@ -73,7 +77,11 @@ fn labels(options: &ForkOptions) -> Result<BTreeMap<String, String>, Failure> {
     for path in &options.label_file {
         let wrong = |why: String| Failure::new(Code::Usage, format!("{}: {why}", path.display()));
         let text = fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
-        for line in text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')) {
+        for line in text
+            .lines()
+            .map(str::trim)
+            .filter(|l| !l.is_empty() && !l.starts_with('#'))
+        {
             labels.extend([values::label(line).map_err(wrong)?]);
         }
     }
@@ -95,7 +103,9 @@ impl ForkFacts {
 
 /// Drops a fork that could not be put to use. What fails here is only a warning: it is about something else already.
 pub fn drop_unused(client: &mut Client, fork: &str) {
-    if let Err(failure) = client.call(&Request::Abandon { forks: vec![fork.into()] }) {
+    if let Err(failure) = client.call(&Request::Abandon {
+        forks: vec![fork.into()],
+    }) {
         output::warn(&format!("fork {fork} is left over: {failure}"));
     }
 }
@@ -109,9 +119,14 @@ pub fn fork(
     let mut client = context.connect()?;
     let at = Mountpoint::prepare(mountpoint, &context.place)?;
     let made = make(context, &mut client, volume, options, None).and_then(|fork| {
-        mounting::mount(&mut client, &fork.id, &at, &fork.manner(By::default_for_caller()))
-            .map(|mount| (fork.clone(), mount))
-            .inspect_err(|_| drop_unused(&mut client, &fork.id))
+        mounting::mount(
+            &mut client,
+            &fork.id,
+            &at,
+            &fork.manner(By::default_for_caller()),
+        )
+        .map(|mount| (fork.clone(), mount))
+        .inspect_err(|_| drop_unused(&mut client, &fork.id))
     });
     let (fork, mount) = made.inspect_err(|_| at.remove_if_created())?;
     let document = json!({"fork": {
@@ -127,7 +142,10 @@ pub fn mount(context: &Context, fork: &str, mountpoint: Option<&Path>) -> Result
         let at = fork.mount.as_ref().map_or_else(String::new, |m| {
             format!(" at {}", mounting::mount_path(m).display())
         });
-        return Err(Failure::new(Code::Busy, format!("fork {} is mounted already{at}", fork.id)));
+        return Err(Failure::new(
+            Code::Busy,
+            format!("fork {} is mounted already{at}", fork.id),
+        ));
     }
     let path = match (mountpoint, &fork.mount) {
         (Some(path), _) => path,
@@ -137,8 +155,10 @@ pub fn mount(context: &Context, fork: &str, mountpoint: Option<&Path>) -> Result
             mounting::mount_path(mount)
         }
         (None, None) => {
-            return Err(Failure::new(Code::Usage, format!("fork {} has no mountpoint", fork.id))
-                .hint("name one"));
+            return Err(
+                Failure::new(Code::Usage, format!("fork {} has no mountpoint", fork.id))
+                    .hint("name one"),
+            );
         }
     };
     let at = Mountpoint::prepare(path, &context.place)?;
@@ -163,10 +183,15 @@ fn find(client: &mut Client, fork: &str) -> Result<ForkFacts, Failure> {
         .into_iter()
         .find(|f| {
             f.state == "live"
-                && f.mount.as_ref().is_some_and(|m| sys::device_numbers(m.device) == device)
+                && f.mount
+                    .as_ref()
+                    .is_some_and(|m| sys::device_numbers(m.device) == device)
         })
         .ok_or_else(|| {
-            let message = format!("the fork mounted at {} is not of this store", mounted.display());
+            let message = format!(
+                "the fork mounted at {} is not of this store",
+                mounted.display()
+            );
             Failure::new(Code::NotFound, message).hint("name its store with --store")
         })
 }
@@ -196,25 +221,21 @@ pub fn commit(context: &Context, options: &CommitOptions) -> Result<(), Failure>
         mounting::detach(&mount);
     }
     if commit.pointer("/version").is_none_or(Value::is_null) {
-        output::note(&format!("fork {} had not changed: there is no new version", fork.id));
+        output::note(&format!(
+            "fork {} had not changed: there is no new version",
+            fork.id
+        ));
     }
-    output::show(context.json, &json!({"commit": commit}), version_line)
-}
-
-/// The name of the new version, as it can be given to other commands.
-fn version_line(document: &Value) -> String {
-    let part = |pointer| document.pointer(pointer).map(output::path_text);
-    match (part("/commit/version/volume"), part("/commit/version/number")) {
-        (Some(volume), Some(number)) => format!("{volume}@{number}\n"),
-        _ => String::new(),
-    }
+    output::show(context.json, &json!({"commit": commit}), |_| {
+        version_name(&commit)
+    })
 }
 
 /// Asks the kernel to write what it holds dirty. A courtesy to programs that forget msync; nothing relies on it.
 pub fn write_back(mount: &Mount) {
     let path = mounting::mount_path(mount);
-    let is_ours = sys::mount::device_at(path)
-        .is_ok_and(|found| found == sys::device_numbers(mount.device));
+    let is_ours =
+        sys::mount::device_at(path).is_ok_and(|found| found == sys::device_numbers(mount.device));
     if is_ours && let Ok(folder) = File::open(path) {
         sys::syncfs(&folder).ok();
     }
@@ -227,7 +248,9 @@ pub fn abandon(context: &Context, options: &AbandonOptions) -> Result<(), Failur
         None => {
             let all: Vec<ForkFacts> = take(&client.call(&Request::Forks)?, "/forks")?;
             let orphans: Vec<String> = take(&client.call(&Request::Orphans)?, "/orphans")?;
-            all.into_iter().filter(|f| options.all || orphans.contains(&f.id)).collect()
+            all.into_iter()
+                .filter(|f| options.all || orphans.contains(&f.id))
+                .collect()
         }
     };
     let ids: Vec<String> = forks.iter().map(|f| f.id.clone()).collect();
@@ -237,14 +260,18 @@ pub fn abandon(context: &Context, options: &AbandonOptions) -> Result<(), Failur
     };
     let abandoned: Vec<Value> = take(&answer, "/abandoned")?;
     for fork in &forks {
-        let is_gone = abandoned.iter().any(|a| a.get("fork") == Some(&json!(fork.id)));
+        let is_gone = abandoned
+            .iter()
+            .any(|a| a.get("fork") == Some(&json!(fork.id)));
         if let Some(mount) = fork.mount.as_ref().filter(|_| is_gone) {
             mounting::detach(mount);
         }
     }
     output::show(context.json, &json!({"abandoned": abandoned}), |_| {
         let lines = abandoned.iter().filter_map(|a| a.get("fork"));
-        lines.map(|id| format!("{}\n", output::path_text(id))).collect()
+        lines
+            .map(|id| format!("{}\n", output::path_text(id)))
+            .collect()
     })?;
     match take::<Option<Failure>>(&answer, "/failed")? {
         Some(failure) => Err(failure),

@@ -32,7 +32,11 @@ pub fn of(mount: &Mount) -> Vec<Holder> {
         let foreign = is_new && namespace.is_some() && namespace != own;
         let places = namespaces.entry(namespace).or_insert_with(|| {
             let mounts = mounts_of(pid).unwrap_or_default();
-            mounts.into_iter().filter(|m| m.device == device).map(|m| m.path).collect()
+            mounts
+                .into_iter()
+                .filter(|m| m.device == device)
+                .map(|m| m.path)
+                .collect()
         });
         if places.is_empty() {
             continue;
@@ -40,7 +44,11 @@ pub fn of(mount: &Mount) -> Vec<Holder> {
         let what = uses(pid, places, device).or(foreign.then_some("another mount namespace"));
         if let Some(what) = what {
             let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            holders.push(Holder { pid, name: name.trim().into(), what });
+            holders.push(Holder {
+                pid,
+                name: name.trim().into(),
+                what,
+            });
         }
     }
     holders
@@ -60,14 +68,19 @@ fn uses(pid: u32, places: &[PathBuf], device: (u32, u32)) -> Option<&'static str
         fs::read_link(link).is_ok_and(|target| places.iter().any(|p| target.starts_with(p)))
     };
     let folder = PathBuf::from(format!("/proc/{pid}"));
-    for (link, what) in
-        [("cwd", "working directory"), ("root", "root directory"), ("exe", "program")]
-    {
+    for (link, what) in [
+        ("cwd", "working directory"),
+        ("root", "root directory"),
+        ("exe", "program"),
+    ] {
         if inside(folder.join(link)) {
             return Some(what);
         }
     }
-    let mut files = fs::read_dir(folder.join("fd")).into_iter().flatten().flatten();
+    let mut files = fs::read_dir(folder.join("fd"))
+        .into_iter()
+        .flatten()
+        .flatten();
     if files.any(|entry| inside(entry.path())) {
         return Some("open file");
     }
@@ -79,7 +92,9 @@ fn uses(pid: u32, places: &[PathBuf], device: (u32, u32)) -> Option<&'static str
 fn maps_device(maps: &[u8], (major, minor): (u32, u32)) -> bool {
     let wanted = format!("{major:02x}:{minor:02x}");
     maps.split(|b| *b == b'\n').any(|line| {
-        line.split(|b| *b == b' ').nth(3).is_some_and(|field| field == wanted.as_bytes())
+        line.split(|b| *b == b' ')
+            .nth(3)
+            .is_some_and(|field| field == wanted.as_bytes())
     })
 }
 
@@ -111,8 +126,11 @@ mod tests {
     fn a_process_in_a_folder_is_found() {
         let dir = tempfile::tempdir().unwrap();
         let path = fs::canonicalize(dir.path()).unwrap();
-        let mut child =
-            std::process::Command::new("sleep").arg("60").current_dir(&path).spawn().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .current_dir(&path)
+            .spawn()
+            .unwrap();
         let found = uses(child.id(), &[path], (0, 0));
         child.kill().unwrap();
         child.wait().unwrap();
@@ -121,7 +139,11 @@ mod tests {
 
     #[test]
     fn only_some_are_named() {
-        let holder = |pid| Holder { pid, name: "sh".into(), what: "open file" };
+        let holder = |pid| Holder {
+            pid,
+            name: "sh".into(),
+            what: "open file",
+        };
         assert_eq!(list(&[holder(1)]), "sh (pid 1: open file)");
         let many: Vec<_> = (0..9).map(holder).collect();
         assert!(list(&many).ends_with("sh (pid 4: open file), 4 more"));

@@ -41,8 +41,11 @@ pub struct Mountpoint {
 /// Refuses a path that would take something vital away. `path` has no links.
 pub fn refuse_dangerous(path: &Path, place: &Place) -> Result<(), Failure> {
     let refuse = |why: &str| {
-        Err(Failure::new(Code::Policy, format!("{} may not be covered: {why}", path.display()))
-            .hint("choose a folder below it"))
+        Err(Failure::new(
+            Code::Policy,
+            format!("{} may not be covered: {why}", path.display()),
+        )
+        .hint("choose a folder below it"))
     };
     if SACRED.iter().any(|s| path == Path::new(s)) {
         return refuse("the system needs it");
@@ -59,7 +62,11 @@ pub fn refuse_dangerous(path: &Path, place: &Place) -> Result<(), Failure> {
     {
         return Err(Failure::new(
             Code::Policy,
-            format!("{} may not be covered: the store {} lies there", path.display(), store.display()),
+            format!(
+                "{} may not be covered: the store {} lies there",
+                path.display(),
+                store.display()
+            ),
         ));
     }
     Ok(())
@@ -74,7 +81,8 @@ impl Mountpoint {
         match fs::metadata(path) {
             Ok(metadata) if !metadata.is_dir() => Err(failed(Code::Failed, "it is not a folder")),
             Ok(_) => {
-                let path = fs::canonicalize(path).map_err(|e| failed(Code::Failed, &e.to_string()))?;
+                let path =
+                    fs::canonicalize(path).map_err(|e| failed(Code::Failed, &e.to_string()))?;
                 refuse_dangerous(&path, place)?;
                 if let Some(on_top) = topmost(&path)?.filter(|m| m.kind == kernel::FS_TYPE) {
                     let source = on_top.source.to_string_lossy();
@@ -84,10 +92,14 @@ impl Mountpoint {
                 let mut entries =
                     fs::read_dir(&path).map_err(|e| failed(Code::Failed, &e.to_string()))?;
                 if entries.next().is_some() {
-                    return Err(failed(Code::Failed, "it is not empty")
-                        .hint("choose an empty folder, or use forkvol run -p, which hides what is there"));
+                    return Err(failed(Code::Failed, "it is not empty").hint(
+                        "choose an empty folder, or use forkvol run -p, which hides what is there",
+                    ));
                 }
-                Ok(Mountpoint { path, created: false })
+                Ok(Mountpoint {
+                    path,
+                    created: false,
+                })
             }
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 if fs::symlink_metadata(path).is_ok() {
@@ -96,7 +108,10 @@ impl Mountpoint {
                 let path = real_path(path).map_err(|e| failed(Code::Failed, &e.to_string()))?;
                 refuse_dangerous(&path, place)?;
                 match DirBuilder::new().mode(0o755).create(&path) {
-                    Ok(()) => Ok(Mountpoint { path, created: true }),
+                    Ok(()) => Ok(Mountpoint {
+                        path,
+                        created: true,
+                    }),
                     Err(e) if e.kind() == io::ErrorKind::NotFound => {
                         Err(failed(Code::Failed, "the folder above it does not exist")
                             .hint("only the last component is created"))
@@ -124,8 +139,12 @@ impl Mountpoint {
 
 /// Returns what is mounted on top at exactly this path.
 fn topmost(path: &Path) -> Result<Option<MountPoint>, Failure> {
-    let mounts = kernel::mounts()
-        .map_err(|e| Failure::new(Code::Failed, format!("cannot read the table of mounts: {e}")))?;
+    let mounts = kernel::mounts().map_err(|e| {
+        Failure::new(
+            Code::Failed,
+            format!("cannot read the table of mounts: {e}"),
+        )
+    })?;
     Ok(mounts.into_iter().rfind(|m| m.path == path))
 }
 
@@ -150,7 +169,11 @@ pub enum By {
 
 impl By {
     pub fn default_for_caller() -> By {
-        if process::euid() == 0 { By::Caller } else { By::Helper }
+        if process::euid() == 0 {
+            By::Caller
+        } else {
+            By::Helper
+        }
     }
 }
 
@@ -182,7 +205,10 @@ fn serve(
     fuse: &OwnedFd,
 ) -> Result<Mount, Failure> {
     let device = kernel::device_at(&at.path).map_err(|e| {
-        Failure::new(Code::Failed, format!("cannot look at the mount {}: {e}", at.path.display()))
+        Failure::new(
+            Code::Failed,
+            format!("cannot look at the mount {}: {e}", at.path.display()),
+        )
     })?;
     let mount = Mount {
         path: Bytes(at.path.as_os_str().as_bytes().to_vec()),
@@ -208,7 +234,12 @@ fn attach(at: &Path, manner: &Manner) -> Result<OwnedFd, Failure> {
         dev: manner.dev,
         allow_other: manner.by == By::Caller || user_allow_other(),
     };
-    let cannot = |why: String| Failure::new(Code::Failed, format!("cannot mount on {}: {why}", at.display()));
+    let cannot = |why: String| {
+        Failure::new(
+            Code::Failed,
+            format!("cannot mount on {}: {why}", at.display()),
+        )
+    };
     match manner.by {
         By::Caller => {
             let fuse = kernel::open_fuse().map_err(|e| explain_device(&e))?;
@@ -236,7 +267,10 @@ fn attach(at: &Path, manner: &Manner) -> Result<OwnedFd, Failure> {
 
 /// Says what is to be done where the FUSE device cannot be opened.
 pub fn explain_device(error: &io::Error) -> Failure {
-    let failure = Failure::new(Code::Failed, format!("cannot open {}: {error}", kernel::FUSE_DEVICE));
+    let failure = Failure::new(
+        Code::Failed,
+        format!("cannot open {}: {error}", kernel::FUSE_DEVICE),
+    );
     match (error.kind(), error.raw_os_error()) {
         (io::ErrorKind::NotFound, _) => failure.hint(
             "modprobe fuse; in a container, --device /dev/fuse, or on Kubernetes a device plugin for it",
@@ -254,8 +288,10 @@ pub fn explain_device(error: &io::Error) -> Failure {
 }
 
 fn explain_refusal(at: &Path, words: &str) -> Failure {
-    let failure =
-        Failure::new(Code::Failed, format!("cannot mount on {}: fusermount3: {words}", at.display()));
+    let failure = Failure::new(
+        Code::Failed,
+        format!("cannot mount on {}: fusermount3: {words}", at.display()),
+    );
     if words.contains("mount_max") || words.contains("too many FUSE filesystems") {
         return failure.hint("raise mount_max in /etc/fuse.conf, or end forks: forkvol forks");
     }
@@ -283,7 +319,11 @@ pub fn user_allow_other() -> bool {
 fn read_ahead(device: u64) {
     if process::euid() == 0 {
         let (major, minor) = crate::sys::device_numbers(device);
-        fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), "1024").ok();
+        fs::write(
+            format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"),
+            "1024",
+        )
+        .ok();
     }
 }
 
@@ -300,8 +340,11 @@ pub fn respect_busy(mount: &Mount, busy: Busy) -> Result<(), Failure> {
             return Ok(());
         }
         if Instant::now() >= deadline {
-            let message =
-                format!("{} is in use by {}", mount_path(mount).display(), holders::list(&holders));
+            let message = format!(
+                "{} is in use by {}",
+                mount_path(mount).display(),
+                holders::list(&holders)
+            );
             return Err(Failure::new(Code::Busy, message).hint("end them, or use --busy detach"));
         }
         std::thread::sleep(Duration::from_millis(100));
@@ -334,12 +377,19 @@ pub fn detach_by(mount: &Mount, by: By) {
         Ok(Some(on_top)) if on_top.device == device => {}
         Ok(Some(other)) => {
             let what = other.source.to_string_lossy();
-            return warn(&format!("{} is not unmounted: {what} is mounted there now", path.display()));
+            return warn(&format!(
+                "{} is not unmounted: {what} is mounted there now",
+                path.display()
+            ));
         }
         // Unmounted by somebody else, or mounted in a namespace that is not ours.
         Ok(None) => {
             if mount.created && path.is_dir() {
-                Mountpoint { path: path.into(), created: true }.remove_if_created();
+                Mountpoint {
+                    path: path.into(),
+                    created: true,
+                }
+                .remove_if_created();
             }
             return;
         }
@@ -361,7 +411,11 @@ pub fn detach_by(mount: &Mount, by: By) {
     };
     match result {
         Ok(()) if mount.created => {
-            Mountpoint { path: path.into(), created: true }.remove_if_created();
+            Mountpoint {
+                path: path.into(),
+                created: true,
+            }
+            .remove_if_created();
         }
         Ok(()) => {}
         Err(failure) => warn(&failure.message),
@@ -372,7 +426,9 @@ fn warn_of_holders(mount: &Mount) {
     let holders = holders::of(mount);
     if !holders.is_empty() {
         let (path, list) = (mount_path(mount).display(), holders::list(&holders));
-        warn(&format!("{path} was still in use by {list}; it is gone for them"));
+        warn(&format!(
+            "{path} was still in use by {list}; it is gone for them"
+        ));
     }
 }
 
@@ -388,20 +444,30 @@ fn take_away(path: &Path, by: By) -> Result<(), Failure> {
 }
 
 fn cannot_unmount(path: &Path, why: &str) -> Failure {
-    Failure::new(Code::Failed, format!("cannot unmount {}: {why}", path.display()))
+    Failure::new(
+        Code::Failed,
+        format!("cannot unmount {}: {why}", path.display()),
+    )
 }
 
 /// Finds the fork in whose mount a path lies; returns its device, and where it is mounted.
 pub fn fork_mount_of(path: &Path) -> Result<((u32, u32), PathBuf), Failure> {
     let none = || {
-        Failure::new(Code::NotFound, format!("no fork is mounted at {}", path.display()))
-            .hint("see forkvol forks")
+        Failure::new(
+            Code::NotFound,
+            format!("no fork is mounted at {}", path.display()),
+        )
+        .hint("see forkvol forks")
     };
     // Nothing inside a mount is looked at, for its daemon may be gone.
     let absolute = std::path::absolute(path).map_err(|_| none())?;
     let resolved = real_path(&absolute).unwrap_or(absolute);
-    let mounts = kernel::mounts()
-        .map_err(|e| Failure::new(Code::Failed, format!("cannot read the table of mounts: {e}")))?;
+    let mounts = kernel::mounts().map_err(|e| {
+        Failure::new(
+            Code::Failed,
+            format!("cannot read the table of mounts: {e}"),
+        )
+    })?;
     mounts
         .into_iter()
         .enumerate()
@@ -418,13 +484,25 @@ mod tests {
     use super::*;
 
     fn place() -> Place {
-        Place::Embedded { store: "/data/store".into(), named_by: "--store" }
+        Place::Embedded {
+            store: "/data/store".into(),
+            named_by: "--store",
+        }
     }
 
     #[test]
     fn nothing_vital_is_covered() {
         let home = fs::canonicalize(std::env::home_dir().unwrap()).unwrap();
-        for path in ["/", "/tmp", "/usr", "/proc/self", "/sys/fs", "/dev/x", "/data", "/data/store/forks"] {
+        for path in [
+            "/",
+            "/tmp",
+            "/usr",
+            "/proc/self",
+            "/sys/fs",
+            "/dev/x",
+            "/data",
+            "/data/store/forks",
+        ] {
             let failure = refuse_dangerous(Path::new(path), &place()).unwrap_err();
             assert_eq!(failure.code, Code::Policy, "{path}");
         }
@@ -460,7 +538,10 @@ mod tests {
 
     #[test]
     fn a_path_outside_every_fork_is_not_found() {
-        assert_eq!(fork_mount_of(Path::new("/")).unwrap_err().code, Code::NotFound);
+        assert_eq!(
+            fork_mount_of(Path::new("/")).unwrap_err().code,
+            Code::NotFound
+        );
     }
 
     #[test]

@@ -31,11 +31,16 @@ pub fn note(message: &str) {
 /// Prints bytes to standard output.
 pub fn print(text: &[u8]) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
-    out.write_all(text).and_then(|()| out.flush()).map_err(|e| cannot_print(&e))
+    out.write_all(text)
+        .and_then(|()| out.flush())
+        .map_err(|e| cannot_print(&e))
 }
 
 pub fn cannot_print(error: &io::Error) -> Failure {
-    Failure::new(Code::Failed, format!("cannot write to standard output: {error}"))
+    Failure::new(
+        Code::Failed,
+        format!("cannot write to standard output: {error}"),
+    )
 }
 
 /// Prints a document as one line of JSON.
@@ -44,8 +49,16 @@ pub fn print_json(document: &Value) -> Result<(), Failure> {
 }
 
 /// Prints the document, or what `text` makes of it.
-pub fn show(json: bool, document: &Value, text: impl FnOnce(&Value) -> String) -> Result<(), Failure> {
-    if json { print_json(document) } else { print(text(document).as_bytes()) }
+pub fn show(
+    json: bool,
+    document: &Value,
+    text: impl FnOnce(&Value) -> String,
+) -> Result<(), Failure> {
+    if json {
+        print_json(document)
+    } else {
+        print(text(document).as_bytes())
+    }
 }
 
 /// How a column shows a value.
@@ -71,10 +84,18 @@ pub fn table(rows: &[Value], columns: &[Column]) -> String {
     let cell = |row: &Value, (_, pointer, shown): &Column| {
         shown.text(row.pointer(pointer).unwrap_or(&Value::Null))
     };
-    let lines = rows.iter().map(|row| columns.iter().map(|c| cell(row, c)).collect());
+    let lines = rows
+        .iter()
+        .map(|row| columns.iter().map(|c| cell(row, c)).collect());
     let lines: Vec<Vec<String>> = std::iter::once(heading).chain(lines).collect();
     let widths: Vec<usize> = (0..columns.len())
-        .map(|at| lines.iter().map(|line| line[at].chars().count()).max().unwrap_or(0))
+        .map(|at| {
+            lines
+                .iter()
+                .map(|line| line[at].chars().count())
+                .max()
+                .unwrap_or(0)
+        })
         .collect();
     let mut out = String::new();
     for line in lines {
@@ -109,7 +130,9 @@ impl Shown {
             (_, Value::Null) => "-".into(),
             (Shown::Size, Value::Number(n)) => n.as_u64().map_or_else(|| n.to_string(), size),
             (Shown::Seconds, Value::Number(n)) => seconds(n.as_f64().unwrap_or(0.0)),
-            (Shown::Time, Value::String(time)) => time.get(..19).map_or_else(|| time.clone(), |t| format!("{t}Z")),
+            (Shown::Time, Value::String(time)) => time
+                .get(..19)
+                .map_or_else(|| time.clone(), |t| format!("{t}Z")),
             (Shown::Pairs, Value::Object(pairs)) => pairs
                 .iter()
                 .map(|(k, v)| format!("{k}={}", Shown::Plain.text(v)))
@@ -137,7 +160,13 @@ impl<T: AsRef<str> + ?Sized> EscapeControls for T {
             return text.to_owned();
         }
         text.chars()
-            .flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] })
+            .flat_map(|c| {
+                if c.is_control() {
+                    c.escape_default().collect::<Vec<_>>()
+                } else {
+                    vec![c]
+                }
+            })
             .collect()
     }
 }
@@ -152,7 +181,11 @@ pub fn size(bytes: u64) -> String {
     let mut value = bytes as f64;
     for unit in ["B", "KiB", "MiB", "GiB"] {
         if value < 1024.0 {
-            return if unit == "B" { format!("{bytes} B") } else { format!("{value:.1} {unit}") };
+            return if unit == "B" {
+                format!("{bytes} B")
+            } else {
+                format!("{value:.1} {unit}")
+            };
         }
         value /= 1024.0;
     }
@@ -177,10 +210,18 @@ mod tests {
 
     #[test]
     fn a_table_lines_up() {
-        let rows = [json!({"name": "npm", "size": 2048}), json!({"name": "cargo/x", "size": null})];
-        let columns: [Column; 2] =
-            [("NAME", "/name", Shown::Plain), ("SIZE", "/size", Shown::Size)];
-        assert_eq!(table(&rows, &columns), "NAME        SIZE\nnpm      2.0 KiB\ncargo/x        -\n");
+        let rows = [
+            json!({"name": "npm", "size": 2048}),
+            json!({"name": "cargo/x", "size": null}),
+        ];
+        let columns: [Column; 2] = [
+            ("NAME", "/name", Shown::Plain),
+            ("SIZE", "/size", Shown::Size),
+        ];
+        assert_eq!(
+            table(&rows, &columns),
+            "NAME        SIZE\nnpm      2.0 KiB\ncargo/x        -\n"
+        );
         assert_eq!(table(&[], &columns), "");
     }
 
@@ -188,7 +229,10 @@ mod tests {
     fn values_are_for_people_and_terminals() {
         assert_eq!(Shown::Plain.text(&json!("a\u{1b}[31m")), "a\\u{1b}[31m");
         assert_eq!(Shown::Plain.text(&json!({"b64": "/w=="})), "\u{fffd}");
-        assert_eq!(Shown::Time.text(&json!("2026-01-02T03:04:05.678Z")), "2026-01-02T03:04:05Z");
+        assert_eq!(
+            Shown::Time.text(&json!("2026-01-02T03:04:05.678Z")),
+            "2026-01-02T03:04:05Z"
+        );
         assert_eq!(Shown::Seconds.text(&json!(3725.4)), "1h02m");
         assert_eq!(Shown::Pairs.text(&json!({"os": "x", "n": 1})), "n=1 os=x");
         assert_eq!(size(1 << 40), "1.0 TiB");

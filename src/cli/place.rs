@@ -32,7 +32,9 @@ pub enum Place {
 impl Place {
     /// Finds out which store is meant: by the option, the variable, the service, or the caller's own.
     pub fn find(option: Option<&Path>, config: &Config) -> Result<Place, Failure> {
-        let variable = env::var_os("FORKVOL_STORE").filter(|v| !v.is_empty()).map(PathBuf::from);
+        let variable = env::var_os("FORKVOL_STORE")
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from);
         let (store, named_by) = match (option, variable) {
             (Some(dir), _) => (dir.to_owned(), "--store"),
             (None, Some(dir)) => (dir, "FORKVOL_STORE"),
@@ -45,7 +47,10 @@ impl Place {
             },
         };
         let store = real_path(&store).map_err(|e| {
-            Failure::new(Code::Usage, format!("the store {:?} ({named_by}): {e}", store.display()))
+            Failure::new(
+                Code::Usage,
+                format!("the store {:?} ({named_by}): {e}", store.display()),
+            )
         })?;
         Ok(Place::Embedded { store, named_by })
     }
@@ -64,10 +69,15 @@ impl Place {
         let name = format!("forkvol-{}.sock", &hash[..16]);
         // The store's owner, not the caller: root must find the daemon of a user's store.
         let uid = fs::metadata(store).map_or_else(|_| process::euid(), |m| m.uid());
-        let runtime = env::var_os("XDG_RUNTIME_DIR").filter(|v| !v.is_empty()).map(PathBuf::from);
+        let runtime = env::var_os("XDG_RUNTIME_DIR")
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from);
         let usual = PathBuf::from(format!("/run/user/{uid}"));
-        let mut folders: Vec<PathBuf> =
-            runtime.into_iter().chain([usual]).filter(|dir| dir.is_dir()).collect();
+        let mut folders: Vec<PathBuf> = runtime
+            .into_iter()
+            .chain([usual])
+            .filter(|dir| dir.is_dir())
+            .collect();
         folders.dedup();
         folders.push(env::temp_dir().join(format!("forkvol-{uid}")));
         let mut sockets: Vec<PathBuf> = folders.into_iter().map(|f| f.join(&name)).collect();
@@ -92,10 +102,12 @@ fn own_store() -> Result<PathBuf, Failure> {
     if let Some(dir) = env::var_os("XDG_DATA_HOME").filter(|v| !v.is_empty()) {
         return Ok(PathBuf::from(dir).join("forkvol"));
     }
-    env::home_dir().map(|home| home.join(".local/share/forkvol")).ok_or_else(|| {
-        Failure::new(Code::Usage, "there is no home folder for a store")
-            .hint("name one with --store or FORKVOL_STORE")
-    })
+    env::home_dir()
+        .map(|home| home.join(".local/share/forkvol"))
+        .ok_or_else(|| {
+            Failure::new(Code::Usage, "there is no home folder for a store")
+                .hint("name one with --store or FORKVOL_STORE")
+        })
 }
 
 /// Resolves links in the part of a path that exists; the rest is to be made.
@@ -117,7 +129,8 @@ pub fn real_path(path: &Path) -> io::Result<PathBuf> {
                 return Ok(out);
             }
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                let (Some(parent), Some(last)) = (existing.parent(), existing.components().next_back())
+                let (Some(parent), Some(last)) =
+                    (existing.parent(), existing.components().next_back())
                 else {
                     return Err(e);
                 };
@@ -139,18 +152,34 @@ mod tests {
         let root = fs::canonicalize(dir.path()).unwrap();
         fs::create_dir(root.join("real")).unwrap();
         std::os::unix::fs::symlink("real", root.join("link")).unwrap();
-        assert_eq!(real_path(&root.join("link/new/deep")).unwrap(), root.join("real/new/deep"));
-        assert_eq!(real_path(&root.join("link/new/../x")).unwrap(), root.join("real/x"));
+        assert_eq!(
+            real_path(&root.join("link/new/deep")).unwrap(),
+            root.join("real/new/deep")
+        );
+        assert_eq!(
+            real_path(&root.join("link/new/../x")).unwrap(),
+            root.join("real/x")
+        );
         assert_eq!(real_path(Path::new("/")).unwrap(), Path::new("/"));
     }
 
     #[test]
     fn a_socket_lies_in_the_store_unless_the_path_is_too_long() {
-        let short = Place::Embedded { store: "/s".into(), named_by: "--store" };
+        let short = Place::Embedded {
+            store: "/s".into(),
+            named_by: "--store",
+        };
         assert_eq!(short.sockets(), [Path::new("/s/forkvol.sock")]);
         let store = PathBuf::from(format!("/{}", "x".repeat(100)));
-        let long = Place::Embedded { store, named_by: "--store" }.sockets();
+        let long = Place::Embedded {
+            store,
+            named_by: "--store",
+        }
+        .sockets();
         assert!(!long.is_empty());
-        assert!(long.iter().all(|s| s.as_os_str().len() <= MAX_PATH), "{long:?}");
+        assert!(
+            long.iter().all(|s| s.as_os_str().len() <= MAX_PATH),
+            "{long:?}"
+        );
     }
 }

@@ -73,7 +73,12 @@ pub fn run(context: &Context, run: Run, matches: Option<&ArgMatches>) -> ExitCod
     let fail = |failure: &Failure| exit::report_as(failure, exit::RUN_FAILED, context.json);
     let signals = match child::watch_signals() {
         Ok(signals) => signals,
-        Err(e) => return fail(&Failure::new(Code::Failed, format!("cannot watch signals: {e}"))),
+        Err(e) => {
+            return fail(&Failure::new(
+                Code::Failed,
+                format!("cannot watch signals: {e}"),
+            ));
+        }
     };
     let wishes = match wishes(&run, matches) {
         Ok(wishes) => wishes,
@@ -88,8 +93,11 @@ pub fn run(context: &Context, run: Run, matches: Option<&ArgMatches>) -> ExitCod
         Ok(outcome) => {
             let (volumes, failed) = job.finish(outcome);
             job.report(outcome, begun, volumes);
-            let status =
-                if failed && run.options.strict { exit::RUN_FAILED } else { outcome.status };
+            let status = if failed && run.options.strict {
+                exit::RUN_FAILED
+            } else {
+                outcome.status
+            };
             ExitCode::from(status)
         }
         Err(not_run) => {
@@ -101,16 +109,28 @@ pub fn run(context: &Context, run: Run, matches: Option<&ArgMatches>) -> ExitCod
 
 fn wishes(run: &Run, matches: Option<&ArgMatches>) -> Result<Vec<Wish>, Failure> {
     let places = |name: &str| -> Vec<usize> {
-        matches.and_then(|m| m.indices_of(name)).into_iter().flatten().collect()
+        matches
+            .and_then(|m| m.indices_of(name))
+            .into_iter()
+            .flatten()
+            .collect()
     };
-    let volumes = places("volume").into_iter().zip(run.volume.iter().cloned()).collect();
-    let paths = places("path").into_iter().zip(run.path.iter().cloned()).collect();
+    let volumes = places("volume")
+        .into_iter()
+        .zip(run.volume.iter().cloned())
+        .collect();
+    let paths = places("path")
+        .into_iter()
+        .zip(run.path.iter().cloned())
+        .collect();
     paths::pair(volumes, paths)
 }
 
 struct Job<'a> {
     context: &'a Context,
     run: &'a Run,
+    /// Where the report goes, whatever the working directory is by then.
+    report: Option<PathBuf>,
     isolation: Isolation,
     by: By,
     /// The folder in which the forks are mounted.
@@ -123,8 +143,20 @@ struct Job<'a> {
 impl<'a> Job<'a> {
     fn new(context: &'a Context, run: &'a Run) -> Job<'a> {
         let by = By::default_for_caller();
-        let isolation = Isolation::None;
-        Job { context, run, isolation, by, private: None, forks: Vec::new(), binds: Vec::new() }
+        let report = run
+            .report
+            .as_ref()
+            .map(|path| std::path::absolute(path).unwrap_or_else(|_| path.clone()));
+        Job {
+            context,
+            run,
+            report,
+            isolation: Isolation::None,
+            by,
+            private: None,
+            forks: Vec::new(),
+            binds: Vec::new(),
+        }
     }
 
     fn set_up(&mut self, wishes: &[Wish]) -> Result<(), Failure> {
@@ -141,8 +173,11 @@ impl<'a> Job<'a> {
         let targets = paths::in_order(targets)?;
         self.isolate()?;
         for (at, wish) in wishes.iter().enumerate() {
-            let own: Vec<Target> =
-                targets.iter().filter(|(_, of)| *of == at).map(|(t, _)| t.clone()).collect();
+            let own: Vec<Target> = targets
+                .iter()
+                .filter(|(_, of)| *of == at)
+                .map(|(t, _)| t.clone())
+                .collect();
             self.mount(&mut client, wish, own)?;
         }
         self.put_in_place()
@@ -151,7 +186,10 @@ impl<'a> Job<'a> {
     /// Gives the command a mount namespace of its own where that is permitted.
     fn isolate(&mut self) -> Result<(), Failure> {
         let failed = |e: io::Error| {
-            Failure::new(Code::Failed, format!("cannot make a private mount namespace: {e}"))
+            Failure::new(
+                Code::Failed,
+                format!("cannot make a private mount namespace: {e}"),
+            )
         };
         if process::euid() == 0 {
             // Without the right to it, mounting will say what is missing.
@@ -170,7 +208,12 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
-    fn mount(&mut self, client: &mut Client, wish: &Wish, targets: Vec<Target>) -> Result<(), Failure> {
+    fn mount(
+        &mut self,
+        client: &mut Client,
+        wish: &Wish,
+        targets: Vec<Target>,
+    ) -> Result<(), Failure> {
         let path = match (self.isolation, targets.as_slice()) {
             (Isolation::None, [only]) => only.path.clone(),
             (Isolation::None, [_, _, ..]) => {
@@ -185,10 +228,17 @@ impl<'a> Job<'a> {
         }
         let job = Some(format!("run-{}", std::process::id()));
         let fork = forks::make(self.context, client, &wish.volume, &self.run.options, job)?;
-        let at = Mountpoint { path, created: false };
+        let at = Mountpoint {
+            path,
+            created: false,
+        };
         let mount = mounting::mount(client, &fork.id, &at, &fork.manner(self.by))
             .inspect_err(|_| forks::drop_unused(client, &fork.id))?;
-        self.forks.push(InUse { fork, mount, targets });
+        self.forks.push(InUse {
+            fork,
+            mount,
+            targets,
+        });
         Ok(())
     }
 
@@ -236,14 +286,20 @@ impl<'a> Job<'a> {
                     make_folder_open(&to)?;
                 }
                 kernel::bind(&from, &to).map_err(|e| {
-                    Failure::new(Code::Failed, format!("cannot put a fork at {}: {e}", to.display()))
+                    Failure::new(
+                        Code::Failed,
+                        format!("cannot put a fork at {}: {e}", to.display()),
+                    )
                 })?;
                 self.binds.push((from, to));
             }
             // The working directory may have been covered.
             if let Ok(folder) = folder {
                 std::env::set_current_dir(&folder).map_err(|e| {
-                    Failure::new(Code::Failed, format!("cannot enter {}: {e}", folder.display()))
+                    Failure::new(
+                        Code::Failed,
+                        format!("cannot enter {}: {e}", folder.display()),
+                    )
                 })?;
             }
         } else {
@@ -273,9 +329,18 @@ impl<'a> Job<'a> {
                     .fork
                     .volume
                     .chars()
-                    .map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' })
+                    .map(|c| {
+                        if c.is_ascii_alphanumeric() {
+                            c.to_ascii_uppercase()
+                        } else {
+                            '_'
+                        }
+                    })
                     .collect();
-                (format!("FORKVOL_DIR_{name}"), mounting::mount_path(&used.mount).to_owned())
+                (
+                    format!("FORKVOL_DIR_{name}"),
+                    mounting::mount_path(&used.mount).to_owned(),
+                )
             })
             .collect()
     }
@@ -306,7 +371,9 @@ impl<'a> Job<'a> {
             client.call(&Request::Abandon { forks: ids })?;
             return Ok(Vec::new());
         };
-        self.forks.iter().for_each(|used| forks::write_back(&used.mount));
+        self.forks
+            .iter()
+            .for_each(|used| forks::write_back(&used.mount));
         let commit = protocol::Commit {
             forks: ids.clone(),
             keep: false,
@@ -319,7 +386,8 @@ impl<'a> Job<'a> {
         };
         let answer = client.call(&Request::Commit(commit)).inspect_err(|_| {
             // Nothing else will come back for them.
-            ids.iter().for_each(|id| forks::drop_unused(&mut client, id));
+            ids.iter()
+                .for_each(|id| forks::drop_unused(&mut client, id));
         })?;
         take(&answer, "/commits")
     }
@@ -386,8 +454,10 @@ impl<'a> Job<'a> {
             return;
         }
         let ids = self.forks.iter().map(|used| used.fork.id.clone()).collect();
-        let dropped =
-            self.context.connect().and_then(|mut c| c.call(&Request::Abandon { forks: ids }));
+        let dropped = self
+            .context
+            .connect()
+            .and_then(|mut c| c.call(&Request::Abandon { forks: ids }));
         if let Err(failure) = dropped {
             warn(&exit::line(&failure));
         }
@@ -395,8 +465,13 @@ impl<'a> Job<'a> {
     }
 
     fn report(&self, outcome: Outcome, begun: Instant, volumes: Vec<Value>) {
-        let Some(path) = &self.run.report else { return };
-        let command: Vec<_> = self.run.command.iter().map(|w| w.to_string_lossy()).collect();
+        let Some(path) = &self.report else { return };
+        let command: Vec<_> = self
+            .run
+            .command
+            .iter()
+            .map(|w| w.to_string_lossy())
+            .collect();
         let document = json!({"run": {
             "command": command,
             "status": outcome.status,
@@ -406,7 +481,10 @@ impl<'a> Job<'a> {
             "volumes": volumes,
         }});
         if let Err(error) = fs::write(path, format!("{document}\n")) {
-            warn(&format!("cannot write the report {}: {error}", path.display()));
+            warn(&format!(
+                "cannot write the report {}: {error}",
+                path.display()
+            ));
         }
     }
 }
@@ -438,9 +516,16 @@ fn make_folder_open(path: &Path) -> Result<(), Failure> {
 }
 
 fn make(path: &Path, mode: u32) -> Result<(), Failure> {
-    DirBuilder::new().mode(mode).recursive(true).create(path).map_err(|e| {
-        Failure::new(Code::Failed, format!("cannot make the folder {}: {e}", path.display()))
-    })
+    DirBuilder::new()
+        .mode(mode)
+        .recursive(true)
+        .create(path)
+        .map_err(|e| {
+            Failure::new(
+                Code::Failed,
+                format!("cannot make the folder {}: {e}", path.display()),
+            )
+        })
 }
 
 #[cfg(test)]
@@ -449,7 +534,11 @@ mod tests {
 
     #[test]
     fn a_commit_depends_on_the_end() {
-        let end = |status, cancelled| Outcome { status, signal: None, cancelled };
+        let end = |status, cancelled| Outcome {
+            status,
+            signal: None,
+            cancelled,
+        };
         let all = protocol::When::Always;
         for (when, success, failure) in [
             (When::OnSuccess, Some(all), None),

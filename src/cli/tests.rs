@@ -92,10 +92,15 @@ fn what_makes_no_sense_is_refused() {
 
 #[test]
 fn the_order_of_volumes_and_paths_is_known() {
-    let words = ["forkvol", "run", "-v", "a", "-p", "/x", "-p", "/y", "-v", "b", "--", "true"];
+    let words = [
+        "forkvol", "run", "-v", "a", "-p", "/x", "-p", "/y", "-v", "b", "--", "true",
+    ];
     let matches = Cli::command().try_get_matches_from(words).unwrap();
     let matches = matches.subcommand_matches("run").unwrap();
     let places = |name: &str| matches.indices_of(name).unwrap().collect::<Vec<_>>();
     let (volumes, paths) = (places("volume"), places("path"));
-    assert!(volumes[0] < paths[0] && paths[1] < volumes[1], "{volumes:?} {paths:?}");
+    assert!(
+        volumes[0] < paths[0] && paths[1] < volumes[1],
+        "{volumes:?} {paths:?}"
+    );
 }

@@ -28,14 +28,19 @@ pub fn size(text: &str) -> Result<u64, String> {
             }
         }
     };
-    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too large"))
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| format!("{text:?} is too large"))
 }
 
 /// A time span: a number, which may have a fraction, with ms, s, m, h or d after it; seconds without.
 pub fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is not a duration such as 500ms, 30s or 10m");
     let text_ = text.trim();
-    let digits = text_.bytes().take_while(|b| b.is_ascii_digit() || *b == b'.').count();
+    let digits = text_
+        .bytes()
+        .take_while(|b| b.is_ascii_digit() || *b == b'.')
+        .count();
     let (number, unit) = text_.split_at(digits);
     let number: f64 = number.parse().map_err(|_| wrong())?;
     let unit = match unit {
@@ -84,7 +89,12 @@ pub enum Owner {
 
 pub fn owner(text: &str) -> Result<Owner, String> {
     let wrong = || format!("{text:?} is not an owner: UID[:GID], caller or keep");
-    let id = |text: &str| text.parse::<u32>().ok().filter(|id| *id != u32::MAX).ok_or_else(wrong);
+    let id = |text: &str| {
+        text.parse::<u32>()
+            .ok()
+            .filter(|id| *id != u32::MAX)
+            .ok_or_else(wrong)
+    };
     match text {
         "keep" => Ok(Owner::Keep),
         "caller" => Ok(Owner::Ids(process::euid(), Some(process::egid()))),
@@ -97,8 +107,15 @@ pub fn owner(text: &str) -> Result<Owner, String> {
 
 /// A path in which a leading `~` stands for the caller's home, for no shell may have looked at it.
 pub fn home_path(text: &str) -> Result<PathBuf, String> {
-    let Some(rest) = text.strip_prefix('~').filter(|r| r.is_empty() || r.starts_with('/')) else {
-        return if text.is_empty() { Err("the path is empty".into()) } else { Ok(text.into()) };
+    let Some(rest) = text
+        .strip_prefix('~')
+        .filter(|r| r.is_empty() || r.starts_with('/'))
+    else {
+        return if text.is_empty() {
+            Err("the path is empty".into())
+        } else {
+            Ok(text.into())
+        };
     };
     let home = std::env::home_dir().ok_or("there is no home folder for ~")?;
     Ok(home.join(rest.trim_start_matches('/')))
@@ -118,7 +135,9 @@ pub fn busy(text: &str) -> Result<Busy, String> {
         "fail" => Ok(Busy::Fail),
         _ => match text.strip_prefix("wait=") {
             Some(time) => duration(time).map(Busy::Wait),
-            None => Err(format!("{text:?} is none of detach, fail and wait=DURATION")),
+            None => Err(format!(
+                "{text:?} is none of detach, fail and wait=DURATION"
+            )),
         },
     }
 }
@@ -139,14 +158,31 @@ mod tests {
         ] {
             assert_eq!(size(text), Ok(bytes), "{text}");
         }
-        for text in ["", "g", "1.5g", "-1", "1x", "1kk", "1ibb", "99999999t", "1 g", "1ib", "1ä"] {
+        for text in [
+            "",
+            "g",
+            "1.5g",
+            "-1",
+            "1x",
+            "1kk",
+            "1ibb",
+            "99999999t",
+            "1 g",
+            "1ib",
+            "1ä",
+        ] {
             assert!(size(text).is_err(), "{text}");
         }
     }
 
     #[test]
     fn durations() {
-        for (text, millis) in [("10", 10_000), ("250ms", 250), ("1.5m", 90_000), ("2h", 7_200_000)] {
+        for (text, millis) in [
+            ("10", 10_000),
+            ("250ms", 250),
+            ("1.5m", 90_000),
+            ("2h", 7_200_000),
+        ] {
             assert_eq!(duration(text), Ok(Duration::from_millis(millis)), "{text}");
         }
         for text in ["", "s", "-1s", "1w", "1.2.3s"] {
@@ -159,9 +195,19 @@ mod tests {
         for name in ["npm", "a/b/c", "a.b_c-d", "0", &"x".repeat(128)] {
             assert_eq!(volume(name), Ok(name.to_owned()));
         }
-        for name in
-            ["", "a//b", "/a", "a/", ".a", "a-", "a b", "a/../b", "ä", "a@1", &"x".repeat(129)]
-        {
+        for name in [
+            "",
+            "a//b",
+            "/a",
+            "a/",
+            ".a",
+            "a-",
+            "a b",
+            "a/../b",
+            "ä",
+            "a@1",
+            &"x".repeat(129),
+        ] {
             assert!(volume(name).is_err(), "{name}");
         }
     }

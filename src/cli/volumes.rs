@@ -52,7 +52,10 @@ pub fn log(context: &Context, volume: String) -> Result<(), Failure> {
             .iter()
             .map(|version| {
                 let mut version = version.clone();
-                let id = version["id"].as_str().and_then(|id| id.get(..13)).map(str::to_owned);
+                let id = version["id"]
+                    .as_str()
+                    .and_then(|id| id.get(..13))
+                    .map(str::to_owned);
                 version["id"] = json!(id);
                 version
             })
@@ -76,13 +79,23 @@ pub fn log(context: &Context, volume: String) -> Result<(), Failure> {
 }
 
 pub fn diff(context: &Context, a: &str, b: &str, stat: bool) -> Result<(), Failure> {
-    let answer = context.ask(&Request::Diff { a: a.into(), b: b.into() })?;
+    let answer = context.ask(&Request::Diff {
+        a: a.into(),
+        b: b.into(),
+    })?;
     let changes: Vec<Value> = take(&answer, "/changes")?;
     if !stat {
-        return output::show(context.json, &answer, |_| changes.iter().map(change_line).collect());
+        return output::show(context.json, &answer, |_| {
+            changes.iter().map(change_line).collect()
+        });
     }
     let count = |kind: &str| changes.iter().filter(|c| c["kind"] == kind).count();
-    let sum = |field: &str| changes.iter().filter_map(|c| c[field].as_u64()).sum::<u64>();
+    let sum = |field: &str| {
+        changes
+            .iter()
+            .filter_map(|c| c[field].as_u64())
+            .sum::<u64>()
+    };
     let document = json!({
         "a": a, "b": b,
         "added": count("added"), "removed": count("removed"),
@@ -122,9 +135,16 @@ pub fn pin(context: &Context, version: String, pinned: bool) -> Result<(), Failu
     output::show(context.json, &answer, |_| String::new())
 }
 
+/// The name of the version that an answer tells of, as it can be given to other commands; nothing if it tells of none.
 pub fn version_name(answer: &Value) -> String {
-    let version = &answer["version"];
-    format!("{}@{}\n", output::path_text(&version["volume"]), version["number"])
+    match &answer["version"] {
+        Value::Null => String::new(),
+        version => format!(
+            "{}@{}\n",
+            output::path_text(&version["volume"]),
+            version["number"]
+        ),
+    }
 }
 
 pub fn stats(context: &Context, prometheus: bool) -> Result<(), Failure> {
@@ -167,18 +187,24 @@ fn exposition(answer: &Value) -> String {
     let mut text = String::new();
     let gauges = answer["stats"].as_object().into_iter().flatten();
     for (name, value) in gauges.filter(|(_, value)| value.is_number()) {
-        text.push_str(&format!("# TYPE forkvol_{name} gauge\nforkvol_{name} {value}\n"));
+        text.push_str(&format!(
+            "# TYPE forkvol_{name} gauge\nforkvol_{name} {value}\n"
+        ));
     }
     for field in ["versions", "logical_bytes", "exclusive_bytes"] {
         text.push_str(&format!("# TYPE forkvol_volume_{field} gauge\n"));
         for volume in answer["stats"]["volumes"].as_array().into_iter().flatten() {
             let name = volume["volume"].as_str().unwrap_or_default();
             let value = &volume[field];
-            text.push_str(&format!("forkvol_volume_{field}{{volume=\"{name}\"}} {value}\n"));
+            text.push_str(&format!(
+                "forkvol_volume_{field}{{volume=\"{name}\"}} {value}\n"
+            ));
         }
     }
     for (name, value) in answer["counters"].as_object().into_iter().flatten() {
-        text.push_str(&format!("# TYPE forkvol_{name}_total counter\nforkvol_{name}_total {value}\n"));
+        text.push_str(&format!(
+            "# TYPE forkvol_{name}_total counter\nforkvol_{name}_total {value}\n"
+        ));
     }
     text
 }
@@ -204,7 +230,10 @@ pub fn check(context: &Context, repair: bool, yes: bool) -> Result<(), Failure> 
         false => (Request::Check, "check"),
     };
     let answer = context.ask(&request)?;
-    let problems = answer[key]["problems"].as_array().cloned().unwrap_or_default();
+    let problems = answer[key]["problems"]
+        .as_array()
+        .cloned()
+        .unwrap_or_default();
     output::show(context.json, &answer, |answer| {
         let report = &answer[key];
         let mut text: String = problems.iter().map(problem_line).collect();
@@ -221,7 +250,10 @@ pub fn check(context: &Context, repair: bool, yes: bool) -> Result<(), Failure> 
     if problems.is_empty() || (repair && yes) {
         return Ok(());
     }
-    let failure = Failure::new(Code::Damaged, format!("the store has {} problems", problems.len()));
+    let failure = Failure::new(
+        Code::Damaged,
+        format!("the store has {} problems", problems.len()),
+    );
     Err(failure.hint(match repair {
         true => "forkvol check --repair --yes sets those versions aside",
         false => "forkvol check --repair says more",
@@ -252,14 +284,26 @@ mod tests {
             "counters": {"forks": 2},
         });
         let text = exposition(&answer);
-        assert!(text.contains("# TYPE forkvol_chunks gauge\nforkvol_chunks 3\n"), "{text}");
-        assert!(text.contains("forkvol_volume_exclusive_bytes{volume=\"a/b\"} 8\n"), "{text}");
-        assert!(text.contains("# TYPE forkvol_forks_total counter\nforkvol_forks_total 2\n"), "{text}");
+        assert!(
+            text.contains("# TYPE forkvol_chunks gauge\nforkvol_chunks 3\n"),
+            "{text}"
+        );
+        assert!(
+            text.contains("forkvol_volume_exclusive_bytes{volume=\"a/b\"} 8\n"),
+            "{text}"
+        );
+        assert!(
+            text.contains("# TYPE forkvol_forks_total counter\nforkvol_forks_total 2\n"),
+            "{text}"
+        );
     }
 
     #[test]
     fn changes_are_one_line_each() {
         assert_eq!(change_line(&json!({"kind": "added", "path": "a"})), "+ a\n");
-        assert_eq!(change_line(&json!({"kind": "renamed", "path": "b", "from": "a"})), "> a -> b\n");
+        assert_eq!(
+            change_line(&json!({"kind": "renamed", "path": "b", "from": "a"})),
+            "> a -> b\n"
+        );
     }
 }

@@ -25,9 +25,16 @@ pub fn answer(
     fds: Vec<OwnedFd>,
 ) -> Result<Result<Value, Failure>, FrameError> {
     if !fds.is_empty() && !matches!(request, Request::Serve(_)) {
-        return Ok(Err(Failure::new(Code::Usage, "no descriptor belongs to this request")));
+        return Ok(Err(Failure::new(
+            Code::Usage,
+            "no descriptor belongs to this request",
+        )));
     }
-    let call = Call { shared, engine: &shared.engine, peer };
+    let call = Call {
+        shared,
+        engine: &shared.engine,
+        peer,
+    };
     Ok(match request {
         Request::Serve(serve) => call.serve(&serve, fds),
         Request::Cat { version, path } => {
@@ -42,17 +49,25 @@ pub fn answer(
             let mut out = Outgoing::new(connection);
             let result = call.engine.export(&version, &mut out);
             out.finish()?;
-            result.map(|warnings| json!({"warnings": warnings})).map_err(failure)
+            result
+                .map(|warnings| json!({"warnings": warnings}))
+                .map_err(failure)
         }
         Request::Import { volume } => {
             connection.send(&Answer::Send)?;
             let mut content = Incoming::new(connection);
-            let result = call.engine.import(&volume, &mut content, (peer.uid, peer.gid));
+            let result = call
+                .engine
+                .import(&volume, &mut content, (peer.uid, peer.gid));
             // What the client still sends is read, so that it comes to the answer.
             if std::io::copy(&mut content, &mut std::io::sink()).is_err() || !content.is_ended() {
                 return Err(FrameError::Closed);
             }
-            result.map(|imported| json!(imported)).map_err(failure)
+            let document = |imported: engine::Imported| {
+                let version = imported.version.as_ref().map(documents::version);
+                json!({"version": version, "warnings": imported.warnings})
+            };
+            result.map(document).map_err(failure)
         }
         other => call.plain(other),
     })
@@ -157,7 +172,10 @@ impl Call<'_> {
             | Request::Cat { .. }
             | Request::Export { .. }
             | Request::Import { .. } => {
-                return Err(Failure::new(Code::Usage, "this request is answered elsewhere"));
+                return Err(Failure::new(
+                    Code::Usage,
+                    "this request is answered elsewhere",
+                ));
             }
         };
         Ok(value)
@@ -171,13 +189,19 @@ impl Call<'_> {
     fn own(&self, fork: &str) -> Result<(ForkId, ForkInfo), Failure> {
         let info = self.engine.find_fork(fork).map_err(failure)?;
         access::use_fork(self.peer, self.shared.options.uid, info.uid, fork)?;
-        let id = info.id.parse().map_err(|()| Failure::new(Code::NotFound, format!("no fork {fork}")))?;
+        let id = info
+            .id
+            .parse()
+            .map_err(|()| Failure::new(Code::NotFound, format!("no fork {fork}")))?;
         Ok((id, info))
     }
 
     fn fork(&self, fork: Fork) -> Result<Value, Failure> {
         if self.shared.closing.load(Ordering::Acquire) {
-            return Err(Failure::new(Code::Busy, "the daemon is stopping and takes no new forks"));
+            return Err(Failure::new(
+                Code::Busy,
+                "the daemon is stopping and takes no new forks",
+            ));
         }
         if fork.suid || fork.dev {
             let facts = &self.shared.options;
@@ -220,12 +244,16 @@ impl Call<'_> {
         let servable = mount::is_servable(&fd)
             .map_err(|e| usage(&format!("cannot look at the descriptor: {e}")))?;
         if !servable {
-            return Err(usage("the descriptor is not /dev/fuse, or its reads do not wait"));
+            return Err(usage(
+                "the descriptor is not /dev/fuse, or its reads do not wait",
+            ));
         }
         let mountpoint = str::from_utf8(&serve.mountpoint.0)
             .map_err(|_| usage("the mountpoint's name is not valid UTF-8"))?;
         let (id, _) = self.own(&serve.fork)?;
-        self.engine.serve(id, fd, mountpoint, serve.device, serve.created).map_err(failure)?;
+        self.engine
+            .serve(id, fd, mountpoint, serve.device, serve.created)
+            .map_err(failure)?;
         Ok(json!({}))
     }
 

@@ -21,7 +21,11 @@ fn bytes(bytes: &[u8]) -> Bytes {
 
 pub fn mount(mount: &MountInfo) -> Value {
     let path = bytes(mount.path.as_bytes());
-    json!(Mount { path, device: mount.dev, created: mount.created })
+    json!(Mount {
+        path,
+        device: mount.dev,
+        created: mount.created
+    })
 }
 
 pub fn mounts(mounts: &[MountInfo]) -> Value {

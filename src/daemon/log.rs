@@ -23,10 +23,19 @@ pub fn start(dir: Option<PathBuf>) -> Result<(), Failure> {
     let logger = match dir {
         None => logger.log_to_stderr(),
         Some(dir) => logger
-            .log_to_file(FileSpec::default().directory(dir).basename("daemon").suppress_timestamp())
+            .log_to_file(
+                FileSpec::default()
+                    .directory(dir)
+                    .basename("daemon")
+                    .suppress_timestamp(),
+            )
             .append()
             .cleanup_in_background_thread(false)
-            .rotate(Criterion::Size(FILE_SIZE), Naming::Numbers, Cleanup::KeepLogFiles(OLD_FILES)),
+            .rotate(
+                Criterion::Size(FILE_SIZE),
+                Naming::Numbers,
+                Cleanup::KeepLogFiles(OLD_FILES),
+            ),
     };
     // The handle only reconfigures; without it the log goes on.
     logger.start().map_err(failed)?;

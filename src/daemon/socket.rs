@@ -22,18 +22,28 @@ impl Listening {
     /// Binds the socket. Called by who holds the store's lock, so that a socket that is there already is dead.
     pub fn bind(path: &Path, group: Option<u32>) -> Result<Listening, Failure> {
         Self::try_bind(path, group).map_err(|error| {
-            Failure::new(Code::Failed, format!("cannot listen on {}: {error}", path.display()))
+            Failure::new(
+                Code::Failed,
+                format!("cannot listen on {}: {error}", path.display()),
+            )
         })
     }
 
     fn try_bind(path: &Path, group: Option<u32>) -> io::Result<Listening> {
         if let Some(folder) = path.parent() {
             let mode = if group.is_some() { 0o755 } else { 0o700 };
-            DirBuilder::new().recursive(true).mode(mode).create(folder)?;
+            DirBuilder::new()
+                .recursive(true)
+                .mode(mode)
+                .create(folder)?;
         }
         match fs::symlink_metadata(path) {
             Ok(found) if found.file_type().is_socket() => fs::remove_file(path)?,
-            Ok(_) => return Err(io::Error::other("something that is no socket is in the way")),
+            Ok(_) => {
+                return Err(io::Error::other(
+                    "something that is no socket is in the way",
+                ));
+            }
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(e),
         }
@@ -45,7 +55,11 @@ impl Listening {
         let mode = if group.is_some() { 0o660 } else { 0o600 };
         fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
         let identity = identity(path)?;
-        Ok(Listening { listener, path: path.into(), identity })
+        Ok(Listening {
+            listener,
+            path: path.into(),
+            identity,
+        })
     }
 
     pub fn as_fd(&self) -> BorrowedFd<'_> {
@@ -89,9 +103,16 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 /// Makes the store's folder, and refuses to put one where it would not be safe.
 pub fn make_store_folder(store: &Path) -> Result<(), Failure> {
     let failed = |error: io::Error| {
-        Failure::new(Code::Failed, format!("cannot use the store {}: {error}", store.display()))
+        Failure::new(
+            Code::Failed,
+            format!("cannot use the store {}: {error}", store.display()),
+        )
     };
-    DirBuilder::new().recursive(true).mode(0o700).create(store).map_err(failed)?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(store)
+        .map_err(failed)?;
     let kind = fs_kind(store).map_err(failed)?;
     let refused = match kind {
         FsKind::Nfs => Some("NFS"),
@@ -100,7 +121,10 @@ pub fn make_store_folder(store: &Path) -> Result<(), Failure> {
         FsKind::Overlay | FsKind::Tmpfs | FsKind::Other => None,
     };
     if let Some(kind) = refused {
-        let message = format!("the store {} lies on {kind}, where it is not safe", store.display());
+        let message = format!(
+            "the store {} lies on {kind}, where it is not safe",
+            store.display()
+        );
         return Err(Failure::new(Code::Policy, message)
             .hint("choose a folder on a local disk with --store or FORKVOL_STORE"));
     }
@@ -116,7 +140,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run").join("forkvol.sock");
         let first = Listening::bind(&path, None).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
         let second = Listening::bind(&path, None).unwrap();
         assert!(!first.is_reachable());
         drop(first);
@@ -142,7 +169,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = dir.path().join("a/b");
         make_store_folder(&store).unwrap();
-        assert_eq!(fs::metadata(&store).unwrap().permissions().mode() & 0o777, 0o700);
+        assert_eq!(
+            fs::metadata(&store).unwrap().permissions().mode() & 0o777,
+            0o700
+        );
         fs::write(dir.path().join("file"), "").unwrap();
         let error = make_store_folder(&dir.path().join("file")).unwrap_err();
         assert!(error.message.contains("file"), "{error}");

@@ -262,7 +262,7 @@ impl Engine {
         if done.root == done.sealed.root.id {
             return Ok(false);
         }
-        Ok(changed(&*done.ingest, done.sealed.root.id, done.root)? >= least)
+        Ok(changed(&done.ingest, done.sealed.root.id, done.root)? >= least)
     }
 
     fn new_version(
@@ -332,7 +332,7 @@ impl Engine {
                         volume: version.volume,
                         number: version.number,
                     });
-                    changes.push(ForkChange::Put(record.clone()));
+                    changes.push(ForkChange::Put(Box::new(record.clone())));
                 }
                 changes
             })

@@ -357,7 +357,7 @@ mod tests {
             let page = (seed >> 33) % 590;
             let len = 1 + (seed >> 50) % 8;
             let at = step * 16;
-            if seed % 5 == 0 {
+            if seed.is_multiple_of(5) {
                 content.extents.remove(page, page + len);
                 model[page as usize..(page + len) as usize].fill(None);
             } else {

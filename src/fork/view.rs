@@ -400,7 +400,13 @@ pub enum InodeView {
     Changed(Arc<Cell>, Arc<Root>),
 }
 
-type Child = ((u64, Box<[u8]>), (Ino, Kind));
+/// Where an entry stands in its directory: hash and name.
+type Place = (u64, Box<[u8]>);
+
+type Child = (Place, (Ino, Kind));
+
+/// A name and what a table or the base says of it: taken away where there is no inode.
+type Named = (Place, Option<(Ino, Kind)>);
 
 type TableEntries<'a> =
     Peekable<std::collections::btree_map::Range<'a, EntryKey, Option<(Ino, Kind)>>>;
@@ -413,8 +419,8 @@ struct Merged<'a> {
 }
 
 impl Merged<'_> {
-    fn step(&mut self) -> Result<Option<((u64, Box<[u8]>), Option<(Ino, Kind)>)>, FsError> {
-        let mut least: Option<(u64, Box<[u8]>)> = None;
+    fn step(&mut self) -> Result<Option<Named>, FsError> {
+        let mut least: Option<Place> = None;
         for entries in &mut self.tables {
             if let Some(((_, hash, name), _)) = entries.peek()
                 && least

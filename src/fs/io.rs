@@ -266,7 +266,7 @@ impl<'a> Change<'a> {
     pub fn zero_tail(&mut self, inode: &mut Inode, before: u64) -> Result<(), FsError> {
         let size = inode.attr.size;
         let page = size / PAGE;
-        if size % PAGE == 0 || before <= page {
+        if size.is_multiple_of(PAGE) || before <= page {
             return Ok(());
         }
         match inode.content.pieces(page, page + 1).first() {

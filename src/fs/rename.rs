@@ -78,11 +78,9 @@ impl Fs {
         }
         self.check_no_cycle(&tx.layers, source, to)?;
         match (mode, target) {
-            (RenameMode::Exchange, Some(target)) => {
-                self.check_no_cycle(&tx.layers, target, from)?
-            }
-            _ => self.check_replace(&tx, source.1, target, old, new)?,
-        }
+            (RenameMode::Exchange, Some(target)) => self.check_no_cycle(&tx.layers, target, from),
+            _ => self.check_replace(&tx, source.1, target, old, new),
+        }?;
         // Names stand still now; what follows needs the inodes themselves, and looks nothing up any more.
         let mut inos = vec![from, to, source.0];
         inos.extend(target.map(|(ino, _)| ino));

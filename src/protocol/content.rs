@@ -26,7 +26,10 @@ pub struct Outgoing<'a> {
 
 impl<'a> Outgoing<'a> {
     pub fn new(connection: &'a mut Connection) -> Outgoing<'a> {
-        Outgoing { connection, gathered: Vec::with_capacity(GATHER) }
+        Outgoing {
+            connection,
+            gathered: Vec::with_capacity(GATHER),
+        }
     }
 
     /// Ends the row of frames.
@@ -52,7 +55,9 @@ impl Write for Outgoing<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         if !self.gathered.is_empty() {
-            self.connection.send_content(&self.gathered).map_err(to_io)?;
+            self.connection
+                .send_content(&self.gathered)
+                .map_err(to_io)?;
             self.gathered.clear();
         }
         Ok(())
@@ -69,7 +74,12 @@ pub struct Incoming<'a> {
 
 impl<'a> Incoming<'a> {
     pub fn new(connection: &'a mut Connection) -> Incoming<'a> {
-        Incoming { connection, frame: Vec::new(), read: 0, ended: false }
+        Incoming {
+            connection,
+            frame: Vec::new(),
+            read: 0,
+            ended: false,
+        }
     }
 
     /// Whether all frames have been read, so that the connection can go on.
@@ -81,7 +91,10 @@ impl<'a> Incoming<'a> {
 impl Read for Incoming<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.read == self.frame.len() && !self.ended {
-            self.frame = self.connection.receive_content(MAX_CONTENT, Some(TIMEOUT)).map_err(to_io)?;
+            self.frame = self
+                .connection
+                .receive_content(MAX_CONTENT, Some(TIMEOUT))
+                .map_err(to_io)?;
             self.read = 0;
             self.ended = self.frame.is_empty();
         }

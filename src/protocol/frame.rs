@@ -45,7 +45,10 @@ pub struct Connection {
 
 impl Connection {
     pub fn new(stream: UnixStream) -> Connection {
-        Connection { stream, fds: Vec::new() }
+        Connection {
+            stream,
+            fds: Vec::new(),
+        }
     }
 
     pub fn stream(&self) -> &UnixStream {
@@ -93,8 +96,10 @@ impl Connection {
         mut fd: Option<BorrowedFd<'_>>,
     ) -> Result<(), FrameError> {
         let length = frame.len() - 4;
-        let header = u32::try_from(length)
-            .map_err(|_| FrameError::TooLong { length, limit: u32::MAX as usize })?;
+        let header = u32::try_from(length).map_err(|_| FrameError::TooLong {
+            length,
+            limit: u32::MAX as usize,
+        })?;
         frame[..4].copy_from_slice(&header.to_be_bytes());
         let mut rest = frame.as_slice();
         while !rest.is_empty() {
@@ -110,7 +115,9 @@ impl Connection {
         limit: usize,
         timeout: Option<Duration>,
     ) -> Result<T, FrameError> {
-        Ok(serde_json::from_slice(&self.receive_content(limit, timeout)?)?)
+        Ok(serde_json::from_slice(
+            &self.receive_content(limit, timeout)?,
+        )?)
     }
 
     /// Reads a frame as it is.
@@ -181,7 +188,10 @@ mod tests {
         assert_eq!(b.receive_content(100, SOON).unwrap(), b"\xffthree");
         assert_eq!(b.receive_content(100, SOON).unwrap(), b"");
         drop(a);
-        assert!(matches!(b.receive::<i32>(100, SOON), Err(FrameError::Closed)));
+        assert!(matches!(
+            b.receive::<i32>(100, SOON),
+            Err(FrameError::Closed)
+        ));
     }
 
     #[test]
@@ -189,10 +199,15 @@ mod tests {
         let (a, mut b) = pair();
         (&a.stream).write_all(&u32::MAX.to_be_bytes()).unwrap();
         let error = b.receive::<i32>(100, SOON).unwrap_err();
-        assert!(matches!(error, FrameError::TooLong { limit: 100, .. }), "{error}");
+        assert!(
+            matches!(error, FrameError::TooLong { limit: 100, .. }),
+            "{error}"
+        );
         let (a, mut b) = pair();
         (&a.stream).write_all(&[0, 0, 0, 9, b'"']).unwrap();
-        let error = b.receive::<i32>(100, Some(Duration::from_millis(20))).unwrap_err();
+        let error = b
+            .receive::<i32>(100, Some(Duration::from_millis(20)))
+            .unwrap_err();
         assert!(matches!(error, FrameError::TimedOut), "{error}");
     }
 
@@ -200,6 +215,9 @@ mod tests {
     fn garbage_is_told_from_a_message() {
         let (mut a, mut b) = pair();
         a.send_content(b"GET / HTTP/1.1").unwrap();
-        assert!(matches!(b.receive::<i32>(100, SOON), Err(FrameError::Garbage(_))));
+        assert!(matches!(
+            b.receive::<i32>(100, SOON),
+            Err(FrameError::Garbage(_))
+        ));
     }
 }

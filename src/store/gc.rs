@@ -50,6 +50,9 @@ pub struct VolumeStats {
     pub exclusive_bytes: u64,
 }
 
+/// An id and what the index says of it.
+type Indexed = ([u8; 32], Vec<u8>);
+
 impl Store {
     /// Removes everything that no version, fork or lease reaches. `roots` are those that only the caller knows of.
     ///
@@ -179,12 +182,7 @@ impl Store {
     }
 
     /// Up to `count` ids of a family from `from` on; values only of `sizes`.
-    fn keys(
-        &self,
-        target: Target,
-        from: &[u8],
-        count: usize,
-    ) -> Result<Vec<([u8; 32], Vec<u8>)>, StoreError> {
+    fn keys(&self, target: Target, from: &[u8], count: usize) -> Result<Vec<Indexed>, StoreError> {
         self.with(|db| {
             let mut options = ReadOptions::default();
             options.fill_cache(false);

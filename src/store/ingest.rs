@@ -124,10 +124,12 @@ pub struct Ingest {
     new_bytes: AtomicU64,
 }
 
+/// A stored value by id; of a chunk also its raw length.
+type Item = (Target, [u8; 32], Vec<u8>, u64);
+
 #[derive(Default)]
 struct Pending {
-    /// Stored values by id; chunks with their raw length.
-    items: Vec<(Target, [u8; 32], Vec<u8>, u64)>,
+    items: Vec<Item>,
     seen: HashSet<[u8; 32]>,
     bytes: usize,
     spilled: bool,
@@ -216,7 +218,7 @@ impl Ingest {
     }
 
     /// Writes content ahead, without WAL.
-    fn spill(&self, items: Vec<(Target, [u8; 32], Vec<u8>, u64)>) -> Result<(), StoreError> {
+    fn spill(&self, items: Vec<Item>) -> Result<(), StoreError> {
         self.store
             .unflushed
             .lock()
@@ -267,7 +269,7 @@ pub enum ForkChange {
     /// It is over; these inode numbers were never used.
     Remove(ForkId, Vec<Range<u64>>),
     /// It goes on, on top of its new version.
-    Put(Fork),
+    Put(Box<Fork>),
 }
 
 /// What one publish makes true at once.
@@ -366,11 +368,7 @@ impl Store {
         Ok(versions)
     }
 
-    fn put_items(
-        &self,
-        batch: &mut WriteBatch,
-        items: &[(Target, [u8; 32], Vec<u8>, u64)],
-    ) -> Result<(), StoreError> {
+    fn put_items(&self, batch: &mut WriteBatch, items: &[Item]) -> Result<(), StoreError> {
         for (target, id, stored, raw) in items {
             self.put(batch, *target, id, stored)?;
             if *target == Target::Chunks {

@@ -121,7 +121,7 @@ fn apply_level<S: Source>(
                 {
                     replaced = edited == key;
                     taken.edit(&edited, edit, |value| {
-                        cutter.push(&edited, value, inner, sink)
+                        cutter.push(&edited, value, inner, sink);
                     });
                 }
                 if !replaced && !taken.covers(key) {
@@ -131,7 +131,7 @@ fn apply_level<S: Source>(
             if cursor.is_last() {
                 for (edited, edit) in edits.by_ref() {
                     taken.edit(&edited, edit, |value| {
-                        cutter.push(&edited, value, inner, sink)
+                        cutter.push(&edited, value, inner, sink);
                     });
                 }
                 cutter.flush(inner, sink);

@@ -10,7 +10,7 @@ use forkvol::store::ForkId;
 use forkvol::sys::mount;
 
 pub struct TestStore {
-    pub dir: tempfile::TempDir,
+    _dir: tempfile::TempDir,
     pub engine: Arc<Engine>,
 }
 
@@ -33,9 +33,12 @@ impl Drop for TestMount {
 impl TestStore {
     pub fn new() -> TestStore {
         let dir = tempfile::tempdir().unwrap();
-        let config = EngineConfig { reserve: Some(0), ..EngineConfig::default() };
+        let config = EngineConfig {
+            reserve: Some(0),
+            ..EngineConfig::default()
+        };
         let engine = Engine::open(&dir.path().join("store"), config).unwrap();
-        TestStore { dir, engine }
+        TestStore { _dir: dir, engine }
     }
 
     pub fn fork(&self, volume: &str) -> TestMount {
@@ -81,9 +84,15 @@ impl TestStore {
         };
         mount::mount_fuse(&fuse, &path, &options).expect("these tests need root");
         let dev = mount::device_number(mount::device_at(&path).unwrap());
-        self.engine.serve(id, fuse.into(), path.to_str().unwrap(), dev, false).unwrap();
+        self.engine
+            .serve(id, fuse.into(), path.to_str().unwrap(), dev, false)
+            .unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().dev(), dev);
-        TestMount { id, path, _dir: dir }
+        TestMount {
+            id,
+            path,
+            _dir: dir,
+        }
     }
 
     /// Commits and takes the mount away; returns the number of the new version.
@@ -121,6 +130,11 @@ pub fn sh(dir: &Path, script: &str) -> String {
         .output()
         .unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(output.status.success(), "{script}\n{}{}", text(&output.stdout), text(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{script}\n{}{}",
+        text(&output.stdout),
+        text(&output.stderr)
+    );
     text(&output.stdout)
 }

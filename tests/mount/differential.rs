@@ -48,7 +48,12 @@ fn op(random: &mut Random) -> Op {
     match random.next(20) {
         0..=5 => {
             let at = random.next(40_000);
-            Op::Write(p, at, random.next(256) as u8, 1 + random.next(9000) as usize)
+            Op::Write(
+                p,
+                at,
+                random.next(256) as u8,
+                1 + random.next(9000) as usize,
+            )
         }
         6 => Op::Read(p, random.next(50_000), 20_000),
         7 => Op::Truncate(p, random.next(60_000)),
@@ -70,9 +75,9 @@ fn run(root: &Path, op: &Op) -> Result<Vec<u8>, i32> {
     let at = |p: &PathBuf| root.join(p);
     let open = |p: &PathBuf| File::options().read(true).write(true).open(at(p));
     let result: io::Result<Vec<u8>> = match op {
-        Op::Write(p, offset, byte, len) => {
-            open(p).and_then(|f| f.write_all_at(&vec![*byte; *len], *offset)).map(|()| vec![])
-        }
+        Op::Write(p, offset, byte, len) => open(p)
+            .and_then(|f| f.write_all_at(&vec![*byte; *len], *offset))
+            .map(|()| vec![]),
         Op::Read(p, offset, len) => open(p).and_then(|f| {
             let mut bytes = vec![0; *len];
             let n = f.read_at(&mut bytes, *offset)?;
@@ -86,8 +91,14 @@ fn run(root: &Path, op: &Op) -> Result<Vec<u8>, i32> {
         Op::Rename(a, b) => fs::rename(at(a), at(b)).map(|()| vec![]),
         Op::Link(a, b) => fs::hard_link(at(a), at(b)).map(|()| vec![]),
         Op::Symlink(a, b) => std::os::unix::fs::symlink(a, at(b)).map(|()| vec![]),
-        Op::Chmod(p, mode) => fs::set_permissions(at(p), fs::Permissions::from_mode(*mode)).map(|()| vec![]),
-        Op::Create(p) => File::options().write(true).create_new(true).open(at(p)).map(|_| vec![]),
+        Op::Chmod(p, mode) => {
+            fs::set_permissions(at(p), fs::Permissions::from_mode(*mode)).map(|()| vec![])
+        }
+        Op::Create(p) => File::options()
+            .write(true)
+            .create_new(true)
+            .open(at(p))
+            .map(|_| vec![]),
         Op::Copy(a, b) => fs::copy(at(a), at(b)).map(|n| n.to_le_bytes().to_vec()),
         Op::List(p) => fs::read_dir(at(p)).map(|entries| {
             let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().into_vec()).collect();
@@ -106,12 +117,20 @@ fn rounds(seed: u64, steps: usize) {
     let store = TestStore::new();
     let host = tempfile::tempdir().unwrap();
     let mut mount = store.fork("v");
-    fs::set_permissions(host.path(), fs::metadata(&mount.path).unwrap().permissions()).unwrap();
+    fs::set_permissions(
+        host.path(),
+        fs::metadata(&mount.path).unwrap().permissions(),
+    )
+    .unwrap();
     for step in 0..steps {
         let op = op(&mut random);
         let (ours, theirs) = (run(&mount.path, &op), run(host.path(), &op));
-        assert!(ours == theirs, "seed {seed}, step {step}: {op:?}: {:?} on the fork, {:?} on the host", 
-            ours.map(|b| b.len()), theirs.map(|b| b.len()));
+        assert!(
+            ours == theirs,
+            "seed {seed}, step {step}: {op:?}: {:?} on the fork, {:?} on the host",
+            ours.map(|b| b.len()),
+            theirs.map(|b| b.len())
+        );
         match random.next(300) {
             0 => {
                 store.commit(mount);
@@ -129,7 +148,11 @@ fn rounds(seed: u64, steps: usize) {
             _ => {}
         }
         if step % 500 == 499 {
-            assert_eq!(sh(&mount.path, TREE), sh(host.path(), TREE), "seed {seed}, step {step}");
+            assert_eq!(
+                sh(&mount.path, TREE),
+                sh(host.path(), TREE),
+                "seed {seed}, step {step}"
+            );
         }
     }
     assert_eq!(sh(&mount.path, TREE), sh(host.path(), TREE), "seed {seed}");

@@ -41,7 +41,12 @@ fn an_unlinked_file_stays_readable_and_growable_while_it_is_open() {
     let store = TestStore::new();
     let mount = store.fork("v");
     let path = mount.path.join("f");
-    let mut file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    let mut file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .unwrap();
     file.write_all(b"before").unwrap();
     fs::remove_file(&path).unwrap();
     file.write_all(b" after").unwrap();
@@ -66,7 +71,10 @@ fn a_suid_program_loses_its_rights_when_another_user_writes_it() {
         "#,
     );
     assert_eq!(id.trim(), "65534");
-    assert_eq!(fs::metadata(mount.path.join("id")).unwrap().mode() & 0o7777, 0o777);
+    assert_eq!(
+        fs::metadata(mount.path.join("id")).unwrap().mode() & 0o7777,
+        0o777
+    );
 }
 
 #[test]
@@ -76,7 +84,11 @@ fn truncating_down_and_up_again_shows_zeros() {
     fs::write(base.path.join("f"), vec![7; 300_000]).unwrap();
     store.commit(base);
     let mount = store.fork("v");
-    let file = File::options().read(true).write(true).open(mount.path.join("f")).unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(mount.path.join("f"))
+        .unwrap();
     file.set_len(100_001).unwrap();
     file.set_len(300_000).unwrap();
     let mut bytes = vec![1; 300_000];
@@ -93,8 +105,15 @@ fn a_copy_shares_content_until_either_side_is_written() {
     let before = store.engine.forks().unwrap()[0].bytes;
     fs::copy(mount.path.join("a"), mount.path.join("b")).unwrap();
     let after = store.engine.forks().unwrap()[0].bytes;
-    assert!(after - before < 1 << 20, "{} bytes for a copy", after - before);
-    let a = File::options().write(true).open(mount.path.join("a")).unwrap();
+    assert!(
+        after - before < 1 << 20,
+        "{} bytes for a copy",
+        after - before
+    );
+    let a = File::options()
+        .write(true)
+        .open(mount.path.join("a"))
+        .unwrap();
     a.write_all_at(b"changed", 5000).unwrap();
     assert!(fs::read(mount.path.join("b")).unwrap() == bytes);
     let mut changed = bytes.clone();
@@ -102,7 +121,10 @@ fn a_copy_shares_content_until_either_side_is_written() {
     assert!(fs::read(mount.path.join("a")).unwrap() == changed);
     store.commit(mount);
     let next = store.fork("v");
-    assert!(fs::read(next.path.join("a")).unwrap() == changed && fs::read(next.path.join("b")).unwrap() == bytes);
+    assert!(
+        fs::read(next.path.join("a")).unwrap() == changed
+            && fs::read(next.path.join("b")).unwrap() == bytes
+    );
     drop(next);
     store.check();
 }
@@ -115,12 +137,20 @@ fn a_commit_with_keep_while_a_writer_runs_is_one_point_in_time() {
     // Each round writes one number all over two files, the first file first.
     let writer = std::thread::spawn(move || {
         let open = |name: &str| {
-            File::options().read(true).write(true).create(true).truncate(false).open(path.join(name)).unwrap()
+            File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(path.join(name))
+                .unwrap()
         };
         let (a, b) = (open("a"), open("b"));
         for round in 1..=400_u32 {
-            a.write_all_at(&round.to_le_bytes().repeat(10_000), 0).unwrap();
-            b.write_all_at(&round.to_le_bytes().repeat(10_000), 0).unwrap();
+            a.write_all_at(&round.to_le_bytes().repeat(10_000), 0)
+                .unwrap();
+            b.write_all_at(&round.to_le_bytes().repeat(10_000), 0)
+                .unwrap();
         }
     });
     let mut versions = Vec::new();
@@ -131,8 +161,14 @@ fn a_commit_with_keep_while_a_writer_runs_is_one_point_in_time() {
     versions.extend(store.commit_as(&mount, true));
     let read = |version: u64, name: &str| -> Vec<u32> {
         let mut out = Vec::new();
-        match store.engine.cat(&format!("v@{version}"), name.as_bytes(), &mut out) {
-            Ok(()) => out.chunks_exact(4).map(|n| u32::from_le_bytes(n.try_into().unwrap())).collect(),
+        match store
+            .engine
+            .cat(&format!("v@{version}"), name.as_bytes(), &mut out)
+        {
+            Ok(()) => out
+                .chunks_exact(4)
+                .map(|n| u32::from_le_bytes(n.try_into().unwrap()))
+                .collect(),
             Err(_) => Vec::new(),
         }
     };
@@ -140,9 +176,15 @@ fn a_commit_with_keep_while_a_writer_runs_is_one_point_in_time() {
     for version in versions {
         let (a, b) = (read(version, "a"), read(version, "b"));
         let round = a.iter().copied().max().unwrap_or(0);
-        assert!(round >= last, "version {version} is older than the one before");
+        assert!(
+            round >= last,
+            "version {version} is older than the one before"
+        );
         // One write is one request here, so each file holds one round, and b is at most one behind.
-        assert!(a.iter().chain(&b).all(|n| *n == round || *n + 1 == round), "version {version}");
+        assert!(
+            a.iter().chain(&b).all(|n| *n == round || *n + 1 == round),
+            "version {version}"
+        );
         assert!(b.windows(2).all(|w| w[0] == w[1]), "version {version}");
         last = round;
     }
@@ -162,7 +204,10 @@ fn later_writes_through_what_is_left_of_a_committed_mount_fail_and_the_head_stay
     assert_eq!(fs::read_to_string(&path).unwrap(), "committed");
     drop(mount);
     assert!(file.write_all(b"late").is_err());
-    assert_eq!(fs::read_to_string(store.fork("v").path.join("f")).unwrap(), "committed");
+    assert_eq!(
+        fs::read_to_string(store.fork("v").path.join("f")).unwrap(),
+        "committed"
+    );
 }
 
 #[test]
@@ -175,7 +220,11 @@ fn a_fork_unmounted_behind_our_back_can_be_mounted_again_with_everything() {
     while store.engine.forks().unwrap()[0].state != "unmounted" {
         std::thread::yield_now();
     }
-    assert_eq!(store.engine.volume("v").unwrap().head, None, "that is no commit");
+    assert_eq!(
+        store.engine.volume("v").unwrap().head,
+        None,
+        "that is no commit"
+    );
     let again = store.mount(id);
     assert_eq!(fs::read_to_string(again.path.join("f")).unwrap(), "text");
     assert_eq!(store.commit(again), Some(1));
@@ -195,7 +244,10 @@ fn a_container_with_another_mount_namespace_and_uid_works_in_a_fork() {
         ),
     );
     assert_eq!(out, "inside\n");
-    assert_eq!(fs::read_to_string(mount.path.join("f")).unwrap(), "inside\n");
+    assert_eq!(
+        fs::read_to_string(mount.path.join("f")).unwrap(),
+        "inside\n"
+    );
 }
 
 #[test]
@@ -203,13 +255,22 @@ fn df_shows_the_room_that_is_left_and_never_more_than_the_disk_has() {
     let store = TestStore::new();
     let mount = store.fork_with("v", |request| request.size = 100 << 20);
     let free = || -> u64 {
-        sh(&mount.path, "stat -f -c %a .").trim().parse::<u64>().unwrap() * 4096
+        sh(&mount.path, "stat -f -c %a .")
+            .trim()
+            .parse::<u64>()
+            .unwrap()
+            * 4096
     };
     let before = free();
     assert!(before <= 100 << 20 && before > 99 << 20);
     fs::write(mount.path.join("f"), vec![1; 50 << 20]).unwrap();
     assert!(free() < before - (49 << 20));
-    assert_eq!(fs::write(mount.path.join("g"), vec![1; 60 << 20]).unwrap_err().raw_os_error(), Some(28));
+    assert_eq!(
+        fs::write(mount.path.join("g"), vec![1; 60 << 20])
+            .unwrap_err()
+            .raw_os_error(),
+        Some(28)
+    );
     fs::remove_file(mount.path.join("g")).unwrap();
     assert_eq!(fs::read(mount.path.join("f")).unwrap().len(), 50 << 20);
     assert_eq!(store.commit(mount), Some(1));
@@ -219,13 +280,19 @@ fn df_shows_the_room_that_is_left_and_never_more_than_the_disk_has() {
 fn acls_are_inherited_where_the_fork_has_them_and_refused_where_not() {
     let store = TestStore::new();
     let plain = store.fork("v");
-    assert!(sh(&plain.path, "touch f; setfacl -m u:4242:rw f 2>&1; true").contains("not supported"));
+    assert!(
+        sh(&plain.path, "touch f; setfacl -m u:4242:rw f 2>&1; true").contains("not supported")
+    );
     let mount = store.fork_with("w", |request| request.acl = true);
     let out = sh(
         &mount.path,
         "mkdir d; setfacl -d -m u:4242:rwx d; touch d/f; mkdir d/e; getfacl -cE d/f; getfacl -cdE d/e",
     );
-    assert!(out.contains("user:4242:rwx\ngroup::r-x\nmask::rw-") && out.contains("user:4242:rwx\ngroup::r-x\nmask::rwx"), "{out}");
+    assert!(
+        out.contains("user:4242:rwx\ngroup::r-x\nmask::rw-")
+            && out.contains("user:4242:rwx\ngroup::r-x\nmask::rwx"),
+        "{out}"
+    );
 }
 
 #[test]

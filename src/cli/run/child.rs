@@ -13,13 +13,22 @@ use crate::sys::namespace;
 use crate::sys::process::{self, Signals};
 
 /// Signals that end a job; a run that gets one is cancelled and commits nothing.
-const CANCEL: [i32; 4] = [process::SIGHUP, process::SIGINT, process::SIGQUIT, process::SIGTERM];
+const CANCEL: [i32; 4] = [
+    process::SIGHUP,
+    process::SIGINT,
+    process::SIGQUIT,
+    process::SIGTERM,
+];
 /// Signals that are the command's own affair.
 const PASS_ON: [i32; 3] = [process::SIGUSR1, process::SIGUSR2, process::SIGWINCH];
 
 /// Blocks the signals that are to be read, so that none is lost before the command is there.
 pub fn watch_signals() -> io::Result<Signals> {
-    let all: Vec<i32> = CANCEL.into_iter().chain(PASS_ON).chain([process::SIGCHLD]).collect();
+    let all: Vec<i32> = CANCEL
+        .into_iter()
+        .chain(PASS_ON)
+        .chain([process::SIGCHLD])
+        .collect();
     Signals::block(&all)
 }
 
@@ -46,7 +55,11 @@ impl Outcome {
     fn new(status: ExitStatus, cancelled: bool) -> Outcome {
         let signal = status.signal();
         let code = status.code().unwrap_or_else(|| 128 + signal.unwrap_or(0));
-        Outcome { status: u8::try_from(code).unwrap_or(u8::MAX), signal, cancelled }
+        Outcome {
+            status: u8::try_from(code).unwrap_or(u8::MAX),
+            signal,
+            cancelled,
+        }
     }
 
     pub fn is_success(&self) -> bool {
@@ -78,16 +91,24 @@ pub fn supervise(
     if let Some(binds) = binds {
         namespace::enter_in_child(&mut command, binds);
     }
-    let mut child = process::with_clean_mask(&mut command).spawn().map_err(|error| {
-        let status = match error.kind() {
-            io::ErrorKind::NotFound => exit::NOT_FOUND,
-            _ => exit::NOT_EXECUTABLE,
-        };
-        let message = format!("cannot run {}: {error}", program.display());
-        NotRun { failure: Failure::new(Code::Failed, message), status }
-    })?;
+    let mut child = process::with_clean_mask(&mut command)
+        .spawn()
+        .map_err(|error| {
+            let status = match error.kind() {
+                io::ErrorKind::NotFound => exit::NOT_FOUND,
+                _ => exit::NOT_EXECUTABLE,
+            };
+            let message = format!("cannot run {}: {error}", program.display());
+            NotRun {
+                failure: Failure::new(Code::Failed, message),
+                status,
+            }
+        })?;
     let lost = |error: io::Error| NotRun {
-        failure: Failure::new(Code::Failed, format!("cannot watch {}: {error}", program.display())),
+        failure: Failure::new(
+            Code::Failed,
+            format!("cannot watch {}: {error}", program.display()),
+        ),
         status: exit::RUN_FAILED,
     };
     let mut cancelled = false;
@@ -96,7 +117,9 @@ pub fn supervise(
         if let Some(status) = child.try_wait().map_err(lost)? {
             return Ok(Outcome::new(status, cancelled));
         }
-        let Some(signal) = signals.next(None).map_err(lost)? else { continue };
+        let Some(signal) = signals.next(None).map_err(lost)? else {
+            continue;
+        };
         if signal.number == process::SIGCHLD {
             continue;
         }
@@ -124,17 +147,33 @@ mod tests {
 
     #[test]
     fn a_status_is_passed_on() {
-        for (script, status, signal) in
-            [("exit 0", 0, None), ("exit 7", 7, None), ("kill -9 $$", 137, Some(9))]
-        {
+        for (script, status, signal) in [
+            ("exit 0", 0, None),
+            ("exit 7", 7, None),
+            ("kill -9 $$", 137, Some(9)),
+        ] {
             let outcome = run(&["sh", "-c", script]).unwrap();
-            assert_eq!(outcome, Outcome { status, signal, cancelled: false }, "{script}");
+            assert_eq!(
+                outcome,
+                Outcome {
+                    status,
+                    signal,
+                    cancelled: false
+                },
+                "{script}"
+            );
         }
     }
 
     #[test]
     fn what_cannot_run_has_a_status_of_its_own() {
-        assert_eq!(run(&["/no/such/program"]).unwrap_err().status, exit::NOT_FOUND);
-        assert_eq!(run(&["/etc/passwd"]).unwrap_err().status, exit::NOT_EXECUTABLE);
+        assert_eq!(
+            run(&["/no/such/program"]).unwrap_err().status,
+            exit::NOT_FOUND
+        );
+        assert_eq!(
+            run(&["/etc/passwd"]).unwrap_err().status,
+            exit::NOT_EXECUTABLE
+        );
     }
 }

@@ -23,7 +23,15 @@ pub fn pair(
 ) -> Result<Vec<Wish>, Failure> {
     let mut wishes: Vec<(usize, Wish)> = volumes
         .into_iter()
-        .map(|(at, volume)| (at, Wish { volume, paths: Vec::new() }))
+        .map(|(at, volume)| {
+            (
+                at,
+                Wish {
+                    volume,
+                    paths: Vec::new(),
+                },
+            )
+        })
         .collect();
     wishes.sort_by_key(|(at, _)| *at);
     for (at, path) in paths {
@@ -37,7 +45,11 @@ pub fn pair(
     }
     let wishes: Vec<Wish> = wishes.into_iter().map(|(_, wish)| wish).collect();
     for (at, wish) in wishes.iter().enumerate() {
-        if wishes.iter().take(at).any(|other| other.volume == wish.volume) {
+        if wishes
+            .iter()
+            .take(at)
+            .any(|other| other.volume == wish.volume)
+        {
             let message = format!("volume {} is named twice", wish.volume);
             return Err(Failure::new(Code::Usage, message).hint("give one -v several -p"));
         }
@@ -60,14 +72,21 @@ pub fn targets(wish: &Wish, place: &Place) -> Result<Vec<Target>, Failure> {
     wish.paths
         .iter()
         .map(|path| {
-            Ok(Target { folder: several.then(|| folder_name(path)), path: prepare(path, place)? })
+            Ok(Target {
+                folder: several.then(|| folder_name(path)),
+                path: prepare(path, place)?,
+            })
         })
         .collect()
 }
 
 fn prepare(path: &Path, place: &Place) -> Result<PathBuf, Failure> {
-    let failed =
-        |why: String| Failure::new(Code::Failed, format!("cannot use {}: {why}", path.display()));
+    let failed = |why: String| {
+        Failure::new(
+            Code::Failed,
+            format!("cannot use {}: {why}", path.display()),
+        )
+    };
     let real = real_path(path).map_err(|e| failed(e.to_string()))?;
     refuse_dangerous(&real, place)?;
     match fs::metadata(&real) {
@@ -86,7 +105,9 @@ fn prepare(path: &Path, place: &Place) -> Result<PathBuf, Failure> {
 /// from another working directory or home.
 fn folder_name(path: &Path) -> String {
     let home = std::env::home_dir();
-    let path = home.and_then(|home| path.strip_prefix(home).ok()).unwrap_or(path);
+    let path = home
+        .and_then(|home| path.strip_prefix(home).ok())
+        .unwrap_or(path);
     let parts: Vec<String> = path
         .components()
         .filter_map(|part| match part {
@@ -111,7 +132,10 @@ pub fn in_order<T>(mut targets: Vec<(Target, T)>) -> Result<Vec<(Target, T)>, Fa
         if let [(a, _), (b, _)] = pair
             && a.path == b.path
         {
-            return Err(Failure::new(Code::Usage, format!("{} is named twice", a.path.display())));
+            return Err(Failure::new(
+                Code::Usage,
+                format!("{} is named twice", a.path.display()),
+            ));
         }
     }
     Ok(targets)
@@ -122,12 +146,19 @@ mod tests {
     use super::*;
 
     fn wish(volume: &str, paths: &[&str]) -> Wish {
-        Wish { volume: volume.into(), paths: paths.iter().map(PathBuf::from).collect() }
+        Wish {
+            volume: volume.into(),
+            paths: paths.iter().map(PathBuf::from).collect(),
+        }
     }
 
     #[test]
     fn a_path_belongs_to_the_volume_before_it() {
-        let volumes = vec![(1, "a".to_owned()), (4, "b".to_owned()), (5, "c".to_owned())];
+        let volumes = vec![
+            (1, "a".to_owned()),
+            (4, "b".to_owned()),
+            (5, "c".to_owned()),
+        ];
         let paths = vec![(2, "x".into()), (3, "y".into()), (6, "z".into())];
         assert_eq!(
             pair(volumes, paths).unwrap(),
@@ -152,9 +183,20 @@ mod tests {
 
     #[test]
     fn outer_folders_come_first_and_none_twice() {
-        let target = |path: &str| (Target { path: path.into(), folder: None }, ());
+        let target = |path: &str| {
+            (
+                Target {
+                    path: path.into(),
+                    folder: None,
+                },
+                (),
+            )
+        };
         let sorted = in_order(vec![target("/a/b/c"), target("/z"), target("/a/b")]).unwrap();
-        let paths: Vec<_> = sorted.iter().map(|(t, ())| t.path.to_str().unwrap()).collect();
+        let paths: Vec<_> = sorted
+            .iter()
+            .map(|(t, ())| t.path.to_str().unwrap())
+            .collect();
         assert_eq!(paths, ["/a/b", "/a/b/c", "/z"]);
         assert!(in_order(vec![target("/a"), target("/a")]).is_err());
     }
@@ -162,13 +204,26 @@ mod tests {
     #[test]
     fn what_is_missing_is_made_and_a_file_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let place = Place::Embedded { store: "/data/store".into(), named_by: "--store" };
+        let place = Place::Embedded {
+            store: "/data/store".into(),
+            named_by: "--store",
+        };
         let path = dir.path().join("a/b");
-        let targets = targets(&Wish { volume: "v".into(), paths: vec![path.clone()] }, &place).unwrap();
+        let targets = targets(
+            &Wish {
+                volume: "v".into(),
+                paths: vec![path.clone()],
+            },
+            &place,
+        )
+        .unwrap();
         assert!(path.is_dir());
         assert_eq!(targets[0].folder, None);
         fs::write(dir.path().join("file"), "").unwrap();
         assert!(prepare(&dir.path().join("file"), &place).is_err());
-        assert_eq!(prepare(Path::new("/tmp"), &place).unwrap_err().code, Code::Policy);
+        assert_eq!(
+            prepare(Path::new("/tmp"), &place).unwrap_err().code,
+            Code::Policy
+        );
     }
 }
