@@ -244,7 +244,7 @@ struct ForkOptions {
     /// Do not leave out what is left out by default
     #[arg(long)]
     no_default_exclude: bool,
-    /// Whose the files appear to be: UID[:GID], caller or keep
+    /// Whose the files appear to be: UID or UID:GID, caller, or keep
     #[arg(long, value_parser = values::owner, default_value = "keep")]
     owner: values::Owner,
     /// Take POSIX ACLs

@@ -1,5 +1,7 @@
 //! Forks on real mounts: what programs see through the kernel. Needs root and /dev/fuse.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 mod differential;
 mod posix;
