@@ -33,6 +33,7 @@ use crate::sys::socket::Peer;
 use socket::Listening;
 
 pub use crate::engine::EngineConfig;
+pub use socket::make_store_folder;
 
 /// A client says who it is within this time, or is sent away.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);

@@ -97,6 +97,19 @@ pub enum FsKind {
     Other,
 }
 
+impl std::fmt::Display for FsKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            FsKind::Nfs => "NFS",
+            FsKind::Smb => "SMB",
+            FsKind::Fuse => "FUSE",
+            FsKind::Overlay => "an overlay",
+            FsKind::Tmpfs => "tmpfs",
+            FsKind::Other => "a disk",
+        })
+    }
+}
+
 /// Returns the kind of filesystem that holds `path`.
 pub fn fs_kind(path: &Path) -> io::Result<FsKind> {
     let path = c_path(path)?;

@@ -1,21 +1,23 @@
 //! A connection to the daemon of a store: found, believed, or started.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
 use std::os::fd::BorrowedFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::output::warn;
 use super::place::{Place, SERVICE_SOCKET};
+use crate::daemon::make_store_folder;
 use crate::protocol::{
     Answer, Code, Connection, Failure, FrameError, Hello, Incoming, MAX_ANSWER, Outgoing, PROTOCOL,
     Request, Status, Stop, VERSION,
 };
-use crate::sys::{process, socket};
+use crate::sys::{FsKind, process, socket};
 
 /// A daemon says hello within this time; it has a thread for it.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -309,12 +311,27 @@ fn start(place: &Place) -> Result<Client, Failure> {
             format!("{what} the store {}: {error}", store.display()),
         )
     };
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(store)
-        .map_err(|e| failed("cannot make", e))?;
-    let folder = File::open(store).map_err(|e| failed("cannot open", e))?;
+    match make_store_folder(store)? {
+        FsKind::Overlay => {
+            warn(&format!(
+                "the store {} lies on an overlay and goes with its container",
+                store.display()
+            ));
+        }
+        FsKind::Tmpfs => {
+            warn(&format!(
+                "the store {} lies in memory and does not survive a reboot",
+                store.display()
+            ));
+        }
+        FsKind::Nfs | FsKind::Smb | FsKind::Fuse | FsKind::Other => {}
+    }
+    let folder = File::open(store).map_err(|error| {
+        Failure::new(
+            Code::Failed,
+            format!("cannot open the store {}: {error}", store.display()),
+        )
+    })?;
     // Whoever waited here finds the daemon that the one before has started. Where the filesystem has no locks, the store's own
     // lock still lets one daemon win.
     folder.lock().ok();

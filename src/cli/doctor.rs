@@ -217,7 +217,7 @@ fn store(context: &Context) -> Finding {
     match fs_kind(existing) {
         Ok(kind @ (FsKind::Nfs | FsKind::Smb | FsKind::Fuse)) => Finding::error(
             "store",
-            format!("{text} lies on {kind:?}, where it is not safe"),
+            format!("{text} lies on {kind}, where it is not safe"),
             elsewhere,
         ),
         Ok(FsKind::Overlay) => Finding::warning(

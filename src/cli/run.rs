@@ -67,6 +67,30 @@ struct InUse {
     targets: Vec<Target>,
 }
 
+impl InUse {
+    /// What became of it.
+    fn document(&self, commits: &[Value], failure: Option<&Failure>) -> Value {
+        let commit = commits.iter().find(|c| c["fork"] == json!(self.fork.id));
+        let version = commit.map(|c| c["version"].clone()).unwrap_or_default();
+        let outcome = match (failure, commit) {
+            (Some(_), _) => "failed",
+            (None, None) => "abandoned",
+            (None, Some(_)) if version.is_null() => "unchanged",
+            (None, Some(_)) => "committed",
+        };
+        let paths: Vec<&Path> = self.targets.iter().map(|t| t.path.as_path()).collect();
+        json!({
+            "volume": self.fork.volume,
+            "fork": self.fork.id,
+            "base": self.fork.base,
+            "paths": paths,
+            "outcome": outcome,
+            "version": version,
+            "error": failure.map(|f| &f.message),
+        })
+    }
+}
+
 /// Runs the command; the status is the command's own wherever it ran.
 pub fn run(context: &Context, run: Run, matches: Option<&ArgMatches>) -> ExitCode {
     let begun = Instant::now();
@@ -393,27 +417,10 @@ impl<'a> Job<'a> {
     }
 
     fn documents(&self, commits: &[Value], failure: Option<&Failure>) -> Vec<Value> {
-        let document = |used: &InUse| {
-            let commit = commits.iter().find(|c| c["fork"] == json!(used.fork.id));
-            let version = commit.map(|c| c["version"].clone()).unwrap_or_default();
-            let outcome = match (failure, commit) {
-                (Some(_), _) => "failed",
-                (None, None) => "abandoned",
-                (None, Some(_)) if version.is_null() => "unchanged",
-                (None, Some(_)) => "committed",
-            };
-            let paths: Vec<&Path> = used.targets.iter().map(|t| t.path.as_path()).collect();
-            json!({
-                "volume": used.fork.volume,
-                "fork": used.fork.id,
-                "base": used.fork.base,
-                "paths": paths,
-                "outcome": outcome,
-                "version": version,
-                "error": failure.map(|f| &f.message),
-            })
-        };
-        self.forks.iter().map(document).collect()
+        self.forks
+            .iter()
+            .map(|used| used.document(commits, failure))
+            .collect()
     }
 
     /// Takes the mounts and the folders away; nothing of it fails.
@@ -489,6 +496,19 @@ impl<'a> Job<'a> {
     }
 }
 
+/// The document of a run.
+fn report(words: &[OsString], outcome: Outcome, begun: Instant, volumes: Vec<Value>) -> Value {
+    let command: Vec<_> = words.iter().map(|w| w.to_string_lossy()).collect();
+    json!({"run": {
+        "command": command,
+        "status": outcome.status,
+        "signal": outcome.signal,
+        "cancelled": outcome.cancelled,
+        "seconds": begun.elapsed().as_secs_f64(),
+        "volumes": volumes,
+    }})
+}
+
 /// What is asked of the daemon after such an end; `None`: nothing is committed.
 fn decide(when: When, outcome: Outcome) -> Option<protocol::When> {
     let successful = outcome.is_success();
@@ -531,6 +551,48 @@ fn make(path: &Path, mode: u32) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_report_is_as_the_manual_says() {
+        let manual = include_str!("../../docs/json.md");
+        let (_, rest) = manual.split_once("```json run\n").unwrap();
+        let example: Value = serde_json::from_str(rest.split("```").next().unwrap()).unwrap();
+        let fork = ForkFacts {
+            id: "f-0123456789ab".into(),
+            volume: "npm".into(),
+            state: "live".into(),
+            base: Some("npm@42".into()),
+            mount: None,
+            read_only: false,
+            suid: false,
+            dev: false,
+        };
+        let mount = Mount {
+            path: protocol::Bytes(b"/x".to_vec()),
+            device: 1,
+            created: false,
+        };
+        let target = Target {
+            path: "/home/ci/.npm".into(),
+            folder: None,
+        };
+        let used = InUse {
+            fork,
+            mount,
+            targets: vec![target],
+        };
+        let commits = [json!({"fork": "f-0123456789ab", "version": null})];
+        let volumes = vec![used.document(&commits, None)];
+        let outcome = Outcome {
+            status: 0,
+            signal: None,
+            cancelled: false,
+        };
+        let words = ["make".into(), "-j2".into()];
+        let mut made = report(&words, outcome, Instant::now(), volumes);
+        made["run"]["seconds"] = json!(12.5);
+        assert_eq!(made, example);
+    }
 
     #[test]
     fn a_commit_depends_on_the_end() {

@@ -135,6 +135,124 @@ pub fn list<T>(items: &[T], one: impl Fn(&T) -> Value) -> Value {
 mod tests {
     use super::*;
 
+    /// The example of docs/json.md with this name.
+    fn example(name: &str) -> Value {
+        let text = include_str!("../../docs/json.md");
+        let begin = format!("```json {name}\n");
+        let (_, rest) = text.split_once(&begin).expect(name);
+        serde_json::from_str(rest.split("```").next().unwrap()).expect(name)
+    }
+
+    /// The names of all fields, nested ones with their path.
+    fn names(value: &Value) -> Vec<String> {
+        let inner = |(name, value): (&String, &Value)| {
+            let below: Vec<String> = names(value).iter().map(|n| format!("{name}.{n}")).collect();
+            std::iter::once(name.clone())
+                .chain(below)
+                .collect::<Vec<_>>()
+        };
+        value
+            .as_object()
+            .into_iter()
+            .flatten()
+            .flat_map(inner)
+            .collect()
+    }
+
+    #[test]
+    fn documents_are_those_of_the_manual() {
+        let the_mount = MountInfo {
+            path: "/mnt/npm".into(),
+            dev: 41,
+            created: true,
+        };
+        let the_volume = VolumeInfo {
+            name: "npm".into(),
+            head: Some(42),
+            versions: 12,
+            created: 0,
+            used: 0,
+            files: 0,
+            logical_bytes: 0,
+            forks: 3,
+        };
+        let the_version = VersionInfo {
+            volume: "npm".into(),
+            number: 42,
+            id: "x9f3c1a".into(),
+            time: 0,
+            base: None,
+            previous: Some(41),
+            head: true,
+            pinned: false,
+            damaged: None,
+            job: None,
+            labels: [("os".to_owned(), "debian12".to_owned())].into(),
+            message: None,
+            files: 0,
+            logical_bytes: 0,
+            new_bytes: 0,
+        };
+        let the_fork = ForkInfo {
+            id: "f-0123456789ab".into(),
+            state: "live",
+            volume: "npm".into(),
+            base: None,
+            mount: Some(the_mount.clone()),
+            job: None,
+            created: 0,
+            age: 12.5,
+            uid: 1000,
+            gid: 1000,
+            read_only: false,
+            ephemeral: false,
+            suid: false,
+            dev: false,
+            size: 0,
+            changed: 0,
+            bytes: 0,
+            requests: [("lookup", 120), ("read", 3)].into(),
+        };
+        let the_commit = Committed {
+            fork: "f-0123456789ab".parse().unwrap(),
+            version: None,
+            mount: Some(the_mount),
+        };
+        let the_change = DiffEntry {
+            kind: DiffKind::Renamed,
+            path: b"a/\xff".to_vec(),
+            from: Some(b"a/b".to_vec()),
+            old_size: 10,
+            new_size: 12,
+        };
+        let the_entry = ListEntry {
+            name: b"lib.js".to_vec(),
+            ino: 77,
+            mode: 0,
+            uid: 0,
+            gid: 0,
+            size: 120,
+            mtime: 0,
+            nlink: 1,
+            target: None,
+        };
+        for (name, document) in [
+            ("volume", volume(&the_volume)),
+            ("version", version(&the_version)),
+            ("fork", fork(&the_fork)),
+            ("commit", commit(&the_commit)),
+            ("change", change(&the_change)),
+            ("entry", entry(&the_entry)),
+        ] {
+            let (mut said, mut made) = (names(&example(name)), names(&document));
+            said.sort();
+            made.sort();
+            assert_eq!(said, made, "{name}");
+        }
+        let status: crate::protocol::Status = serde_json::from_value(example("status")).unwrap();
+        assert_eq!(json!(status), example("status"));
+    }
+
     #[test]
     fn times_are_rfc_3339() {
         assert_eq!(time(0), json!("1970-01-01T00:00:00Z"));

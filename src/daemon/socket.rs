@@ -100,35 +100,32 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     Ok((metadata.dev(), metadata.ino()))
 }
 
-/// Makes the store's folder, and refuses to put one where it would not be safe.
-pub fn make_store_folder(store: &Path) -> Result<(), Failure> {
-    let failed = |error: io::Error| {
-        Failure::new(
-            Code::Failed,
-            format!("cannot use the store {}: {error}", store.display()),
-        )
-    };
+/// Makes the store's folder, and refuses to put one where it would not be safe; returns what it lies on.
+pub fn make_store_folder(store: &Path) -> Result<FsKind, Failure> {
+    let name = store.display();
+    let failed =
+        |e: io::Error| Failure::new(Code::Failed, format!("cannot use the store {name}: {e}"));
+    // Looked at first, so that nothing is made where it is refused.
+    let existing = store
+        .ancestors()
+        .find(|dir| dir.exists())
+        .unwrap_or(Path::new("/"));
+    if !existing.is_dir() {
+        let message = format!("the store {name}: {} is not a folder", existing.display());
+        return Err(Failure::new(Code::Failed, message));
+    }
+    let kind = fs_kind(existing).map_err(failed)?;
+    if matches!(kind, FsKind::Nfs | FsKind::Smb | FsKind::Fuse) {
+        let message = format!("the store {name} lies on {kind}, where it is not safe");
+        return Err(Failure::new(Code::Policy, message)
+            .hint("choose a folder on a local disk with --store or FORKVOL_STORE"));
+    }
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(store)
         .map_err(failed)?;
-    let kind = fs_kind(store).map_err(failed)?;
-    let refused = match kind {
-        FsKind::Nfs => Some("NFS"),
-        FsKind::Smb => Some("SMB"),
-        FsKind::Fuse => Some("FUSE"),
-        FsKind::Overlay | FsKind::Tmpfs | FsKind::Other => None,
-    };
-    if let Some(kind) = refused {
-        let message = format!(
-            "the store {} lies on {kind}, where it is not safe",
-            store.display()
-        );
-        return Err(Failure::new(Code::Policy, message)
-            .hint("choose a folder on a local disk with --store or FORKVOL_STORE"));
-    }
-    Ok(())
+    Ok(kind)
 }
 
 #[cfg(test)]
@@ -175,6 +172,6 @@ mod tests {
         );
         fs::write(dir.path().join("file"), "").unwrap();
         let error = make_store_folder(&dir.path().join("file")).unwrap_err();
-        assert!(error.message.contains("file"), "{error}");
+        assert!(error.message.ends_with("file is not a folder"), "{error}");
     }
 }

@@ -206,6 +206,16 @@ impl Engine {
     pub fn diff(&self, a: &str, b: &str) -> Result<Vec<DiffEntry>> {
         let (old, new) = (self.hold_any(a)?, self.hold_any(b)?);
         let (old, new) = (old.root, new.root);
+        let birth =
+            |root| view::base_attr(&self.store, root, ROOT).map(|attr| attr.map(|attr| attr.btime));
+        if let (Some(a), Some(b)) = (birth(old)?, birth(new)?)
+            && a != b
+        {
+            // No common ancestor, so inode numbers say nothing: paths are compared.
+            let mut out = Vec::new();
+            self.diff_dirs((old, ROOT), (new, ROOT), b"", &mut out)?;
+            return Ok(out);
+        }
         let mut inodes: BTreeSet<Ino> = BTreeSet::new();
         for difference in tree::diff(&*self.store, old, new) {
             let key = difference?.key;
@@ -244,6 +254,9 @@ impl Engine {
             let Some(attr) = attr else {
                 return Ok(BTreeSet::new());
             };
+            if ino == ROOT {
+                return Ok(BTreeSet::from([b"/".to_vec()]));
+            }
             if attr.kind == Kind::Directory {
                 let path = self.store.dir_path(root, ino)?;
                 return Ok(BTreeSet::from([path

@@ -119,7 +119,10 @@ fn inode_numbers_are_given_once_and_again_when_nothing_has_them() {
     let id = ForkId(1);
     assert_eq!(store.lease_inodes(id, 64).unwrap(), 2..66);
     assert_eq!(store.lease_inodes(id, 128).unwrap(), 66..194);
-    store.remove_fork(id, &[70..194]).unwrap();
+    let unused = 70..194;
+    store
+        .remove_fork(id, std::slice::from_ref(&unused))
+        .unwrap();
     assert_eq!(store.lease_inodes(id, 64).unwrap(), 70..134);
     assert_eq!(store.lease_inodes(id, 1000).unwrap(), 134..194);
     assert_eq!(store.lease_inodes(id, 64).unwrap(), 194..258);

@@ -1,0 +1,324 @@
+//! The program as its users call it: commands, exit statuses, a daemon that is killed. Needs root and /dev/fuse.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// A store of its own with its daemon, which ends with the test.
+struct Cli {
+    dir: tempfile::TempDir,
+}
+
+impl Cli {
+    fn new() -> Cli {
+        Cli {
+            dir: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_forkvol"));
+        command
+            .args(args)
+            .env("FORKVOL_STORE", self.path("store"))
+            .stdin(Stdio::null());
+        command
+            .env("XDG_CONFIG_HOME", self.path("config"))
+            .current_dir(self.dir.path());
+        command
+    }
+
+    fn call(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    /// What a command prints that must do well.
+    fn ok(&self, args: &[&str]) -> String {
+        let output = self.call(args);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        assert!(
+            output.status.success(),
+            "{args:?}: {}",
+            text(&output.stderr)
+        );
+        text(&output.stdout).trim_end().to_owned()
+    }
+
+    /// The status and the one line of a command that must fail.
+    fn fails(&self, args: &[&str]) -> (i32, String) {
+        let output = self.call(args);
+        let line = String::from_utf8_lossy(&output.stderr)
+            .trim_end()
+            .to_owned();
+        assert_eq!(line.lines().count(), 1, "{args:?}: {line}");
+        assert!(line.starts_with("forkvol: "), "{line}");
+        (output.status.code().unwrap(), line)
+    }
+
+    fn run(&self, volume: &str, path: &Path, script: &str) -> Output {
+        self.call(&[
+            "run",
+            "-v",
+            volume,
+            "-p",
+            path.to_str().unwrap(),
+            "--",
+            "bash",
+            "-c",
+            script,
+        ])
+    }
+
+    fn json(&self, args: &[&str]) -> serde_json::Value {
+        serde_json::from_str(&self.ok(&[args, &["--json"]].concat())).unwrap()
+    }
+
+    fn daemon_pid(&self) -> u32 {
+        let status = self.json(&["daemon", "status"]);
+        u32::try_from(status["pid"].as_u64().unwrap()).unwrap()
+    }
+
+    fn kill_daemon(&self) {
+        let pid = self.daemon_pid();
+        forkvol::sys::process::kill(pid, 9).unwrap();
+        let begun = Instant::now();
+        while fs::read_to_string(format!("/proc/{pid}/stat"))
+            .is_ok_and(|stat| !stat.contains(") Z"))
+        {
+            assert!(
+                begun.elapsed() < Duration::from_secs(10),
+                "the daemon does not end"
+            );
+            std::thread::yield_now();
+        }
+    }
+
+    fn check(&self) {
+        let report = self.json(&["check"]);
+        assert_eq!(
+            report["check"]["problems"].as_array().unwrap().len(),
+            0,
+            "{report}"
+        );
+    }
+}
+
+impl Drop for Cli {
+    fn drop(&mut self) {
+        for args in [&["abandon", "--all"][..], &["daemon", "stop", "--force"]] {
+            if let Err(error) = self.command(args).output() {
+                eprintln!("{args:?}: {error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_job_that_exits_0_is_committed_and_the_next_one_starts_from_it() {
+    let cli = Cli::new();
+    let cache = cli.path("cache");
+    assert_eq!(
+        cli.run("npm", &cache, "echo warm > cache/f").status.code(),
+        Some(0)
+    );
+    let second = cli.run("npm", &cache, "cat cache/f");
+    assert_eq!(String::from_utf8_lossy(&second.stdout), "warm\n");
+    let log = cli.json(&["log", "npm"]);
+    assert_eq!(
+        log["versions"].as_array().unwrap().len(),
+        1,
+        "reading makes no version: {log}"
+    );
+}
+
+#[test]
+fn a_job_that_fails_or_is_killed_leaves_the_head_and_keeps_its_status() {
+    let cli = Cli::new();
+    let cache = cli.path("cache");
+    cli.run("v", &cache, "echo 1 > cache/f");
+    assert_eq!(
+        cli.run("v", &cache, "echo 2 > cache/f; exit 7")
+            .status
+            .code(),
+        Some(7)
+    );
+    assert_eq!(
+        cli.run("v", &cache, "echo 3 > cache/f; kill -TERM $$")
+            .status
+            .code(),
+        Some(143)
+    );
+    assert_eq!(cli.ok(&["cat", "v:f"]), "1");
+    assert_eq!(
+        cli.call(&["run", "-v", "v", "--", "/no/such/command"])
+            .status
+            .code(),
+        Some(127)
+    );
+    assert_eq!(
+        cli.call(&["run", "-v", "v", "--", "/etc/passwd"])
+            .status
+            .code(),
+        Some(126)
+    );
+    assert_eq!(cli.json(&["forks"])["forks"].as_array().unwrap().len(), 0);
+}
+
+#[test]
+fn jobs_side_by_side_with_the_same_path_see_each_its_own() {
+    let cli = Cli::new();
+    let cache = cli.path("cache");
+    std::thread::scope(|scope| {
+        for n in 0..4 {
+            let (cli, cache) = (&cli, &cache);
+            scope.spawn(move || {
+                let script = format!(
+                    "echo {n} > cache/f; sleep 0.3; [[ $(cat cache/f) == {n} && $(ls cache) == f ]]"
+                );
+                assert_eq!(cli.run("v", cache, &script).status.code(), Some(0));
+            });
+        }
+    });
+    assert_eq!(
+        cli.json(&["log", "v"])["versions"]
+            .as_array()
+            .unwrap()
+            .len(),
+        4
+    );
+}
+
+#[test]
+fn one_daemon_serves_however_many_commands_start_at_once() {
+    let cli = Cli::new();
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| cli.ok(&["volumes"]));
+        }
+    });
+    let log = fs::read_dir(cli.path("store/log")).unwrap().count();
+    assert!(log >= 1);
+    cli.daemon_pid();
+}
+
+#[test]
+fn a_killed_daemon_means_enotconn_and_its_forks_come_back_with_everything() {
+    let cli = Cli::new();
+    let mount = cli.path("m");
+    cli.run("v", &cli.path("cache"), "echo base > cache/base");
+    let fork = cli.ok(&["fork", "v", mount.to_str().unwrap()]);
+    fs::write(mount.join("f"), "acknowledged").unwrap();
+    cli.kill_daemon();
+    assert_eq!(
+        fs::read(mount.join("f")).unwrap_err().raw_os_error(),
+        Some(107)
+    );
+    assert_eq!(cli.json(&["forks"])["forks"][0]["state"], "unmounted");
+    assert_eq!(
+        cli.json(&["log", "v"])["versions"]
+            .as_array()
+            .unwrap()
+            .len(),
+        1,
+        "the head has not moved"
+    );
+    cli.ok(&["mount", &fork]);
+    assert_eq!(fs::read_to_string(mount.join("f")).unwrap(), "acknowledged");
+    cli.ok(&["commit", &fork]);
+    assert_eq!(cli.ok(&["cat", "v:f"]), "acknowledged");
+    assert_eq!(cli.ok(&["cat", "v:base"]), "base");
+    cli.check();
+}
+
+#[test]
+fn commits_that_returned_survive_kills_at_any_moment() {
+    let cli = Cli::new();
+    let mut last = 0;
+    for round in 0..6_u64 {
+        let mount = cli.path(&format!("m{round}"));
+        let fork = cli.ok(&["fork", "v", mount.to_str().unwrap()]);
+        let load = "i=0; while echo $i > f$((i % 50)) && head -c 50000 /dev/urandom > r$((i % 7)); do i=$((i + 1)); done";
+        let mut writer = Command::new("bash")
+            .args(["-c", load])
+            .current_dir(&mount)
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        for _ in 0..=round {
+            let version = cli.ok(&["commit", &fork, "--keep"]);
+            last = version.rsplit('@').next().unwrap().parse().unwrap_or(last);
+        }
+        cli.kill_daemon();
+        writer.wait().unwrap();
+        assert_eq!(
+            cli.json(&["volume", "show", "v"])["volume"]["head"].as_u64(),
+            Some(last),
+            "round {round}"
+        );
+        cli.check();
+        cli.ok(&["abandon", &fork]);
+    }
+}
+
+#[test]
+fn errors_are_one_line_with_their_own_status() {
+    let cli = Cli::new();
+    let file = cli.path("file");
+    fs::write(&file, "x").unwrap();
+    let full = cli.path("full");
+    fs::create_dir_all(full.join("x")).unwrap();
+    let file = file.to_str().unwrap();
+    for (args, status, says) in [
+        (&["log", "nothing"][..], 10, "nothing"),
+        (&["cat", "nothing:f"], 10, "nothing"),
+        (&["commit", "f-000000000000"], 10, "f-000000000000"),
+        (&["fork", "bad//name", "m"], 2, "bad//name"),
+        (&["fork", "v", file], 1, "file"),
+        (&["fork", "v", full.to_str().unwrap()], 1, "full"),
+        (&["fork", "v", "m", "--from", "v@7"], 10, "v"),
+    ] {
+        let (code, line) = cli.fails(args);
+        assert!(
+            code == status && line.contains(says),
+            "{args:?}: {code} {line}"
+        );
+    }
+    let mount = cli.path("m");
+    let mount = mount.to_str().unwrap();
+    let fork = cli.ok(&["fork", "v", mount]);
+    assert_eq!(cli.fails(&["daemon", "stop"]).0, 15);
+    assert_eq!(cli.fails(&["volume", "rm", "v"]).0, 15);
+    let (code, line) = cli.fails(&["fork", "v", mount]);
+    assert!(code != 0 && line.contains(mount), "{line}");
+    cli.ok(&["abandon", &fork]);
+    cli.ok(&["daemon", "stop"]);
+}
+
+#[test]
+fn an_export_is_a_tar_file_that_tar_reads_and_import_takes_back() {
+    let cli = Cli::new();
+    cli.run(
+        "v",
+        &cli.path("cache"),
+        "mkdir cache/d; echo text > cache/d/f; ln -s d/f cache/l; ln cache/d/f cache/h",
+    );
+    cli.ok(&["export", "v", "-o", "v.tar"]);
+    let listed = Command::new("tar")
+        .args(["tf", "v.tar"])
+        .current_dir(cli.dir.path())
+        .output()
+        .unwrap();
+    assert!(
+        String::from_utf8_lossy(&listed.stdout).contains("d/f"),
+        "{listed:?}"
+    );
+    cli.ok(&["import", "w", "v.tar"]);
+    assert_eq!(cli.ok(&["cat", "w:d/f"]), "text");
+    assert_eq!(cli.ok(&["diff", "v", "w"]), "");
+}
