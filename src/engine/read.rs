@@ -239,6 +239,111 @@ impl Engine {
         Ok(out)
     }
 
+    /// Compares two directories by the paths below them.
+    fn diff_dirs(
+        &self,
+        old: (NodeId, Ino),
+        new: (NodeId, Ino),
+        path: &[u8],
+        out: &mut Vec<DiffEntry>,
+    ) -> Result<()> {
+        let (was, is) = (self.children(old.0, old.1)?, self.children(new.0, new.1)?);
+        let names: BTreeSet<&Vec<u8>> = was.keys().chain(is.keys()).collect();
+        for name in names {
+            let path = [path, b"/", name].concat();
+            match (was.get(name), is.get(name)) {
+                (Some((a, x)), Some((b, y))) if x == y => {
+                    self.diff_one((old.0, *a), (new.0, *b), &path, out)?;
+                    if *x == Kind::Directory {
+                        self.diff_dirs((old.0, *a), (new.0, *b), &path, out)?;
+                    }
+                }
+                (a, b) => {
+                    if let Some(child) = a {
+                        self.diff_whole(old.0, *child, DiffKind::Removed, &path, out)?;
+                    }
+                    if let Some(child) = b {
+                        self.diff_whole(new.0, *child, DiffKind::Added, &path, out)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Names everything at and below a path that only one side has.
+    fn diff_whole(
+        &self,
+        root: NodeId,
+        (ino, kind): (Ino, Kind),
+        how: DiffKind,
+        path: &[u8],
+        out: &mut Vec<DiffEntry>,
+    ) -> Result<()> {
+        let size = self.attr(root, ino)?.size;
+        let (old_size, new_size) = if how == DiffKind::Removed {
+            (size, 0)
+        } else {
+            (0, size)
+        };
+        out.push(DiffEntry {
+            kind: how,
+            path: path.to_vec(),
+            from: None,
+            old_size,
+            new_size,
+        });
+        if kind == Kind::Directory {
+            for (name, child) in self.children(root, ino)? {
+                self.diff_whole(root, child, how, &[path, b"/", &name].concat(), out)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares two inodes of the same kind and path: what a copy keeps of attributes, content, extended attributes.
+    fn diff_one(
+        &self,
+        (old, a): (NodeId, Ino),
+        (new, b): (NodeId, Ino),
+        path: &[u8],
+        out: &mut Vec<DiffEntry>,
+    ) -> Result<()> {
+        let (was, is) = (self.attr(old, a)?, self.attr(new, b)?);
+        let kept = |attr: &Attr| {
+            let mtime = if attr.kind == Kind::Directory {
+                0
+            } else {
+                attr.mtime
+            };
+            (attr.mode, attr.uid, attr.gid, attr.rdev, attr.size, mtime)
+        };
+        let values = |root: NodeId, prefix: &[u8]| -> Result<Vec<tree::Pair>> {
+            let mut out = Vec::new();
+            for item in tree::prefix(&*self.store, root, prefix) {
+                let (key, value) = item?;
+                out.push((key[prefix.len()..].to_vec(), value));
+            }
+            Ok(out)
+        };
+        let content = record::content_prefix;
+        let xattrs = record::xattrs_prefix;
+        let same = kept(&was) == kept(&is)
+            && values(old, &content(a))? == values(new, &content(b))?
+            && values(old, &xattrs(a))? == values(new, &xattrs(b))?;
+        if !same {
+            let (old_size, new_size, path) = (was.size, is.size, path.to_vec());
+            out.push(DiffEntry {
+                kind: DiffKind::Changed,
+                path,
+                from: None,
+                old_size,
+                new_size,
+            });
+        }
+        Ok(())
+    }
+
     fn diff_inode(
         &self,
         old: NodeId,
