@@ -410,6 +410,25 @@ impl Engine {
         Ok(info)
     }
 
+    /// A fork as a filesystem, for whoever uses it without a mount.
+    ///
+    /// # Errors
+    /// `NotFound`, or the fork is lost.
+    pub fn fs_of(&self, id: ForkId) -> Result<Fs> {
+        let live = self.live(id)?;
+        let options = live.record.lock().options.clone();
+        let ownership = match options.owner {
+            Some((uid, gid)) => Ownership::As { uid, gid },
+            None => Ownership::Keep,
+        };
+        let options = Options {
+            read_only: options.read_only,
+            ownership,
+            acl: options.acl,
+        };
+        Ok(Fs::new(live.fork()?.clone(), options))
+    }
+
     /// Serves a fork on a connection to the kernel that its caller mounted at `mountpoint`; returns when it is usable.
     ///
     /// # Errors
@@ -423,7 +442,7 @@ impl Engine {
         created: bool,
     ) -> Result<()> {
         let live = self.live(id)?;
-        let fork = live.fork()?.clone();
+        live.fork()?;
         let epoch = {
             let mut session = live.session.lock();
             if session.0 != 0 {
@@ -451,19 +470,7 @@ impl Engine {
             session.0 = epoch;
             epoch
         };
-        let options = live.record.lock().options.clone();
-        let ownership = match options.owner {
-            Some((uid, gid)) => Ownership::As { uid, gid },
-            None => Ownership::Keep,
-        };
-        let fs = Fs::new(
-            fork,
-            Options {
-                read_only: options.read_only,
-                ownership,
-                acl: options.acl,
-            },
-        );
+        let fs = self.fs_of(id)?;
         let used = self.used(&live)?;
         let (engine, ended) = (Arc::downgrade(self), live.clone());
         let result = session::serve(fs, fd, epoch, used, 2, live.requests.clone(), move || {

@@ -74,15 +74,7 @@ impl Bench {
     }
 
     fn fs(&self, id: ForkId) -> Fs {
-        let fork = self.engine().live(id).unwrap().fork.clone().unwrap();
-        Fs::new(
-            fork,
-            Options {
-                read_only: false,
-                ownership: Ownership::Keep,
-                acl: false,
-            },
-        )
+        self.engine().fs_of(id).unwrap()
     }
 
     fn commit(&self, id: ForkId, keep: bool) -> Option<u64> {
