@@ -305,12 +305,6 @@ fn start(place: &Place) -> Result<Client, Failure> {
                 .hint("start the service"),
         );
     };
-    let failed = |what: &str, error: io::Error| {
-        Failure::new(
-            Code::Failed,
-            format!("{what} the store {}: {error}", store.display()),
-        )
-    };
     match make_store_folder(store)? {
         FsKind::Overlay => {
             warn(&format!(

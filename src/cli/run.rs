@@ -473,20 +473,7 @@ impl<'a> Job<'a> {
 
     fn report(&self, outcome: Outcome, begun: Instant, volumes: Vec<Value>) {
         let Some(path) = &self.report else { return };
-        let command: Vec<_> = self
-            .run
-            .command
-            .iter()
-            .map(|w| w.to_string_lossy())
-            .collect();
-        let document = json!({"run": {
-            "command": command,
-            "status": outcome.status,
-            "signal": outcome.signal,
-            "cancelled": outcome.cancelled,
-            "seconds": begun.elapsed().as_secs_f64(),
-            "volumes": volumes,
-        }});
+        let document = report(&self.run.command, outcome, begun, volumes);
         if let Err(error) = fs::write(path, format!("{document}\n")) {
             warn(&format!(
                 "cannot write the report {}: {error}",

@@ -2,9 +2,9 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::Duration;
 
 use super::check;
@@ -23,7 +23,6 @@ pub const SIGQUIT: i32 = libc::SIGQUIT;
 pub const SIGTERM: i32 = libc::SIGTERM;
 pub const SIGUSR1: i32 = libc::SIGUSR1;
 pub const SIGUSR2: i32 = libc::SIGUSR2;
-pub const SIGCHLD: i32 = libc::SIGCHLD;
 pub const SIGWINCH: i32 = libc::SIGWINCH;
 
 /// Signals that are blocked for the whole process and read one by one. Made before any thread is started, for threads inherit
@@ -110,6 +109,18 @@ pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::R
         .filter(|(_, p)| p.revents != 0)
         .map(|(i, _)| i)
         .collect())
+}
+
+/// Returns a descriptor that can be read once the child has ended. Unlike SIGCHLD it does not depend on which thread a signal
+/// finds.
+pub fn end_of(child: &Child) -> io::Result<OwnedFd> {
+    // SAFETY: plain numbers; the child has not been waited for, so its number is its own.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, child.id(), 0) };
+    match RawFd::try_from(fd) {
+        // SAFETY: the descriptor was just made and belongs to nobody else.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Sends a signal to a process.

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
@@ -111,25 +112,21 @@ pub fn supervise(
         ),
         status: exit::RUN_FAILED,
     };
+    let end = process::end_of(&child).map_err(lost)?;
     let mut cancelled = false;
     loop {
-        // Looked at first: its end may have come before the wait.
-        if let Some(status) = child.try_wait().map_err(lost)? {
+        let ready = process::wait_readable(&[end.as_fd(), signals.as_fd()], None).map_err(lost)?;
+        if ready.contains(&0) {
+            let status = child.wait().map_err(lost)?;
             return Ok(Outcome::new(status, cancelled));
         }
-        let Some(signal) = signals.next(None).map_err(lost)? else {
+        let Some(signal) = signals.next(Some(Duration::ZERO)).map_err(lost)? else {
             continue;
         };
-        if signal.number == process::SIGCHLD {
-            continue;
-        }
         cancelled |= CANCEL.contains(&signal.number);
         // What the terminal sends has reached the command already, which is in the same process group.
-        if !signal.from_kernel
-            && let Err(error) = process::kill(child.id(), signal.number)
-            && child.try_wait().map_err(lost)?.is_none()
-        {
-            return Err(lost(error));
+        if !signal.from_kernel {
+            process::kill(child.id(), signal.number).map_err(lost)?;
         }
     }
 }
@@ -163,6 +160,35 @@ mod tests {
                 "{script}"
             );
         }
+    }
+
+    #[test]
+    fn a_signal_cancels_and_reaches_the_command() {
+        let words: Vec<OsString> = [
+            "sh",
+            "-c",
+            "trap 'exit 9' TERM; kill -TERM $PPID; while :; do sleep 0.01; done",
+        ]
+        .iter()
+        .map(OsString::from)
+        .collect();
+        // Sent to the process, so it may find a thread that has not blocked it: it is aimed at this thread alone.
+        let outcome = std::thread::spawn(move || {
+            let signals = watch_signals().unwrap();
+            process::raise(process::SIGTERM).unwrap();
+            let words: Vec<OsString> = words.into_iter().map(|w| replace_kill(&w)).collect();
+            supervise(&words, &[], None, &signals).unwrap()
+        })
+        .join()
+        .unwrap();
+        assert_eq!(
+            outcome,
+            Outcome {
+                status: 9,
+                signal: None,
+                cancelled: true
+            }
+        );
     }
 
     #[test]
