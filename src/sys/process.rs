@@ -132,6 +132,13 @@ pub fn kill(pid: u32, signal: i32) -> io::Result<()> {
     check(unsafe { libc::kill(pid, signal) }).map(drop)
 }
 
+/// Sends a signal to the calling thread, where a signal to the process might find another one.
+#[cfg(test)]
+pub fn raise_in_thread(signal: i32) {
+    // SAFETY: a plain number.
+    assert_eq!(unsafe { libc::raise(signal) }, 0);
+}
+
 /// Returns whether a process of this number exists, whoever owns it.
 pub fn exists(pid: u32) -> bool {
     match kill(pid, 0) {
