@@ -126,6 +126,7 @@ fn start(options: &mut Options) -> Result<Started, Failure> {
     // Before any thread: they inherit the mask.
     let signals = Signals::block(&[process::SIGTERM, process::SIGINT, process::SIGHUP])
         .map_err(|e| failed("cannot block signals", e))?;
+    process::large_buffers_from_kernel();
     process::set_umask(0o077);
     socket::make_store_folder(&options.store)?;
     log::start(options.embedded.then(|| options.store.join("log")))?;

@@ -231,9 +231,13 @@ fn lost(path: &Path, error: &FrameError) -> Failure {
 fn unreachable(path: &Path, place: &Place, error: &io::Error) -> Result<Option<Client>, Failure> {
     let failure = |message: String| Failure::new(Code::Unreachable, message);
     match (place, error.kind()) {
-        (Place::Embedded { .. }, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-            Ok(None)
-        }
+        // A store that is no folder is refused by name when a daemon is to be started.
+        (
+            Place::Embedded { .. },
+            io::ErrorKind::NotFound
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::NotADirectory,
+        ) => Ok(None),
         (Place::Service, io::ErrorKind::PermissionDenied) => {
             let group = fs::metadata(SERVICE_SOCKET).map_or(0, |m| m.gid());
             let group = process::group_name(group).unwrap_or_else(|| group.to_string());
