@@ -127,7 +127,7 @@ impl Default for EngineConfig {
     fn default() -> Self {
         let orphan_after = Duration::from_secs(3600);
         EngineConfig {
-            cache: 160 << 20,
+            cache: 128 << 20,
             reserve: None,
             threads: None,
             orphan_after,

@@ -120,7 +120,7 @@ impl Config {
 
     /// Memory for decoded nodes and content.
     pub fn cache(&self) -> u64 {
-        self.said.cache.unwrap_or(160 << 20)
+        self.said.cache.unwrap_or(128 << 20)
     }
 
     /// Room on the store's disk that forks may not take; `None`: the larger of 1 GiB and 2 %.

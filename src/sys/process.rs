@@ -185,6 +185,8 @@ pub fn large_buffers_from_kernel() {
     #[cfg(target_env = "gnu")]
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 4 << 20);
+        // One arena a thread keeps what each of them once used.
+        libc::mallopt(libc::M_ARENA_MAX, 2);
     }
 }
 
