@@ -39,7 +39,12 @@ pub fn start(dir: Option<PathBuf>) -> Result<(), Failure> {
     };
     // The handle only reconfigures; without it the log goes on.
     logger.start().map_err(failed)?;
-    std::panic::set_hook(Box::new(|panic| ::log::error!("{panic}")));
+    // A panic ends the process: what it was about to change is in no state to be served. The logs of the forks have the rest.
+    std::panic::set_hook(Box::new(|panic| {
+        ::log::error!("{panic}");
+        ::log::logger().flush();
+        std::process::abort();
+    }));
     Ok(())
 }
 
