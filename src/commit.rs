@@ -9,24 +9,16 @@ mod ingest;
 
 use std::sync::Arc;
 
+use crate::fork::INODE_CHARGE;
 use crate::fork::error::FsError;
+use crate::fork::extent::{PAGE, pages};
 use crate::fork::{Fork, Sealed};
+use crate::record::Value;
 use crate::record::{Attr, Key, Kind};
-use crate::store::Ingest;
+use crate::store::{Ingest, Totals};
 use crate::tree::{self, NodeId};
 
 pub use ingest::ahead;
-
-/// Numbers of a version, as they change with a commit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Totals {
-    pub files: i64,
-    pub logical_bytes: i64,
-    pub blocks: i64,
-    /// Some file may have several names.
-    pub has_links: bool,
-    pub has_acl: bool,
-}
 
 /// A delta turned into a root, its content in the store's hands and not yet named by any version.
 pub struct Ingested {
@@ -34,7 +26,7 @@ pub struct Ingested {
     pub sealed: Sealed,
     pub root: NodeId,
     pub ingest: Arc<Ingest>,
-    /// What the commit adds to the numbers of the fork's base.
+    /// What the table adds to the numbers of the root below it.
     pub change: Totals,
 }
 
@@ -100,4 +92,25 @@ pub fn changed(ingest: &Ingest, old: NodeId, new: NodeId) -> Result<Changed, FsE
         }
     }
     Ok(most)
+}
+
+/// What a fork is charged for a private root, in bytes: the data and the inodes that its version does not have.
+///
+/// # Errors
+/// What the store answered.
+pub fn charge(ingest: &Ingest, version: NodeId, private: NodeId) -> Result<u64, FsError> {
+    let mut bytes = 0;
+    for difference in tree::diff(ingest, version, private) {
+        let difference = difference?;
+        match (Key::parse(&difference.key), difference.new) {
+            (Some(Key::Attr(_)), Some(_)) if difference.old.is_none() => bytes += INODE_CHARGE,
+            (Some(Key::Content { offset, .. }), Some(value)) => {
+                let len = Value::decode(&value).map_or(0, |value| value.len());
+                // A page that two pieces share is counted with the first.
+                bytes += (pages(offset + len) - pages(offset)) * PAGE;
+            }
+            _ => {}
+        }
+    }
+    Ok(bytes)
 }

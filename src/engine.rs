@@ -16,13 +16,13 @@ use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::fork::error::FsError;
-use crate::fork::{Fork, Origin};
+use crate::fork::{Fork, Origin, Private};
 use crate::fs::{Fs, Options, Ownership};
 use crate::mount::{Requests, session};
 use crate::store::{
@@ -121,6 +121,8 @@ pub struct EngineConfig {
     pub threads: Option<usize>,
     /// A job's fork without a mount is abandoned after this.
     pub orphan_after: Duration,
+    /// Bytes of memory that the table of a fork may take before it moves to a private root.
+    pub table: u64,
 }
 
 impl Default for EngineConfig {
@@ -131,6 +133,7 @@ impl Default for EngineConfig {
             reserve: None,
             threads: None,
             orphan_after,
+            table: 64 << 20,
         }
     }
 }
@@ -185,6 +188,8 @@ struct Live {
     session: Mutex<(u64, Instant)>,
     requests: Arc<Requests>,
     committing: Mutex<()>,
+    /// How many wait for `committing`: background work makes way for them.
+    waiting: AtomicUsize,
     /// What background ingest has in hand for the next commit.
     ahead: Mutex<Option<Arc<Ingest>>>,
     /// Published or abandoned: what is left goes with the session.
@@ -204,6 +209,14 @@ impl Live {
         })
     }
 
+    /// Waits until nobody else commits or drops this fork.
+    fn alone(&self) -> MutexGuard<'_, ()> {
+        self.waiting.fetch_add(1, Ordering::AcqRel);
+        let alone = self.committing.lock();
+        self.waiting.fetch_sub(1, Ordering::AcqRel);
+        alone
+    }
+
     fn is_served(&self) -> bool {
         self.session.lock().0 != 0
     }
@@ -216,7 +229,7 @@ pub struct Engine {
     forks: Mutex<HashMap<ForkId, Arc<Live>>>,
     counters: Counters,
     stopping: AtomicBool,
-    upkeep: Mutex<Option<std::thread::JoinHandle<()>>>,
+    upkeep: Mutex<Vec<std::thread::JoinHandle<()>>>,
 }
 
 impl fmt::Debug for Engine {
@@ -262,10 +275,10 @@ impl Engine {
             forks: Mutex::new(forks),
             counters: Counters::default(),
             stopping: AtomicBool::new(false),
-            upkeep: Mutex::new(None),
+            upkeep: Mutex::default(),
         });
         engine.remove_strays();
-        *engine.upkeep.lock() = Some(upkeep::start(&engine)?);
+        *engine.upkeep.lock() = upkeep::start(&engine)?;
         Ok(engine)
     }
 
@@ -364,6 +377,7 @@ impl Engine {
                 number: version.number,
             }),
             root,
+            moved: None,
             first_segment: 1,
             next_epoch: 1,
             boot: boot_id()?,
@@ -383,12 +397,7 @@ impl Engine {
             created: now(),
             mount: None,
         };
-        let origin = Origin {
-            id,
-            root,
-            first_segment: 1,
-            size: request.size,
-        };
+        let origin = origin(&self.store, &record)?;
         let root_owner = owner.unwrap_or((request.uid, request.gid));
         let fork = Fork::create(
             self.store.clone(),
@@ -471,9 +480,8 @@ impl Engine {
             epoch
         };
         let fs = self.fs_of(id)?;
-        let used = self.used(&live)?;
         let (engine, ended) = (Arc::downgrade(self), live.clone());
-        let result = session::serve(fs, fd, epoch, used, 2, live.requests.clone(), move || {
+        let result = session::serve(fs, fd, epoch, 2, live.requests.clone(), move || {
             ended.end_session(epoch);
             if ended.over.load(Ordering::Acquire)
                 && let Some(engine) = engine.upgrade()
@@ -488,17 +496,6 @@ impl Engine {
                 format!("fork {id} cannot be served at {mountpoint}: {e}"),
             )
         })
-    }
-
-    /// Blocks and files of the version below a fork.
-    fn used(&self, live: &Live) -> Result<(u64, u64)> {
-        let Some(base) = live.record.lock().base else {
-            return Ok((0, 1));
-        };
-        let version = self.store.version(base)?;
-        Ok(version.map_or((0, 1), |version| {
-            (version.blocks.div_ceil(8), version.files)
-        }))
     }
 
     fn live(&self, id: ForkId) -> Result<Arc<Live>> {
@@ -544,7 +541,7 @@ impl Engine {
     /// `NotFound`; what the disk answered.
     pub fn abandon(&self, id: ForkId) -> Result<Option<MountInfo>> {
         let live = self.live(id)?;
-        let _one = live.committing.lock();
+        let _one = live.alone();
         let unused = live
             .fork
             .as_ref()
@@ -607,7 +604,7 @@ impl Engine {
                 .hint("commit or abandon them, or stop with --drain or --force"));
         }
         self.drain();
-        if let Some(thread) = self.upkeep.lock().take() {
+        for thread in std::mem::take(&mut *self.upkeep.lock()) {
             thread.thread().unpark();
             thread.join().expect("a panic ends the process");
         }
@@ -642,6 +639,7 @@ impl Live {
             session: Mutex::new((0, Instant::now())),
             requests: Arc::default(),
             committing: Mutex::default(),
+            waiting: AtomicUsize::new(0),
             ahead: Mutex::default(),
             over: AtomicBool::new(false),
             why_lost,
@@ -659,18 +657,38 @@ impl Live {
     }
 }
 
+/// What a fork is made from, by its record.
+fn origin(store: &Store, record: &store::Fork) -> std::result::Result<Origin, StoreError> {
+    let version = match record.base {
+        Some(base) => store.version(base)?,
+        None => None,
+    };
+    let (blocks, files) = version.as_ref().map_or((0, 0), |v| (v.blocks, v.files));
+    let totals = record.moved.unwrap_or_default().totals;
+    Ok(Origin {
+        id: record.id,
+        root: record.root,
+        private: record.moved.map(|moved| Private {
+            version: version.map_or_else(|| crate::tree::empty().0, |v| v.root),
+            charged: moved.charged,
+        }),
+        holds: (
+            blocks.saturating_add_signed(totals.blocks),
+            files.saturating_add_signed(totals.files),
+        ),
+        first_segment: record.first_segment,
+        size: record.options.size,
+    })
+}
+
 /// Opens a fork that an earlier daemon left behind.
 fn reopen(store: &Arc<Store>, record: store::Fork, boot: &str) -> Live {
     let fork = if record.boot == boot {
-        let (id, root) = (record.id, record.root);
-        let origin = Origin {
-            id,
-            root,
-            first_segment: record.first_segment,
-            size: record.options.size,
-        };
+        let id = record.id;
         let dir = store.dir().join("forks").join(id.to_string());
-        let opened = Fork::open(store.clone(), &dir, origin);
+        let opened = origin(store, &record)
+            .map_err(FsError::from)
+            .and_then(|origin| Fork::open(store.clone(), &dir, origin));
         opened.map(Arc::new).map_err(|error| {
             log::error!("fork {id} cannot be opened: {error}");
             error.to_string()

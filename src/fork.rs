@@ -19,7 +19,7 @@ use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Instant;
 
 use parking_lot::{ArcRwLockReadGuard, Mutex, RawRwLock, RwLock, RwLockReadGuard};
@@ -31,11 +31,11 @@ use error::FsError;
 use extent::{Extent, PAGE};
 use log::{Log, LogError, Request};
 use spool::Spool;
-use table::{Cell, Edit, Inode, Table, apply_inode};
+use table::{Cell, Edit, Inode, Table};
 pub use write::Tx;
 
 /// What a created inode is charged, beside its content.
-const INODE_CHARGE: u64 = 512;
+pub const INODE_CHARGE: u64 = 512;
 /// The first lease of inode numbers, and the largest: each is twice the one before.
 const LEASE: Range<u64> = 64..1 << 20;
 
@@ -43,12 +43,23 @@ const LEASE: Range<u64> = 64..1 << 20;
 #[derive(Clone, Debug)]
 pub struct Origin {
     pub id: ForkId,
-    /// The root below the table: that of the version it was forked from, or of its last commit.
+    /// The root below the table: that of the version it was forked from, or of its last commit, or a private one.
     pub root: NodeId,
+    /// For a private root: the root of the version below it, and the bytes that the fork is charged for the difference.
+    pub private: Option<Private>,
+    /// 512-byte blocks and inodes of the root.
+    pub holds: (u64, u64),
     /// The first segment of the log on top of that root.
     pub first_segment: u64,
     /// Room for new data, in bytes.
     pub size: u64,
+}
+
+/// What lies below a root that is the fork's own.
+#[derive(Clone, Copy, Debug)]
+pub struct Private {
+    pub version: NodeId,
+    pub charged: u64,
 }
 
 /// A root that stays readable as long as somebody holds this.
@@ -88,6 +99,9 @@ pub struct Fork {
     /// How often the kernel was told of an inode and has not forgotten it.
     lookups: Mutex<HashMap<Ino, u64>>,
     created: AtomicU64,
+    private: Mutex<Option<Private>>,
+    /// 512-byte blocks and inodes of the view.
+    holds: (AtomicI64, AtomicI64),
     started: Instant,
 }
 
@@ -154,6 +168,7 @@ impl Fork {
             let cell = Cell::new(ROOT, Inode::created(attr));
             fork.layers.write().live.inodes.insert(ROOT, cell);
             fork.created.store(1, Ordering::Relaxed);
+            fork.count(0, 1);
         }
         Ok(fork)
     }
@@ -223,6 +238,11 @@ impl Fork {
             numbers: Mutex::new(numbers),
             lookups: Mutex::default(),
             created: AtomicU64::new(0),
+            private: Mutex::new(origin.private),
+            holds: (
+                AtomicI64::new(origin.holds.0 as i64),
+                AtomicI64::new(origin.holds.1 as i64),
+            ),
             started: Instant::now(),
         })
     }
@@ -237,10 +257,17 @@ impl Fork {
                     let made = || Cell::new(*ino, Inode::created(attr.clone()));
                     if !known {
                         layers.live.inodes.insert(*ino, made());
+                        self.count(attr.blocks as i64, 1);
                     }
                 }
-                Edit::Extent { ino, .. } | Edit::Truncate { ino, .. } | Edit::Orphan { ino } => {
+                Edit::Extent { ino, .. }
+                | Edit::Truncate { ino, .. }
+                | Edit::Orphan { ino }
+                | Edit::Remove { ino } => {
                     self.load(&mut layers, *ino)?;
+                }
+                Edit::Carry { ino, attr, .. } if !layers.live.inodes.contains_key(ino) => {
+                    self.count(attr.blocks as i64, 1);
                 }
                 _ => {}
             }
@@ -255,9 +282,10 @@ impl Fork {
         layers.live.apply(edit);
         match edit {
             Edit::Attr { ino, .. } | Edit::Extent { ino, .. } | Edit::Truncate { ino, .. } => {
-                let cell = layers.live.inodes.get(ino);
-                cell.map(|cell| apply_inode(&mut cell.state.write(), edit))
-                    .unwrap_or_default()
+                let Some(cell) = layers.live.inodes.get(ino) else {
+                    return Vec::new();
+                };
+                self.apply_inode(&mut cell.state.write(), edit)
             }
             Edit::Orphan { ino } => {
                 if let Some(cell) = layers.live.inodes.get(ino).cloned() {
@@ -273,12 +301,35 @@ impl Fork {
                     .inodes
                     .get(ino)
                     .is_some_and(|c| c.state.read().created);
-                let cell = layers.live.remove(*ino, created);
-                cell.map(|cell| cell.state.read().content.extents.iter().collect())
-                    .unwrap_or_default()
+                let Some(cell) = layers.live.remove(*ino, created) else {
+                    return Vec::new();
+                };
+                let inode = cell.state.read();
+                self.count(-(inode.attr.blocks as i64), -1);
+                inode.content.extents.iter().collect()
             }
             _ => Vec::new(),
         }
+    }
+
+    /// Applies an edit to a locked inode; returns the extents whose room went.
+    fn apply_inode(&self, inode: &mut Inode, edit: &Edit) -> Vec<Extent> {
+        let before = inode.attr.blocks as i64;
+        let gone = table::apply_inode(inode, edit);
+        self.count(inode.attr.blocks as i64 - before, 0);
+        gone
+    }
+
+    /// Counts that the view has so many more blocks and inodes.
+    fn count(&self, blocks: i64, inodes: i64) {
+        self.holds.0.fetch_add(blocks, Ordering::Relaxed);
+        self.holds.1.fetch_add(inodes, Ordering::Relaxed);
+    }
+
+    /// 512-byte blocks and inodes of the view.
+    pub fn holds(&self) -> (u64, u64) {
+        let count = |of: &AtomicI64| of.load(Ordering::Relaxed).max(0) as u64;
+        (count(&self.holds.0), count(&self.holds.1))
     }
 
     /// Brings an inode into the live table; false if the fork has none of that number.
@@ -357,7 +408,8 @@ impl Fork {
 
     /// What is charged against the fork's size, in bytes.
     pub fn charged(&self) -> u64 {
-        self.spool.charged() + self.created.load(Ordering::Relaxed) * INODE_CHARGE
+        let private = self.private.lock().map_or(0, |private| private.charged);
+        self.spool.charged() + self.created.load(Ordering::Relaxed) * INODE_CHARGE + private
     }
 
     /// Room that is left for new data, in bytes: the fork's own, or the disk's where that is less.
@@ -444,9 +496,7 @@ impl Fork {
     pub fn delta_size(&self) -> DeltaSize {
         let layers = self.layers.read();
         let tables = std::iter::once(&layers.live).chain(layers.frozen.as_deref());
-        let changed = tables
-            .map(|t| t.inodes.len() + t.removed.len())
-            .sum::<usize>() as u64;
+        let changed = tables.map(Table::changes).sum();
         drop(layers);
         DeltaSize {
             changed,
@@ -526,13 +576,21 @@ impl Fork {
         }
     }
 
-    /// Puts the fork on top of the version that holds its frozen table: the end of a commit with `keep`.
-    pub fn rebase(&self, root: NodeId, first_segment: u64) {
+    /// Bytes of memory that the table takes, about, and bytes of the log that explains it.
+    pub fn weight(&self) -> (u64, u64) {
+        (self.layers.read().live.weight(), self.log.lock().len())
+    }
+
+    /// Puts the fork on top of a root that holds its frozen table: a version's, at the end of a commit with `keep`, or a private
+    /// one.
+    pub fn rebase(&self, root: NodeId, first_segment: u64, private: Option<Private>) {
         let mut layers = self.layers.write();
         let Some(frozen) = layers.frozen.take() else {
             return;
         };
         layers.root = self::root(&self.store, root);
+        *self.private.lock() = private;
+        self.log.lock().begins_here();
         let mut gone = Vec::new();
         for cell in layers.live.inodes.values() {
             let mut inode = cell.state.write();
@@ -544,7 +602,7 @@ impl Fork {
             }
         }
         drop(layers);
-        {
+        if private.is_none() {
             let mut numbers = self.numbers.lock();
             numbers.uncommitted = vec![numbers.left.clone()];
         }

@@ -211,9 +211,10 @@ impl Fs {
     }
 
     /// Returns what df shows: the blocks in use, and the room that is left.
-    pub fn statfs(&self, used: (u64, u64)) -> Statfs {
+    pub fn statfs(&self) -> Statfs {
         let free = self.fork.room() / PAGE;
-        let (blocks, files) = used;
+        let (blocks, files) = self.fork.holds();
+        let blocks = blocks.div_ceil(8);
         Statfs {
             blocks: blocks + free,
             free,

@@ -37,8 +37,6 @@ struct Mount {
     fs: Fs,
     epoch: u64,
     requests: Arc<Requests>,
-    /// Blocks and files of the version below, for statfs.
-    used: (u64, u64),
 }
 
 impl Mount {
@@ -521,7 +519,7 @@ impl Filesystem for Mount {
 
     fn statfs(&self, request: &Request, _: INodeNo, reply: ReplyStatfs) {
         self.caller(request, "statfs");
-        let s = self.fs.statfs(self.used);
+        let s = self.fs.statfs();
         reply.statfs(
             s.blocks,
             s.free,

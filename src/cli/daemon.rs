@@ -141,6 +141,7 @@ fn run(
             reserve: config.reserve(),
             threads: config.threads(),
             orphan_after: config.orphan_after(),
+            ..EngineConfig::default()
         },
         announce,
     })

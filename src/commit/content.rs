@@ -1,5 +1,8 @@
 //! The content of one file as the tree holds it: by its bytes and holes alone, however it came to have them.
 
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use crate::chunk::{self, INLINE_MAX, SINGLE_MAX};
 use crate::fork::Fork;
 use crate::fork::error::FsError;
@@ -15,6 +18,8 @@ pub struct Source<'a> {
     pub fork: &'a Fork,
     pub root: NodeId,
     pub ingest: &'a Ingest,
+    /// Work is given up, with `Interrupted`, as soon as this is not 0.
+    pub wanted: Option<&'a AtomicUsize>,
 }
 
 impl Source<'_> {
@@ -67,6 +72,15 @@ impl Source<'_> {
         Ok(bytes)
     }
 
+    fn make_way(&self) -> io::Result<()> {
+        match self.wanted {
+            Some(wanted) if wanted.load(Ordering::Relaxed) > 0 => {
+                Err(io::ErrorKind::Interrupted.into())
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn chunk(&self, ino: Ino, inode: &Inode, from: u64, to: u64) -> Result<(u64, Value), FsError> {
         let bytes = self.read(ino, inode, from, to)?;
         Ok((
@@ -91,6 +105,7 @@ impl Source<'_> {
         let mut buffer: Vec<u8> = Vec::new();
         let mut start = at;
         while at < to {
+            self.make_way()?;
             if let Some(value) = old.at(at, to) {
                 at += value.len();
                 out.push((at - value.len(), value));

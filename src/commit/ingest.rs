@@ -1,12 +1,12 @@
 //! A frozen table becomes content and a new root.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crossbeam::channel;
 
-use super::Totals;
 use super::content::Source;
 use crate::chunk::INLINE_MAX;
 use crate::fork::error::FsError;
@@ -14,7 +14,7 @@ use crate::fork::extent::pages;
 use crate::fork::table::{Cell, Ingested as Hint, Table};
 use crate::fork::{Fork, Sealed, view};
 use crate::record::{self, Kind, Value};
-use crate::store::{Ingest, Store, StoreError};
+use crate::store::{Ingest, Store, StoreError, Totals};
 use crate::tree::{self, Edit, Node, NodeId};
 
 /// Inodes that a thread takes at a time.
@@ -38,6 +38,7 @@ pub fn run(
         fork,
         root: sealed.root.id,
         ingest,
+        wanted: None,
     };
     let next = AtomicUsize::new(0);
     let work = || -> Result<(Edits, Totals), FsError> {
@@ -81,16 +82,6 @@ pub fn run(
     all.sort_by(|a, b| a.0.cmp(&b.0));
     let root = apply(&fork.store, sealed.root.id, all, ingest, threads)?;
     Ok((root, totals))
-}
-
-impl Totals {
-    fn add(&mut self, other: Totals) {
-        self.files += other.files;
-        self.logical_bytes += other.logical_bytes;
-        self.blocks += other.blocks;
-        self.has_links |= other.has_links;
-        self.has_acl |= other.has_acl;
-    }
 }
 
 /// The attributes and content of one inode.
@@ -257,11 +248,16 @@ fn apply(
 }
 
 /// Ingests files that have not been written for a while, so that little is left for the commit. The results are hints: a commit
-/// takes them only if the file has not changed since. Returns how many files it looked into.
+/// takes them only if the file has not changed since. Returns how many files it looked into. Gives up as soon as `wanted` is not 0.
 ///
 /// # Errors
 /// What the disk or the store answered.
-pub fn ahead(fork: &Arc<Fork>, ingest: &Ingest, most: usize) -> Result<usize, FsError> {
+pub fn ahead(
+    fork: &Arc<Fork>,
+    ingest: &Ingest,
+    most: usize,
+    wanted: &AtomicUsize,
+) -> Result<usize, FsError> {
     let age = fork.age();
     let (root, cells) = {
         let layers = fork.layers();
@@ -296,8 +292,12 @@ pub fn ahead(fork: &Arc<Fork>, ingest: &Ingest, most: usize) -> Result<usize, Fs
         fork,
         root: root.id,
         ingest,
+        wanted: Some(wanted),
     };
     for cell in &cells {
+        if wanted.load(Ordering::Relaxed) > 0 {
+            break;
+        }
         let copy = {
             let inode = cell.state.read();
             // Held by these references while it is read without the lock.
@@ -312,10 +312,11 @@ pub fn ahead(fork: &Arc<Fork>, ingest: &Ingest, most: usize) -> Result<usize, Fs
         let values = source.values(cell.ino, &copy, before.map_or(0, |b| b.size));
         fork.spool.release(copy.content.extents.iter());
         let sequence = copy.content.sequence;
-        let hint = Arc::new(Hint {
-            sequence,
-            values: values?,
-        });
+        let values = match values {
+            Err(FsError::Io(e)) if e.kind() == io::ErrorKind::Interrupted => break,
+            values => values?,
+        };
+        let hint = Arc::new(Hint { sequence, values });
         let mut inode = cell.state.write();
         if inode.content.sequence == sequence {
             inode.ingested = Some(hint);

@@ -5,8 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::{Code, Engine, EngineError, Live, MountInfo, Result, VersionInfo, no_fork, now};
-use crate::commit::{Changed, Ingested, changed, prepare};
+use crate::commit::{Changed, Ingested, changed, charge, prepare};
+use crate::fork::Private;
 use crate::store::{self, ForkChange, ForkId, Ingest, Publish, VersionRef};
+use crate::tree::NodeId;
 
 /// When a commit makes a version.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -55,7 +57,7 @@ impl Engine {
             .iter()
             .map(|id| self.live(*id))
             .collect::<Result<Vec<_>>>()?;
-        let _one_each: Vec<_> = lives.iter().map(|live| live.committing.lock()).collect();
+        let _one_each: Vec<_> = lives.iter().map(|live| live.alone()).collect();
         let result = self.commit_locked(&lives, &request);
         if let Err(error) = &result {
             self.counters.refused.fetch_add(1, Ordering::Relaxed);
@@ -213,8 +215,8 @@ impl Engine {
             let mount = if request.keep {
                 match version {
                     Some(version) => {
-                        done.fork
-                            .rebase(version.root, done.sealed.segment.unwrap_or(1));
+                        let segment = done.sealed.segment.unwrap_or(1);
+                        done.fork.rebase(version.root, segment, None);
                         live.ahead.lock().take();
                     }
                     None => done.fork.thaw(),
@@ -259,10 +261,17 @@ impl Engine {
         } else {
             Changed::Times
         };
-        if done.root == done.sealed.root.id {
+        let below = self.version_root(base)?;
+        if done.root == below {
             return Ok(false);
         }
-        Ok(changed(&done.ingest, done.sealed.root.id, done.root)? >= least)
+        Ok(changed(&done.ingest, below, done.root)? >= least)
+    }
+
+    /// The root of a version, the empty one for none.
+    fn version_root(&self, at: Option<VersionRef>) -> Result<NodeId> {
+        let version = at.map(|at| self.store.version(at)).transpose()?.flatten();
+        Ok(version.map_or_else(|| crate::tree::empty().0, |version| version.root))
     }
 
     fn new_version(
@@ -276,6 +285,9 @@ impl Engine {
             Some(base) => self.store.version(base)?,
             None => None,
         };
+        let moved = record.moved.unwrap_or_default();
+        let mut change = moved.totals;
+        change.add(done.change);
         let add = |value: fn(&store::Version) -> u64, change: i64| {
             below
                 .as_ref()
@@ -294,17 +306,18 @@ impl Engine {
             job: record.options.job.clone(),
             labels,
             message: request.message.clone(),
-            files: add(|v| v.files, done.change.files),
-            logical_bytes: add(|v| v.logical_bytes, done.change.logical_bytes),
-            blocks: add(|v| v.blocks, done.change.blocks),
-            new_bytes: done.ingest.new_bytes()
+            files: add(|v| v.files, change.files),
+            logical_bytes: add(|v| v.logical_bytes, change.logical_bytes),
+            blocks: add(|v| v.blocks, change.blocks),
+            new_bytes: moved.new_bytes
+                + done.ingest.new_bytes()
                 + live
                     .ahead
                     .lock()
                     .as_ref()
                     .map_or(0, |ahead| ahead.new_bytes()),
-            has_acl: done.change.has_acl || record.options.acl,
-            has_links: done.change.has_links || below.as_ref().is_some_and(|v| v.has_links),
+            has_acl: change.has_acl || record.options.acl,
+            has_links: change.has_links || below.as_ref().is_some_and(|v| v.has_links),
             uid_map: None,
         })
     }
@@ -318,25 +331,82 @@ impl Engine {
         prepared: &[(usize, Ingested)],
         made: &[usize],
     ) -> Result<Vec<store::Version>> {
-        self.store
-            .publish_with(ingests, publish, |versions| {
-                let mut changes = Vec::new();
-                for (version, index) in versions.iter().zip(made) {
-                    let Some((_, done)) = prepared.iter().find(|(at, _)| at == index) else {
-                        continue;
-                    };
-                    let mut record = lives[*index].record.lock();
-                    record.root = version.root;
-                    record.first_segment = done.sealed.segment.unwrap_or(record.first_segment);
-                    record.base = Some(VersionRef {
-                        volume: version.volume,
-                        number: version.number,
-                    });
-                    changes.push(ForkChange::Put(Box::new(record.clone())));
-                }
-                changes
-            })
-            .map_err(Into::into)
+        // What the forks' records say changes with the batch and not before it, and nobody writes them in between.
+        let mut records = Vec::new();
+        let published = self.store.publish_with(ingests, publish, |versions| {
+            for (version, index) in versions.iter().zip(made) {
+                let Some((_, done)) = prepared.iter().find(|(at, _)| at == index) else {
+                    continue;
+                };
+                let held = lives[*index].record.lock();
+                let mut record = held.clone();
+                record.root = version.root;
+                record.moved = None;
+                record.first_segment = done.sealed.segment.unwrap_or(record.first_segment);
+                record.base = Some(VersionRef {
+                    volume: version.volume,
+                    number: version.number,
+                });
+                records.push((held, record));
+            }
+            let put = |(_, record): &(_, store::Fork)| ForkChange::Put(Box::new(record.clone()));
+            records.iter().map(put).collect()
+        })?;
+        for (mut held, record) in records {
+            *held = record;
+        }
+        Ok(published)
+    }
+
+    /// Moves the table of a fork to a private root, so that memory, log and the next commit stay bounded by recent change. The
+    /// fork goes on meanwhile.
+    ///
+    /// # Errors
+    /// What the disk or the store answered; the fork goes on as before.
+    pub(super) fn move_to_private_root(&self, live: &Live) -> Result<()> {
+        let _one = live.alone();
+        if live.over.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let fork = live.fork()?;
+        let done = prepare(fork, true, self.threads())?;
+        let result = self.put_private_root(live, &done);
+        match &result {
+            Ok(private) => {
+                let segment = done.sealed.segment.unwrap_or(1);
+                fork.rebase(done.root, segment, Some(*private));
+                live.ahead.lock().take();
+            }
+            Err(_) => fork.thaw(),
+        }
+        result.map(|_| ())
+    }
+
+    fn put_private_root(&self, live: &Live, done: &Ingested) -> Result<Private> {
+        let record = live.record.lock().clone();
+        let version = self.version_root(record.base)?;
+        let charged = charge(&done.ingest, version, done.root)?;
+        let mut moved = record.moved.unwrap_or_default();
+        moved.totals.add(done.change);
+        moved.changed += done.sealed.table.changes();
+        moved.charged = charged;
+        let ahead = live.ahead.lock().clone();
+        moved.new_bytes += done.ingest.new_bytes() + ahead.as_ref().map_or(0, |a| a.new_bytes());
+        let ingests: Vec<_> = ahead.into_iter().chain([done.ingest.clone()]).collect();
+        let mut put = None;
+        self.store.publish_with(&ingests, Publish::default(), |_| {
+            let held = live.record.lock();
+            let mut record = held.clone();
+            record.root = done.root;
+            record.moved = Some(moved);
+            record.first_segment = done.sealed.segment.unwrap_or(record.first_segment);
+            put = Some((held, record.clone()));
+            vec![ForkChange::Put(Box::new(record))]
+        })?;
+        if let Some((mut held, record)) = put {
+            *held = record;
+        }
+        Ok(Private { version, charged })
     }
 
     /// Makes an older version the head again, as a new version.

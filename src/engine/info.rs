@@ -128,7 +128,7 @@ impl Engine {
             suid: record.options.suid,
             dev: record.options.dev,
             size: record.options.size,
-            changed: delta.changed,
+            changed: delta.changed + record.moved.map_or(0, |moved| moved.changed),
             bytes: delta.bytes,
             requests: live.requests.counts(),
         })

@@ -69,7 +69,7 @@ impl Engine {
         }
         let id = text.parse().map_err(|()| super::no_fork(text))?;
         let live = self.live(id)?;
-        let _one = live.committing.lock();
+        let _one = live.alone();
         let prepared = crate::commit::prepare(live.fork()?, true, self.threads())?;
         let root = prepared.root;
         let lease = self.store.lease(root);

@@ -5,6 +5,8 @@ use crate::fork::log::Request;
 use crate::fs::{Caller, NewNode, RenameMode, SetAttr, XattrMode};
 use crate::record::{Ino, Kind, ROOT};
 
+mod private_root;
+
 const ME: Caller = Caller {
     uid: 0,
     gid: 0,
@@ -17,12 +19,20 @@ const ME: Caller = Caller {
 struct Bench {
     dir: tempfile::TempDir,
     engine: Option<Arc<Engine>>,
+    table: u64,
 }
 
 impl Bench {
     fn new() -> Bench {
-        let dir = tempfile::tempdir().unwrap();
-        let mut bench = Bench { dir, engine: None };
+        Bench::with_table(EngineConfig::default().table)
+    }
+
+    fn with_table(table: u64) -> Bench {
+        let mut bench = Bench {
+            dir: tempfile::tempdir().unwrap(),
+            engine: None,
+            table,
+        };
         bench.reopen();
         bench
     }
@@ -35,12 +45,14 @@ impl Bench {
     fn reopen(&mut self) {
         if let Some(engine) = self.engine.take() {
             engine.drain();
-            let thread = engine.upkeep.lock().take().unwrap();
-            thread.thread().unpark();
-            thread.join().unwrap();
+            for thread in std::mem::take(&mut *engine.upkeep.lock()) {
+                thread.thread().unpark();
+                thread.join().unwrap();
+            }
         }
         let config = EngineConfig {
             reserve: Some(0),
+            table: self.table,
             ..EngineConfig::default()
         };
         self.engine = Some(Engine::open(&self.dir.path().join("store"), config).unwrap());
@@ -563,4 +575,31 @@ fn a_damaged_head_is_set_aside_and_the_newest_whole_version_is_forked() {
         (2, &vec!["/f".to_string()])
     );
     assert_eq!(get(&bench.fs(bench.fork("v")), "f"), Some(noise(50_000, 1)));
+}
+
+#[test]
+fn df_counts_what_the_fork_shows_and_deleting_lowers_it() {
+    let mut bench = Bench::new();
+    let first = bench.fork("v");
+    put(&bench.fs(first), "base", &noise(400_000, 1));
+    bench.commit(first, false);
+    let fork = bench.fork("v");
+    let used = |bench: &Bench| {
+        let now = bench.fs(fork).statfs();
+        (now.blocks - now.free, now.files - now.files_free)
+    };
+    let pages = 400_000_u64.div_ceil(4096);
+    assert_eq!(used(&bench), (pages, 2));
+    let own = put(&bench.fs(fork), "own", &noise(8_192, 2));
+    assert_eq!(used(&bench), (pages + 2, 3));
+    bench.commit(fork, true);
+    assert_eq!(used(&bench), (pages + 2, 3));
+    bench.fs(fork).unlink(ME, ROOT, b"base").unwrap();
+    assert_eq!(used(&bench), (2, 2));
+    bench.fs(fork).unlink(ME, ROOT, b"own").unwrap();
+    assert_eq!(used(&bench), (2, 2), "the kernel knows it still");
+    bench.fs(fork).fork.forget(own, 1);
+    assert_eq!(used(&bench), (0, 1));
+    bench.reopen();
+    assert_eq!(used(&bench), (0, 1));
 }

@@ -10,17 +10,35 @@ use std::time::Duration;
 use super::{Code, Engine, EngineError, Live, Result};
 use crate::commit;
 
+/// How many times longer than its table, or than the limit of one, a log may be.
+const LOG_FACTOR: u64 = 4;
 const PAUSE: Duration = Duration::from_millis(300);
 /// Files of one fork that are ingested between two looks at the others.
 const AT_A_TIME: usize = 256;
 /// A file is cut down in steps of this size before it is unlinked, so that the disk is never held for long.
 const STEP: u64 = 64 << 20;
 
-/// Starts the thread that looks after an engine until it stops.
-pub fn start(engine: &Arc<Engine>) -> Result<thread::JoinHandle<()>> {
+/// Starts the threads that look after an engine until it stops: one for what can wait, at idle priority, and one that keeps
+/// the tables of forks small.
+pub fn start(engine: &Arc<Engine>) -> Result<Vec<thread::JoinHandle<()>>> {
+    let idle = |engine: &Engine| engine.look_after();
+    let tables = |engine: &Engine| engine.move_large_tables();
+    Ok(vec![
+        repeat(engine, "upkeep", true, idle)?,
+        repeat(engine, "tables", false, tables)?,
+    ])
+}
+
+/// Does some work again and again until the engine stops, with a pause whenever there is no more to do at once.
+fn repeat(
+    engine: &Arc<Engine>,
+    name: &str,
+    idle: bool,
+    work: impl Fn(&Engine) -> bool + Send + 'static,
+) -> Result<thread::JoinHandle<()>> {
     let weak = Arc::downgrade(engine);
     let run = move || {
-        if let Err(error) = crate::sys::idle_priority() {
+        if idle && let Err(error) = crate::sys::idle_priority() {
             log::debug!("background work runs at normal priority: {error}");
         }
         loop {
@@ -28,14 +46,14 @@ pub fn start(engine: &Arc<Engine>) -> Result<thread::JoinHandle<()>> {
             if engine.stopping.load(Ordering::Acquire) {
                 return;
             }
-            let busy = engine.look_after();
+            let busy = work(&engine);
             drop(engine);
             if !busy {
                 thread::park_timeout(PAUSE);
             }
         }
     };
-    let thread = thread::Builder::new().name("upkeep".into()).spawn(run);
+    let thread = thread::Builder::new().name(name.into()).spawn(run);
     thread.map_err(|e| EngineError::new(Code::Failed, format!("a thread for background work: {e}")))
 }
 
@@ -56,6 +74,25 @@ impl Engine {
         busy
     }
 
+    /// Moves tables that have grown large, or whose log has grown far beyond them, to private roots.
+    fn move_large_tables(&self) -> bool {
+        let lives: Vec<Arc<Live>> = self.forks.lock().values().cloned().collect();
+        let limit = self.config.table;
+        for live in &lives {
+            let Some(fork) = &live.fork else { continue };
+            let (table, log) = fork.weight();
+            if table <= limit && log <= LOG_FACTOR * table.max(limit) {
+                continue;
+            }
+            match self.move_to_private_root(live) {
+                Ok(()) => log::info!("fork {}: its table moved to a private root", live.id),
+                // The fork works on with what it has; the next look tries again.
+                Err(error) => log::warn!("fork {}: its table stays in memory: {error}", live.id),
+            }
+        }
+        false
+    }
+
     fn ingest_ahead(&self, live: &Live) -> bool {
         let Some(fork) = &live.fork else { return false };
         let will_commit = {
@@ -74,7 +111,7 @@ impl Engine {
             .lock()
             .get_or_insert_with(|| Arc::new(self.store.ingest()))
             .clone();
-        match commit::ahead(fork, &ingest, AT_A_TIME) {
+        match commit::ahead(fork, &ingest, AT_A_TIME, &live.waiting) {
             Ok(files) => files == AT_A_TIME,
             Err(error) => {
                 log::debug!("fork {}: nothing was ingested ahead: {error}", live.id);

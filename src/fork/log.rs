@@ -37,6 +37,8 @@ pub struct Log {
     file: File,
     /// Where the next record goes; what lies behind is not part of the log.
     end: u64,
+    /// Bytes of records in the segments before this one that are still needed.
+    before: u64,
     /// A failed append could not be cut off: nothing may be appended any more.
     broken: bool,
     buffer: Vec<u8>,
@@ -78,6 +80,7 @@ impl Log {
             number,
             file,
             end: HEADER,
+            before: 0,
             broken: false,
             buffer: Vec::new(),
         })
@@ -91,6 +94,7 @@ impl Log {
         mut apply: impl FnMut(Request, Vec<Edit>),
     ) -> Result<Log, LogError> {
         let mut number = first;
+        let mut before = 0;
         if !segment(dir, first).exists() {
             let path = segment(dir, first);
             return Log::create(dir, fork, first).map_err(|e| LogError::Io(path, e));
@@ -110,10 +114,12 @@ impl Log {
                     number,
                     file,
                     end,
+                    before,
                     broken: false,
                     buffer: Vec::new(),
                 });
             }
+            before += end - HEADER;
             number += 1;
         }
     }
@@ -161,24 +167,25 @@ impl Log {
 
     /// Begins the next segment and returns its number.
     pub fn next_segment(&mut self) -> io::Result<u64> {
-        let next = Log::create(&self.dir, self.fork, self.number + 1)?;
+        let mut next = Log::create(&self.dir, self.fork, self.number + 1)?;
+        next.before = self.len();
         *self = next;
         Ok(self.number)
     }
 
-    /// Bytes in the segment that is written.
+    /// Bytes of records that a replay would read.
     pub fn len(&self) -> u64 {
-        self.end - HEADER
+        self.before + self.end - HEADER
     }
 
-    /// Whether the segment that is written holds no record.
+    /// Whether a replay would find no record.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The number of the segment that is written.
-    pub fn number(&self) -> u64 {
-        self.number
+    /// Notes that the segments before the one that is written are not needed any more.
+    pub fn begins_here(&mut self) {
+        self.before = 0;
     }
 }
 

@@ -91,6 +91,11 @@ pub type Name = Box<[u8]>;
 /// Where an entry stands: directory, hash of the name, name.
 pub type EntryKey = (Ino, u64, Name);
 
+/// Bytes of memory that an inode, a removed inode and a name take in a table.
+const INODE_WEIGHT: usize = 512;
+const REMOVED_WEIGHT: usize = 16;
+const NAME_WEIGHT: usize = 96;
+
 /// The changes of a fork.
 #[derive(Debug, Default)]
 pub struct Table {
@@ -331,6 +336,19 @@ impl Table {
             && self.entries.is_empty()
             && self.xattrs.is_empty()
             && self.unlinked.is_empty()
+    }
+
+    /// How many inodes were changed, made or removed.
+    pub fn changes(&self) -> u64 {
+        (self.inodes.len() + self.removed.len()) as u64
+    }
+
+    /// Bytes of memory, about.
+    pub fn weight(&self) -> u64 {
+        let names = self.entries.len() + self.unlinked.len() + self.xattrs.len();
+        (self.inodes.len() * INODE_WEIGHT
+            + self.removed.len() * REMOVED_WEIGHT
+            + names * NAME_WEIGHT) as u64
     }
 
     /// Applies an edit to the maps of names. Edits of one inode's state go through [`apply_inode`].

@@ -8,8 +8,8 @@ use parking_lot::{ArcRwLockReadGuard, ArcRwLockWriteGuard, RawRwLock, RwLockWrit
 use super::error::FsError;
 use super::extent::{Content, Extent, ExtentMap, Origin};
 use super::log::Request;
-use super::table::{Cell, Edit, Inode, Table, apply_inode};
-use super::{Fork, Gate, Layers};
+use super::table::{Cell, Edit, Inode, Table};
+use super::{Fork, Gate, INODE_CHARGE, Layers, view};
 use crate::record::{Attr, Ino, Kind};
 
 /// One namespace operation: it has the names of the fork to itself, and the inodes it asked for.
@@ -62,7 +62,7 @@ impl Fork {
         self.log.lock().append(request, edits)?;
         let mut gone = Vec::new();
         for edit in edits {
-            gone.extend(apply_inode(inode, edit));
+            gone.extend(self.apply_inode(inode, edit));
         }
         if !gone.is_empty() {
             self.spool.release(gone);
@@ -180,9 +180,14 @@ impl Tx<'_> {
 
         for mut locked in self.locked.drain(..) {
             match locked.state.as_mut() {
-                Some(state) if locked.changed => state.attr = locked.attr,
+                Some(state) if locked.changed => {
+                    let blocks = locked.attr.blocks as i64 - state.attr.blocks as i64;
+                    self.fork.count(blocks, 0);
+                    state.attr = locked.attr;
+                }
                 Some(_) => {}
                 None => {
+                    self.fork.count(locked.attr.blocks as i64, 1);
                     let cell = Cell::new(locked.ino, Inode::created(locked.attr));
                     self.layers.live.inodes.insert(locked.ino, cell);
                 }
@@ -218,6 +223,23 @@ impl Fork {
         }
         if inode.created && inode.base.is_none() {
             self.created.fetch_sub(1, Ordering::Relaxed);
+        } else if !inode.created {
+            self.drop_private_charge(layers, ino);
+        }
+    }
+
+    /// Gives back the charge for what only the private root has of an inode that goes.
+    fn drop_private_charge(&self, layers: &Layers, ino: Ino) {
+        let Some(version) = self.private.lock().map(|private| private.version) else {
+            return;
+        };
+        // What cannot be read now is charged until the next move or commit.
+        let of = |root| view::base_attr(&self.store, root, ino).ok().flatten();
+        if let (None, Some(attr)) = (of(version), of(layers.root.id))
+            && let Some(private) = self.private.lock().as_mut()
+        {
+            let charge = attr.blocks * 512 + INODE_CHARGE;
+            private.charged = private.charged.saturating_sub(charge);
         }
     }
 }

@@ -24,7 +24,6 @@ pub fn serve(
     fs: Fs,
     fd: OwnedFd,
     epoch: u64,
-    used: (u64, u64),
     threads: usize,
     requests: Arc<Requests>,
     ended: impl FnOnce() + Send + 'static,
@@ -34,7 +33,6 @@ pub fn serve(
         fs,
         epoch,
         requests,
-        used,
     };
     let mut config = Config::default();
     config.n_threads = Some(threads);

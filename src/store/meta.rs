@@ -110,6 +110,39 @@ pub struct Version {
     pub uid_map: Option<String>,
 }
 
+/// What a delta adds to the numbers of a version.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    pub files: i64,
+    pub logical_bytes: i64,
+    pub blocks: i64,
+    /// Some file may have several names.
+    pub has_links: bool,
+    pub has_acl: bool,
+}
+
+impl Totals {
+    pub fn add(&mut self, other: Totals) {
+        self.files += other.files;
+        self.logical_bytes += other.logical_bytes;
+        self.blocks += other.blocks;
+        self.has_links |= other.has_links;
+        self.has_acl |= other.has_acl;
+    }
+}
+
+/// What a fork moved from its table to a private root, all of it since the version below.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moved {
+    pub totals: Totals,
+    /// Inodes, each time they were moved.
+    pub changed: u64,
+    /// Bytes charged against the fork's size.
+    pub charged: u64,
+    /// Bytes added to the store.
+    pub new_bytes: u64,
+}
+
 /// What a fork was asked to be.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct ForkOptions {
@@ -143,7 +176,11 @@ pub struct Fork {
     pub id: ForkId,
     pub volume: u64,
     pub base: Option<VersionRef>,
+    /// The base's root, or the fork's private one.
     pub root: NodeId,
+    /// None while the root is the base's.
+    #[serde(default)]
+    pub moved: Option<Moved>,
     pub first_segment: u64,
     pub next_epoch: u64,
     pub boot: String,
