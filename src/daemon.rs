@@ -12,7 +12,7 @@ mod socket;
 
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -43,6 +43,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// How many clients are served at once.
 const MAX_CLIENTS: usize = 256;
+/// How many detached mounts one client may leave to the daemon.
+const MAX_HELD: usize = 128;
 /// How often the daemon looks whether it is still wanted.
 const LOOK: Duration = Duration::from_secs(2);
 /// How long a daemon waits for the one before it to let go of the store.
@@ -339,6 +341,8 @@ impl Client {
             return connection.send(&Answer::Error(failure));
         };
         connection.send(&Answer::Hello(Hello::ours()))?;
+        // Dropped when the client has gone, so that it never waits for it.
+        let mut held: Vec<OwnedFd> = Vec::new();
         loop {
             let request: Request = match connection.receive(MAX_REQUEST, Some(REQUEST_TIMEOUT)) {
                 Ok(request) => request,
@@ -359,6 +363,14 @@ impl Client {
                         hello.protocol
                     ),
                 )),
+                Request::Detached if held.len() + fds.len() > MAX_HELD => Err(Failure::new(
+                    Code::Usage,
+                    "too many mounts on one connection",
+                )),
+                Request::Detached => {
+                    held.extend(fds);
+                    Ok(json!({}))
+                }
                 _ => calls::answer(&self.shared, peer, connection, request, fds)?,
             };
             let stop = matches!(&result, Ok(value) if value.get("stopped").is_some());

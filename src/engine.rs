@@ -573,13 +573,6 @@ impl Engine {
         mount.map(MountInfo::from)
     }
 
-    /// Notes that the caller has taken a fork's mount away. The end of the connection says the same, a moment later.
-    pub fn unmounted(&self, id: ForkId) {
-        if let Some(live) = self.forks.lock().get(&id) {
-            live.record.lock().mount = None;
-        }
-    }
-
     /// Forks of jobs whose mount is gone.
     pub fn orphans(&self) -> Vec<ForkId> {
         let forks = self.forks.lock();

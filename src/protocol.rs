@@ -84,10 +84,9 @@ pub enum Request {
     },
     /// The forks that nothing uses any more.
     Orphans,
-    /// The client has taken the mount of this fork away.
-    Unmounted {
-        fork: String,
-    },
+    /// The client has taken a mount away. The descriptor beside this holds what the kernel remembers of it, which takes long to
+    /// drop: the daemon does so when the client has closed its own copy and the connection.
+    Detached,
     Forks,
     Volumes,
     Volume {

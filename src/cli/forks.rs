@@ -151,7 +151,7 @@ pub fn mount(context: &Context, fork: &str, mountpoint: Option<&Path>) -> Result
         (Some(path), _) => path,
         (None, Some(mount)) => {
             // What its last daemon has left there.
-            mounting::detach(mount);
+            mounting::detach(&mut client, mount);
             mounting::mount_path(mount)
         }
         (None, None) => {
@@ -218,7 +218,7 @@ pub fn commit(context: &Context, options: &CommitOptions) -> Result<(), Failure>
     let answer = client.call(&request)?;
     let commit: Value = take(&answer, "/commits/0")?;
     if let Some(mount) = take::<Option<Mount>>(&commit, "/mount")?.filter(|_| !options.keep) {
-        mounting::detach(&mount);
+        mounting::detach(&mut client, &mount);
     }
     if commit.pointer("/version").is_none_or(Value::is_null) {
         output::note(&format!(
@@ -264,7 +264,7 @@ pub fn abandon(context: &Context, options: &AbandonOptions) -> Result<(), Failur
             .iter()
             .any(|a| a.get("fork") == Some(&json!(fork.id)));
         if let Some(mount) = fork.mount.as_ref().filter(|_| is_gone) {
-            mounting::detach(mount);
+            mounting::detach(&mut client, mount);
         }
     }
     output::show(context.json, &json!({"abandoned": abandoned}), |_| {

@@ -366,11 +366,12 @@ pub fn unbind(at: &Path, mount: &Mount) {
 
 /// Unmounts a fork that has been committed or abandoned. It never fails: what it could not do, or whom it took the mount from, is
 /// a warning.
-pub fn detach(mount: &Mount) {
-    detach_by(mount, By::default_for_caller());
+pub fn detach(client: &mut Client, mount: &Mount) {
+    detach_by(Some(client), mount, By::default_for_caller());
 }
 
-pub fn detach_by(mount: &Mount, by: By) {
+/// As [`detach`]. Without a client this process itself waits until the kernel has dropped all it remembers of the mount.
+pub fn detach_by(client: Option<&mut Client>, mount: &Mount, by: By) {
     let path = mount_path(mount);
     let device = crate::sys::device_numbers(mount.device);
     match topmost(path) {
@@ -395,6 +396,14 @@ pub fn detach_by(mount: &Mount, by: By) {
         }
         Err(failure) => return warn(&failure.message),
     }
+    if by == By::Helper {
+        warn_of_holders(mount);
+    }
+    // Where nothing can be held the unmount takes a moment longer.
+    let held = match by {
+        By::Caller => kernel::hold_filesystem(path).ok(),
+        By::Helper => kernel::hold_mount(path).ok(),
+    };
     let result = match by {
         By::Caller => match kernel::unmount_abort(path) {
             Err(e) if e.raw_os_error() == Some(EBUSY) => {
@@ -404,11 +413,13 @@ pub fn detach_by(mount: &Mount, by: By) {
             Err(e) => Err(cannot_unmount(path, &e.to_string())),
             Ok(()) => Ok(()),
         },
-        By::Helper => {
-            warn_of_holders(mount);
-            take_away(path, by)
-        }
+        By::Helper => take_away(path, by),
     };
+    if let (Some(client), Some(held)) = (client, held)
+        && let Err(failure) = client.call_with_fd(&Request::Detached, Some(held.as_fd()))
+    {
+        warn(&failure.message);
+    }
     match result {
         Ok(()) if mount.created => {
             Mountpoint {

@@ -440,8 +440,9 @@ impl<'a> Job<'a> {
                 }
             }
         }
+        let mut client = self.context.connect().ok();
         for used in &self.forks {
-            mounting::detach_by(&used.mount, self.by);
+            mounting::detach_by(client.as_mut(), &used.mount, self.by);
         }
         let Some(private) = &self.private else { return };
         let folders = (0..self.forks.len()).map(|n| private.join(n.to_string()));

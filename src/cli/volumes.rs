@@ -37,9 +37,10 @@ pub fn volume(context: &Context, command: VolumeCommand) -> Result<(), Failure> 
         VolumeCommand::Rename { old, new } => Request::RenameVolume { old, new },
         VolumeCommand::Reset { name } => Request::ResetVolume { name },
     };
-    let answer = context.ask(&request)?;
+    let mut client = context.connect()?;
+    let answer = client.call(&request)?;
     for mount in take::<Option<Vec<Mount>>>(&answer, "/mounts")?.unwrap_or_default() {
-        mounting::detach(&mount);
+        mounting::detach(&mut client, &mount);
     }
     output::show(context.json, &answer, |_| String::new())
 }

@@ -101,11 +101,6 @@ impl Call<'_> {
             }
             Request::Commit(commit) => return self.commit(commit),
             Request::Abandon { forks } => return self.abandon(&forks),
-            Request::Unmounted { fork } => {
-                let (id, _) = self.own(&fork)?;
-                engine.unmounted(id);
-                json!({})
-            }
             Request::Orphans => {
                 let ids: Vec<String> = engine.orphans().iter().map(ToString::to_string).collect();
                 json!({"orphans": ids})
@@ -169,6 +164,7 @@ impl Call<'_> {
             | Request::Status
             | Request::Stop(_)
             | Request::Serve(_)
+            | Request::Detached
             | Request::Cat { .. }
             | Request::Export { .. }
             | Request::Import { .. } => {

@@ -3,8 +3,9 @@
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -199,6 +200,29 @@ fn unmount(at: &Path, flags: libc::c_int) -> io::Result<()> {
     let at = c_path(at)?;
     // SAFETY: the path ends in NUL and outlives the call.
     check(unsafe { libc::umount2(at.as_ptr(), flags | libc::UMOUNT_NOFOLLOW) }).map(drop)
+}
+
+/// Returns a descriptor that keeps the filesystem mounted at `at` alive when it is unmounted, without making that mount busy.
+///
+/// # Errors
+/// EPERM for whoever may not mount.
+pub fn hold_filesystem(at: &Path) -> io::Result<OwnedFd> {
+    let at = c_path(at)?;
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_SYMLINK_NOFOLLOW as u32;
+    // SAFETY: the path ends in NUL and outlives the call.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, at.as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us, and numbers of descriptors are small.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) })
+}
+
+/// As [`hold_filesystem`], for a mount that will be taken away lazily.
+pub fn hold_mount(at: &Path) -> io::Result<OwnedFd> {
+    let path_only = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    let mut options = File::options();
+    Ok(options.read(true).custom_flags(path_only).open(at)?.into())
 }
 
 /// Returns the device mounted at `path` without asking the filesystem, which may not be served yet, or not any more.
