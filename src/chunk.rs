@@ -2,9 +2,12 @@
 //!
 //! Pure: no IO. Cutting depends on the bytes alone, so equal content gives equal chunks wherever it lies.
 
+use std::cell::RefCell;
 use std::fmt;
+use std::io;
 
 use fastcdc::v2020::{FastCDC, Normalization};
+use zstd::bulk::{Compressor, Decompressor};
 
 /// Content up to this length stands in the tree itself.
 pub const INLINE_MAX: usize = 1024;
@@ -104,13 +107,34 @@ pub enum PackError {
     Payload,
 }
 
+// Making a context costs more than using it on a small value, so each thread keeps its own.
+thread_local! {
+    static COMPRESSOR: RefCell<Option<(i32, Compressor<'static>)>> = const { RefCell::new(None) };
+    static DECOMPRESSOR: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
+fn compress(raw: &[u8], level: i32) -> io::Result<Vec<u8>> {
+    COMPRESSOR.with_borrow_mut(|kept| {
+        let fitting = kept.take().filter(|(of, _)| *of == level);
+        let made = fitting.map_or_else(|| Compressor::new(level).map(|new| (level, new)), Ok)?;
+        kept.insert(made).1.compress(raw)
+    })
+}
+
+fn decompress(stored: &[u8], len: usize) -> io::Result<Vec<u8>> {
+    DECOMPRESSOR.with_borrow_mut(|kept| {
+        let made = kept.take().map_or_else(Decompressor::new, Ok)?;
+        kept.insert(made).decompress(stored, len)
+    })
+}
+
 /// Returns the stored form of `raw`: codec ‖ raw length ‖ payload, compressed by zstd at `level` if that makes it smaller.
 pub fn pack(raw: &[u8], level: i32) -> Vec<u8> {
     let mut out = Vec::with_capacity(raw.len() / 2 + 16);
     out.push(ZSTD);
     varint::put(&mut out, raw.len() as u64);
     let head = out.len();
-    if let Ok(packed) = zstd::bulk::compress(raw, level)
+    if let Ok(packed) = compress(raw, level)
         && packed.len() < raw.len()
     {
         out.extend_from_slice(&packed);
@@ -133,7 +157,7 @@ pub fn unpack(mut stored: &[u8], max: usize) -> Result<Vec<u8>, PackError> {
         .ok_or(PackError::TooLong)?;
     let raw = match codec {
         RAW => stored.to_vec(),
-        ZSTD => zstd::bulk::decompress(stored, len).map_err(|_| PackError::Payload)?,
+        ZSTD => decompress(stored, len).map_err(|_| PackError::Payload)?,
         other => return Err(PackError::Codec(other)),
     };
     if raw.len() == len {

@@ -24,7 +24,7 @@ use parking_lot::{Mutex, MutexGuard};
 use crate::fork::error::FsError;
 use crate::fork::{Fork, Origin, Private};
 use crate::fs::{Fs, Options, Ownership};
-use crate::mount::{Requests, session};
+use crate::mount::{Requests, Wakeful, session};
 use crate::store::{
     self, ForkId, ForkOptions, Ingest, MountPoint, Store, StoreError, StoreOptions, VersionRef,
 };
@@ -123,6 +123,8 @@ pub struct EngineConfig {
     pub orphan_after: Duration,
     /// Bytes of memory that the table of a fork may take before it moves to a private root.
     pub table: u64,
+    /// Idle cores may be kept from sleeping while requests come in fast.
+    pub wakeful: bool,
 }
 
 impl Default for EngineConfig {
@@ -134,6 +136,7 @@ impl Default for EngineConfig {
             threads: None,
             orphan_after,
             table: 64 << 20,
+            wakeful: false,
         }
     }
 }
@@ -228,6 +231,7 @@ pub struct Engine {
     config: EngineConfig,
     forks: Mutex<HashMap<ForkId, Arc<Live>>>,
     counters: Counters,
+    wakeful: Arc<Wakeful>,
     stopping: AtomicBool,
     upkeep: Mutex<Vec<std::thread::JoinHandle<()>>>,
 }
@@ -271,6 +275,7 @@ impl Engine {
         }
         let engine = Arc::new(Engine {
             store,
+            wakeful: Wakeful::start(config.wakeful),
             config,
             forks: Mutex::new(forks),
             counters: Counters::default(),
@@ -481,7 +486,8 @@ impl Engine {
         };
         let fs = self.fs_of(id)?;
         let (engine, ended) = (Arc::downgrade(self), live.clone());
-        let result = session::serve(fs, fd, epoch, 2, live.requests.clone(), move || {
+        let (requests, wakeful) = (live.requests.clone(), self.wakeful.clone());
+        let result = session::serve(fs, fd, epoch, 2, requests, wakeful, move || {
             ended.end_session(epoch);
             if ended.over.load(Ordering::Acquire)
                 && let Some(engine) = engine.upgrade()

@@ -3,6 +3,7 @@
 mod errno;
 mod requests;
 pub mod session;
+mod wakeful;
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -24,6 +25,7 @@ use crate::fs::{Allocate, Caller, Entry, Fs, NewNode, RenameMode, Seek, SetAttr,
 use crate::record::{Attr, Ino, Kind, Nanos};
 use errno::{errno, report};
 pub use requests::Requests;
+pub use wakeful::Wakeful;
 
 /// A fork has one writer, its own mount, so the kernel may keep what it was told.
 const FOREVER: Duration = Duration::from_secs(1 << 30);
@@ -37,11 +39,13 @@ struct Mount {
     fs: Fs,
     epoch: u64,
     requests: Arc<Requests>,
+    wakeful: Arc<Wakeful>,
 }
 
 impl Mount {
     fn caller(&self, request: &Request, kind: &'static str) -> Caller {
         self.requests.count(kind);
+        self.wakeful.count();
         let request_id = RequestId {
             epoch: self.epoch,
             unique: request.unique().0,

@@ -12,7 +12,7 @@ pub mod socket;
 
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
@@ -126,6 +126,23 @@ pub fn fs_kind(path: &Path) -> io::Result<FsKind> {
         0x0102_1994 => FsKind::Tmpfs,
         _ => FsKind::Other,
     })
+}
+
+/// Idle cores poll for work instead of sleeping, for as long as this lives: a request to the kernel's power management.
+#[derive(Debug)]
+pub struct AwakeCores(
+    #[expect(dead_code, reason = "the request lasts as long as the file is open")] File,
+);
+
+impl AwakeCores {
+    /// # Errors
+    /// EACCES for whoever is not privileged; ENOENT on kernels and in containers without the device.
+    pub fn hold() -> io::Result<AwakeCores> {
+        let mut file = File::options().write(true).open("/dev/cpu_dma_latency")?;
+        // The longest latency that is borne, in microseconds.
+        file.write_all(&0_i32.to_ne_bytes())?;
+        Ok(AwakeCores(file))
+    }
 }
 
 /// Returns the id of this boot of the machine, or of this container where it has one of its own.

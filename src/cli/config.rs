@@ -31,6 +31,7 @@ struct File {
     #[serde(default, deserialize_with = "size")]
     size: Option<u64>,
     threads: Option<u16>,
+    wakeful: Option<bool>,
 }
 
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
@@ -141,6 +142,11 @@ impl Config {
             .filter(|threads| *threads > 0)
     }
 
+    /// Whether a privileged daemon may keep idle cores from sleeping while its mounts are busy.
+    pub fn wakeful(&self) -> bool {
+        self.said.wakeful.unwrap_or(true)
+    }
+
     /// Each setting, its value, and where that came from.
     pub fn table(&self) -> Vec<(&'static str, Value, String)> {
         let file = self
@@ -179,6 +185,11 @@ impl Config {
                 "threads",
                 json!(self.threads()),
                 origin(s.threads.is_some()),
+            ),
+            (
+                "wakeful",
+                json!(self.wakeful()),
+                origin(s.wakeful.is_some()),
             ),
         ]
     }

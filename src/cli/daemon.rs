@@ -141,6 +141,7 @@ fn run(
             reserve: config.reserve(),
             threads: config.threads(),
             orphan_after: config.orphan_after(),
+            wakeful: config.wakeful(),
             ..EngineConfig::default()
         },
         announce,

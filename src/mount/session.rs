@@ -9,7 +9,7 @@ use std::time::Duration;
 use crossbeam::channel;
 use fuser::{Config, Session, SessionACL};
 
-use super::{Mount, Requests};
+use super::{Mount, Requests, Wakeful};
 use crate::fs::Fs;
 
 /// The kernel greets a new connection at once.
@@ -26,6 +26,7 @@ pub fn serve(
     epoch: u64,
     threads: usize,
     requests: Arc<Requests>,
+    wakeful: Arc<Wakeful>,
     ended: impl FnOnce() + Send + 'static,
 ) -> io::Result<()> {
     let name = fs.fork.id.to_string();
@@ -33,6 +34,7 @@ pub fn serve(
         fs,
         epoch,
         requests,
+        wakeful,
     };
     let mut config = Config::default();
     config.n_threads = Some(threads);
