@@ -150,7 +150,7 @@ enum Command {
         /// Set damaged versions aside and make the newest whole one the head
         #[arg(long)]
         repair: bool,
-        /// Do not only say what repair would do
+        /// Remove the damaged versions that no fork is made from
         #[arg(long, requires = "repair")]
         yes: bool,
     },

@@ -31,7 +31,7 @@ use crate::store::{
 use crate::volume::{self, Found, VersionSpec};
 
 pub use archive::Imported;
-pub use commit::{CommitRequest, Committed, When};
+pub use commit::{CommitRequest, Committed, Repaired, When};
 pub use info::{ForkInfo, MountInfo, VersionInfo, VolumeInfo};
 pub use read::{DiffEntry, DiffKind, ListEntry};
 pub use store::{CheckReport, GcReport, Stats};
@@ -358,7 +358,27 @@ impl Engine {
             )
             .hint("free some room, or run `forkvol gc`"));
         }
-        let base = self.choose_base(&request)?;
+        loop {
+            let base = self.choose_base(&request)?;
+            let at = base.as_ref().map(|(volume, version)| VersionRef {
+                volume: volume.id,
+                number: version.number,
+            });
+            match (self.fork_of(&request, base), at) {
+                // The next one that is whole is taken instead, unless this one was asked for.
+                (Err(error), Some(at)) if error.code == Code::Damaged && request.from.is_none() => {
+                    self.set_aside(at, &error.message)?;
+                }
+                (result, _) => return result,
+            }
+        }
+    }
+
+    fn fork_of(
+        &self,
+        request: &ForkRequest,
+        base: Option<(store::Volume, store::Version)>,
+    ) -> Result<ForkInfo> {
         let volume = self.store.create_volume(&request.volume, now())?;
         let root = base
             .as_ref()
@@ -390,12 +410,12 @@ impl Engine {
                 read_only: request.read_only,
                 ephemeral: request.ephemeral,
                 size: request.size,
-                labels: request.labels,
+                labels: request.labels.clone(),
                 owner,
                 acl: request.acl || has_acl,
                 suid: request.suid,
                 dev: request.dev,
-                job: request.job,
+                job: request.job.clone(),
             },
             uid: request.uid,
             gid: request.gid,

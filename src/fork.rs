@@ -18,8 +18,8 @@ use std::collections::HashMap;
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use parking_lot::{ArcRwLockReadGuard, Mutex, RawRwLock, RwLock, RwLockReadGuard};
@@ -102,6 +102,7 @@ pub struct Fork {
     private: Mutex<Option<Private>>,
     /// 512-byte blocks and inodes of the view.
     holds: (AtomicI64, AtomicI64),
+    damage: OnceLock<String>,
     started: Instant,
 }
 
@@ -243,6 +244,7 @@ impl Fork {
                 AtomicI64::new(origin.holds.0 as i64),
                 AtomicI64::new(origin.holds.1 as i64),
             ),
+            damage: OnceLock::new(),
             started: Instant::now(),
         })
     }
@@ -623,6 +625,21 @@ impl Fork {
                 self.dir.display()
             );
         }
+    }
+
+    /// Notes that something of the store that the fork shows is missing or wrong; an error of the disk is neither.
+    pub fn note_damage(&self, error: &StoreError) {
+        if matches!(
+            error,
+            StoreError::Missing { .. } | StoreError::Corrupt { .. }
+        ) {
+            self.damage.get_or_init(|| error.to_string());
+        }
+    }
+
+    /// The damage that was met first.
+    pub fn damage(&self) -> Option<&str> {
+        self.damage.get().map(String::as_str)
     }
 
     /// Shows the published version to what still holds the mount, until it goes.

@@ -1,6 +1,7 @@
 //! A fork behind the kernel's FUSE: unpacks a request, calls `fs`, packs the reply. The only user of fuser.
 
 mod errno;
+mod reply;
 mod requests;
 pub mod session;
 mod wakeful;
@@ -9,7 +10,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType,
@@ -19,16 +20,13 @@ use fuser::{
     Request, TimeOrNow, WriteFlags,
 };
 
-use crate::fork::error::FsError;
 use crate::fork::log::Request as RequestId;
-use crate::fs::{Allocate, Caller, Entry, Fs, NewNode, RenameMode, Seek, SetAttr, XattrMode};
-use crate::record::{Attr, Ino, Kind, Nanos};
-use errno::{errno, report};
+use crate::fs::{Allocate, Caller, Fs, NewNode, RenameMode, Seek, SetAttr, XattrMode};
+use crate::record::{Ino, Kind};
+use reply::{FOREVER, file_attr, file_type, nanos, ttl};
 pub use requests::Requests;
 pub use wakeful::Wakeful;
 
-/// A fork has one writer, its own mount, so the kernel may keep what it was told.
-const FOREVER: Duration = Duration::from_secs(1 << 30);
 /// The largest READ and WRITE.
 const MAX_IO: u32 = 1 << 20;
 /// Entries read for one reply of a listing.
@@ -55,93 +53,6 @@ impl Mount {
             gid: request.gid(),
             request: request_id,
         }
-    }
-}
-
-fn fail(what: &str, error: &FsError) -> Errno {
-    report(what, error);
-    errno(error)
-}
-
-fn system_time(time: Nanos) -> SystemTime {
-    if time >= 0 {
-        UNIX_EPOCH + Duration::from_nanos(time as u64)
-    } else {
-        UNIX_EPOCH - Duration::from_nanos(time.unsigned_abs())
-    }
-}
-
-fn nanos(time: SystemTime) -> Nanos {
-    match time.duration_since(UNIX_EPOCH) {
-        Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
-        Err(before) => i64::try_from(before.duration().as_nanos()).map_or(i64::MIN, |n| -n),
-    }
-}
-
-fn file_type(kind: Kind) -> FileType {
-    match kind {
-        Kind::Fifo => FileType::NamedPipe,
-        Kind::CharDevice => FileType::CharDevice,
-        Kind::Directory => FileType::Directory,
-        Kind::BlockDevice => FileType::BlockDevice,
-        Kind::File => FileType::RegularFile,
-        Kind::Symlink => FileType::Symlink,
-        Kind::Socket => FileType::Socket,
-    }
-}
-
-fn file_attr(ino: Ino, attr: &Attr) -> FileAttr {
-    FileAttr {
-        ino: INodeNo(ino.0),
-        size: attr.size,
-        blocks: attr.blocks,
-        atime: system_time(attr.atime),
-        mtime: system_time(attr.mtime),
-        ctime: system_time(attr.ctime),
-        crtime: system_time(attr.btime),
-        kind: file_type(attr.kind),
-        perm: attr.mode,
-        nlink: attr.nlink,
-        uid: attr.uid,
-        gid: attr.gid,
-        rdev: attr.rdev,
-        blksize: 4096,
-        flags: 0,
-    }
-}
-
-/// How long the kernel may trust attributes: never those that grant rights, for a write by another may have taken them.
-fn ttl(attr: &Attr) -> Duration {
-    if attr.is_privileged() {
-        Duration::ZERO
-    } else {
-        FOREVER
-    }
-}
-
-fn answer_entry(what: &str, reply: ReplyEntry, result: Result<Entry, FsError>) {
-    match result {
-        Ok(entry) => {
-            let attr = file_attr(entry.ino, &entry.attr);
-            reply.entry_with_ttls(&ttl(&entry.attr), &FOREVER, &attr, Generation(0));
-        }
-        Err(error) => reply.error(fail(what, &error)),
-    }
-}
-
-fn answer_empty(what: &str, reply: ReplyEmpty, result: Result<(), FsError>) {
-    match result {
-        Ok(()) => reply.ok(),
-        Err(error) => reply.error(fail(what, &error)),
-    }
-}
-
-fn answer_xattr(what: &str, reply: ReplyXattr, size: u32, result: Result<Vec<u8>, FsError>) {
-    match result {
-        Ok(value) if size == 0 => reply.size(value.len() as u32),
-        Ok(value) if value.len() > size as usize => reply.error(Errno::ERANGE),
-        Ok(value) => reply.data(&value),
-        Err(error) => reply.error(fail(what, &error)),
     }
 }
 
@@ -180,9 +91,9 @@ impl Filesystem for Mount {
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         self.caller(request, "lookup");
         match self.fs.lookup(Ino(parent.0), name.as_bytes()) {
-            Ok(Some(entry)) => answer_entry("lookup", reply, Ok(entry)),
+            Ok(Some(entry)) => self.answer_entry("lookup", reply, Ok(entry)),
             Ok(None) => reply.entry(&FOREVER, &nothing(), Generation(0)),
-            Err(error) => reply.error(fail("lookup", &error)),
+            Err(error) => reply.error(self.fail("lookup", &error)),
         }
     }
 
@@ -195,7 +106,7 @@ impl Filesystem for Mount {
         self.caller(request, "getattr");
         match self.fs.getattr(Ino(ino.0)) {
             Ok(attr) => reply.attr(&ttl(&attr), &file_attr(Ino(ino.0), &attr)),
-            Err(error) => reply.error(fail("getattr", &error)),
+            Err(error) => reply.error(self.fail("getattr", &error)),
         }
     }
 
@@ -233,7 +144,7 @@ impl Filesystem for Mount {
         };
         match self.fs.setattr(caller, Ino(ino.0), set) {
             Ok(attr) => reply.attr(&ttl(&attr), &file_attr(Ino(ino.0), &attr)),
-            Err(error) => reply.error(fail("setattr", &error)),
+            Err(error) => reply.error(self.fail("setattr", &error)),
         }
     }
 
@@ -241,7 +152,7 @@ impl Filesystem for Mount {
         self.caller(request, "readlink");
         match self.fs.readlink(Ino(ino.0)) {
             Ok(target) => reply.data(&target),
-            Err(error) => reply.error(fail("readlink", &error)),
+            Err(error) => reply.error(self.fail("readlink", &error)),
         }
     }
 
@@ -270,7 +181,7 @@ impl Filesystem for Mount {
             umask: self.umask(umask),
             ..NewNode::new(kind, (mode & 0o7777) as u16)
         };
-        answer_entry(
+        self.answer_entry(
             "mknod",
             reply,
             self.fs.make(caller, Ino(parent.0), name.as_bytes(), node),
@@ -292,7 +203,7 @@ impl Filesystem for Mount {
             umask,
             ..NewNode::new(Kind::Directory, (mode & 0o1777) as u16)
         };
-        answer_entry(
+        self.answer_entry(
             "mkdir",
             reply,
             self.fs.make(caller, Ino(parent.0), name.as_bytes(), node),
@@ -301,7 +212,7 @@ impl Filesystem for Mount {
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let caller = self.caller(request, "unlink");
-        answer_empty(
+        self.answer_empty(
             "unlink",
             reply,
             self.fs.unlink(caller, Ino(parent.0), name.as_bytes()),
@@ -310,7 +221,7 @@ impl Filesystem for Mount {
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let caller = self.caller(request, "rmdir");
-        answer_empty(
+        self.answer_empty(
             "rmdir",
             reply,
             self.fs.rmdir(caller, Ino(parent.0), name.as_bytes()),
@@ -331,7 +242,7 @@ impl Filesystem for Mount {
             target,
             ..NewNode::new(Kind::Symlink, 0o777)
         };
-        answer_entry(
+        self.answer_entry(
             "symlink",
             reply,
             self.fs.make(caller, Ino(parent.0), name.as_bytes(), node),
@@ -364,7 +275,7 @@ impl Filesystem for Mount {
             (Ino(parent.0), name.as_bytes()),
             (Ino(to.0), new_name.as_bytes()),
         );
-        answer_empty("rename", reply, self.fs.rename(caller, from, to, mode));
+        self.answer_empty("rename", reply, self.fs.rename(caller, from, to, mode));
     }
 
     fn link(
@@ -376,7 +287,7 @@ impl Filesystem for Mount {
         reply: ReplyEntry,
     ) {
         let caller = self.caller(request, "link");
-        answer_entry(
+        self.answer_entry(
             "link",
             reply,
             self.fs
@@ -409,7 +320,7 @@ impl Filesystem for Mount {
         self.caller(request, "read");
         match self.fs.read(Ino(ino.0), offset, size as usize) {
             Ok(bytes) => reply.data(&bytes),
-            Err(error) => reply.error(fail("read", &error)),
+            Err(error) => reply.error(self.fail("read", &error)),
         }
     }
 
@@ -429,7 +340,7 @@ impl Filesystem for Mount {
         let kill = flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         match self.fs.write(caller, Ino(ino.0), offset, data, kill) {
             Ok(written) => reply.written(written as u32),
-            Err(error) => reply.error(fail("write", &error)),
+            Err(error) => reply.error(self.fail("write", &error)),
         }
     }
 
@@ -468,7 +379,7 @@ impl Filesystem for Mount {
         });
         match listed {
             Ok(()) => reply.ok(),
-            Err(error) => reply.error(fail("readdir", &error)),
+            Err(error) => reply.error(self.fail("readdir", &error)),
         }
     }
 
@@ -487,7 +398,7 @@ impl Filesystem for Mount {
             entries.len() < LISTED
         });
         if let Err(error) = listed {
-            reply.error(fail("readdirplus", &error));
+            reply.error(self.fail("readdirplus", &error));
             return;
         }
         for entry in entries {
@@ -495,7 +406,7 @@ impl Filesystem for Mount {
                 Ok(Some(found)) => found,
                 Ok(None) => continue,
                 Err(error) => {
-                    reply.error(fail("readdirplus", &error));
+                    reply.error(self.fail("readdirplus", &error));
                     return;
                 }
             };
@@ -556,7 +467,7 @@ impl Filesystem for Mount {
                 return;
             }
         };
-        answer_empty(
+        self.answer_empty(
             "setxattr",
             reply,
             self.fs
@@ -573,7 +484,7 @@ impl Filesystem for Mount {
         reply: ReplyXattr,
     ) {
         self.caller(request, "getxattr");
-        answer_xattr(
+        self.answer_xattr(
             "getxattr",
             reply,
             size,
@@ -583,7 +494,7 @@ impl Filesystem for Mount {
 
     fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         let caller = self.caller(request, "listxattr");
-        answer_xattr(
+        self.answer_xattr(
             "listxattr",
             reply,
             size,
@@ -593,7 +504,7 @@ impl Filesystem for Mount {
 
     fn removexattr(&self, request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let caller = self.caller(request, "removexattr");
-        answer_empty(
+        self.answer_empty(
             "removexattr",
             reply,
             self.fs.removexattr(caller, Ino(ino.0), name.as_bytes()),
@@ -627,7 +538,7 @@ impl Filesystem for Mount {
                 let keep = FopenFlags::FOPEN_KEEP_CACHE;
                 reply.created(&ttl(&entry.attr), &attr, Generation(0), FileHandle(0), keep);
             }
-            Err(error) => reply.error(fail("create", &error)),
+            Err(error) => reply.error(self.fail("create", &error)),
         }
     }
 
@@ -668,7 +579,7 @@ impl Filesystem for Mount {
                 return;
             }
         };
-        answer_empty(
+        self.answer_empty(
             "fallocate",
             reply,
             self.fs.fallocate(caller, Ino(ino.0), offset, length, mode),
@@ -699,7 +610,7 @@ impl Filesystem for Mount {
         };
         match self.fs.lseek(Ino(ino.0), offset, what) {
             Ok(at) => reply.offset(at as i64),
-            Err(error) => reply.error(fail("lseek", &error)),
+            Err(error) => reply.error(self.fail("lseek", &error)),
         }
     }
 
@@ -726,7 +637,7 @@ impl Filesystem for Mount {
         let (from, to) = ((Ino(from.0), from_offset), (Ino(to.0), to_offset));
         match self.fs.copy_range(caller, from, to, len) {
             Ok(copied) => reply.written(copied as u32),
-            Err(error) => reply.error(fail("copy_file_range", &error)),
+            Err(error) => reply.error(self.fail("copy_file_range", &error)),
         }
     }
 }

@@ -140,7 +140,9 @@ pub enum Request {
         dry_run: bool,
     },
     Check,
-    Repair,
+    Repair {
+        remove: bool,
+    },
 }
 
 /// The first words of both sides.

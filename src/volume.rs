@@ -109,26 +109,31 @@ pub fn find(store: &Store, spec: &VersionSpec) -> Result<Found, StoreError> {
     })
 }
 
-/// Returns the newest version that was not set aside as damaged, from the head down.
+/// Returns the newest version that was neither set aside as damaged nor taken back, from the head down.
 ///
 /// # Errors
 /// What the store answered.
 pub fn head(store: &Store, volume: &Volume) -> Result<Option<Version>, StoreError> {
-    let mut number = volume.head;
-    while number > 0 {
-        let at = VersionRef {
-            volume: volume.id,
-            number,
-        };
-        let Some(version) = store.version(at)? else {
-            return Err(StoreError::Missing {
-                what: format!("the record of {}@{number}", volume.name),
-            });
-        };
-        if store.damage(at)?.is_none() {
+    if volume.head == 0 {
+        return Ok(None);
+    }
+    let at = |number| VersionRef {
+        volume: volume.id,
+        number,
+    };
+    let whole = |number| store.damage(at(number)).map(|damage| damage.is_none());
+    match store.version(at(volume.head))? {
+        Some(version) if whole(volume.head)? => return Ok(Some(version)),
+        _ => {}
+    }
+    for version in store.versions(volume.id)? {
+        let taken_back = |(first, last): &(u64, u64)| (*first..=*last).contains(&version.number);
+        if version.number < volume.head
+            && !volume.taken_back.iter().any(taken_back)
+            && whole(version.number)?
+        {
             return Ok(Some(version));
         }
-        number = version.previous;
     }
     Ok(None)
 }

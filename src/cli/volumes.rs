@@ -226,8 +226,8 @@ pub fn gc(context: &Context, dry_run: bool) -> Result<(), Failure> {
 }
 
 pub fn check(context: &Context, repair: bool, yes: bool) -> Result<(), Failure> {
-    let (request, key) = match repair && yes {
-        true => (Request::Repair, "repair"),
+    let (request, key) = match repair {
+        true => (Request::Repair { remove: yes }, "repair"),
         false => (Request::Check, "check"),
     };
     let answer = context.ask(&request)?;
@@ -246,19 +246,34 @@ pub fn check(context: &Context, repair: bool, yes: bool) -> Result<(), Failure> 
             output::size(report["bytes"].as_u64().unwrap_or(0)),
             problems.len()
         ));
+        for (done, what) in [("set_aside", "set aside"), ("removed", "removed")] {
+            for version in report[done].as_array().into_iter().flatten() {
+                text.push_str(&format!("{} {what}\n", output::path_text(version)));
+            }
+        }
+        for head in report["heads"].as_array().into_iter().flatten() {
+            text.push_str(&match head[1].as_u64() {
+                Some(0) => format!(
+                    "{} has no whole version left\n",
+                    output::path_text(&head[0])
+                ),
+                _ => format!(
+                    "the head of {} is {} now\n",
+                    output::path_text(&head[0]),
+                    head[1]
+                ),
+            });
+        }
         text
     })?;
-    if problems.is_empty() || (repair && yes) {
+    if problems.is_empty() || repair {
         return Ok(());
     }
-    let failure = Failure::new(
+    Err(Failure::new(
         Code::Damaged,
         format!("the store has {} problems", problems.len()),
-    );
-    Err(failure.hint(match repair {
-        true => "forkvol check --repair --yes sets those versions aside",
-        false => "forkvol check --repair says more",
-    }))
+    )
+    .hint("forkvol check --repair sets those versions aside"))
 }
 
 fn problem_line(problem: &Value) -> String {

@@ -156,9 +156,9 @@ impl Call<'_> {
                 json!({"gc": engine.gc(dry_run).map_err(failure)?})
             }
             Request::Check => json!({"check": engine.check().map_err(failure)?}),
-            Request::Repair => {
+            Request::Repair { remove } => {
                 self.administer()?;
-                json!({"repair": engine.repair().map_err(failure)?})
+                json!({"repair": engine.repair(remove).map_err(failure)?})
             }
             Request::Hello(_)
             | Request::Status

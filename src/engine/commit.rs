@@ -141,6 +141,16 @@ impl Engine {
                     volume.name, volume.head
                 ));
             }
+            if let Some(base) = base
+                && let Some(why) = self.store.damage(base)?
+                && !request.force
+            {
+                return Err(EngineError::new(
+                    Code::Damaged,
+                    format!("fork {} was made from a damaged version: {why}", live.id),
+                )
+                .hint("abandon it; --force commits it all the same"));
+            }
             let taken_back = volume
                 .taken_back
                 .iter()
@@ -535,20 +545,75 @@ impl Engine {
         self.version_info(&volume, &version)
     }
 
-    /// Sets damaged versions aside, so that the newest whole one is forked from; removes nothing.
-    pub fn repair(&self) -> Result<store::CheckReport> {
-        let report = self.store.check()?;
-        for problem in &report.problems {
+    /// Sets damaged versions aside and makes the newest whole one of each volume the head. With `remove` the damaged ones are
+    /// removed, but for those that forks are made from.
+    ///
+    /// # Errors
+    /// What the disk answered.
+    pub fn repair(&self, remove: bool) -> Result<Repaired> {
+        let check = self.store.check()?;
+        let mut repaired = Repaired::default();
+        for problem in &check.problems {
             if let Some(at) = problem.at {
-                self.store.set_aside(at, &problem.what)?;
-                log::warn!(
-                    "{}@{} set aside: {}",
-                    problem.volume,
-                    problem.number,
-                    problem.what
-                );
+                self.set_aside(at, &problem.what)?;
             }
         }
-        Ok(report)
+        for volume in self.store.volumes()? {
+            let head = crate::volume::head(&self.store, &volume)?;
+            let number = head.map_or(0, |version| version.number);
+            if number != volume.head {
+                self.store
+                    .update_volume(volume.id, |volume| volume.head = number)?;
+                log::warn!("the head of {} is {number} now", volume.name);
+                repaired.heads.push((volume.name.clone(), number));
+            }
+            for version in self.store.versions(volume.id)? {
+                let at = VersionRef {
+                    volume: volume.id,
+                    number: version.number,
+                };
+                if self.store.damage(at)?.is_none() {
+                    continue;
+                }
+                let name = format!("{}@{}", volume.name, version.number);
+                if remove && !self.is_forked(at) {
+                    self.store.remove_version(at)?;
+                    log::warn!("{name} removed: it is damaged");
+                    repaired.removed.push(name);
+                } else {
+                    repaired.set_aside.push(name);
+                }
+            }
+        }
+        repaired.check = check;
+        Ok(repaired)
     }
+
+    /// Lets nothing be forked from a damaged version any more.
+    pub(super) fn set_aside(&self, at: VersionRef, why: &str) -> Result<()> {
+        if self.store.damage(at)?.is_none() {
+            self.store.set_aside(at, why)?;
+            log::error!("{} set aside: {why}", self.version_text(at)?);
+        }
+        Ok(())
+    }
+
+    fn is_forked(&self, at: VersionRef) -> bool {
+        let forks = self.forks.lock();
+        forks
+            .values()
+            .any(|live| live.record.lock().base == Some(at))
+    }
+}
+
+/// What a repair did.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct Repaired {
+    #[serde(flatten)]
+    pub check: store::CheckReport,
+    /// Damaged versions that are kept, by name.
+    pub set_aside: Vec<String>,
+    pub removed: Vec<String>,
+    /// Volumes that have another head now; 0 for none.
+    pub heads: Vec<(String, u64)>,
 }

@@ -568,13 +568,46 @@ fn a_damaged_head_is_set_aside_and_the_newest_whole_version_is_forked() {
     }
     let chunk = crate::chunk::ChunkId::of(&noise(50_000, 2));
     bench.engine().store.damage_chunk(chunk);
-    let report = bench.engine().repair().unwrap();
-    assert_eq!(report.problems.len(), 1);
+    let doomed = bench.fork("v");
+    put(&bench.fs(doomed), "g", b"of a damaged version");
+    let done = bench.engine().repair(false).unwrap();
+    let problems = &done.check.problems;
+    assert_eq!(problems.len(), 1);
     assert_eq!(
-        (report.problems[0].number, &report.problems[0].paths),
+        (problems[0].number, &problems[0].paths),
         (2, &vec!["/f".to_string()])
     );
+    assert_eq!(done.set_aside, ["v@2"]);
+    assert_eq!(bench.engine().volume("v").unwrap().head, Some(1));
     assert_eq!(get(&bench.fs(bench.fork("v")), "f"), Some(noise(50_000, 1)));
+    let refused = bench.engine().commit(vec![doomed], request(false));
+    assert_eq!(refused.unwrap_err().code, Code::Damaged);
+    assert!(
+        bench.engine().repair(true).unwrap().removed.is_empty(),
+        "it has a fork"
+    );
+    bench.engine().abandon(doomed).unwrap();
+    assert_eq!(bench.engine().repair(true).unwrap().removed, ["v@2"]);
+    check(&bench);
+    assert_eq!(bench.engine().log("v").unwrap().len(), 1);
+}
+
+#[test]
+fn a_fork_of_a_head_that_cannot_be_read_is_made_from_the_newest_whole_version() {
+    let bench = Bench::new();
+    for n in [1_u64, 2] {
+        let id = bench.fork("v");
+        put(&bench.fs(id), &format!("f{n}"), b"x");
+        bench.commit(id, false);
+    }
+    let head = bench.engine().find_version("v").unwrap().1;
+    bench.engine().store.damage_node(head.root);
+    let fork = bench
+        .engine()
+        .find_fork(&bench.fork("v").to_string())
+        .unwrap();
+    assert_eq!(fork.base.as_deref(), Some("v@1"));
+    assert!(bench.engine().log("v").unwrap()[0].damaged.is_some());
 }
 
 #[test]

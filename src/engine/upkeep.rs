@@ -69,6 +69,7 @@ impl Engine {
             {
                 log::debug!("fork {}: room was not given back: {error}", live.id);
             }
+            self.set_damage_aside(live);
             self.drop_orphan(live);
         }
         busy
@@ -117,6 +118,24 @@ impl Engine {
                 log::debug!("fork {}: nothing was ingested ahead: {error}", live.id);
                 false
             }
+        }
+    }
+
+    /// Keeps the next fork from a version in which this one met damage.
+    fn set_damage_aside(&self, live: &Live) {
+        let (base, moved) = {
+            let record = live.record.lock();
+            (record.base, record.moved.is_some())
+        };
+        // What is damaged in a private root is not the version's.
+        if let Some(fork) = live.fork.as_ref().filter(|_| !moved)
+            && let (Some(base), Some(why)) = (base, fork.damage())
+            && let Err(error) = self.set_aside(base, why)
+        {
+            log::warn!(
+                "fork {}: its damaged base is not set aside: {error}",
+                live.id
+            );
         }
     }
 

@@ -283,13 +283,9 @@ impl Store {
         let _serial = self.publishing.lock();
         let mut batch = WriteBatch::default();
         for version in self.versions(volume.id)? {
-            for kind in [keys::VERSION, keys::DAMAGED, keys::PIN] {
-                self.delete(
-                    &mut batch,
-                    Target::Meta,
-                    &keys::two(kind, volume.id, version.number),
-                )?;
-            }
+            let number = version.number;
+            let volume = volume.id;
+            self.delete_version(&mut batch, VersionRef { volume, number })?;
         }
         self.delete(
             &mut batch,
@@ -298,6 +294,22 @@ impl Store {
         )?;
         self.delete(&mut batch, Target::Meta, &keys::name(&volume.name))?;
         self.write_synced(batch)
+    }
+
+    /// Removes the record of a version; gc removes what only that named.
+    pub fn remove_version(&self, at: VersionRef) -> Result<(), StoreError> {
+        let _serial = self.publishing.lock();
+        let mut batch = WriteBatch::default();
+        self.delete_version(&mut batch, at)?;
+        self.write_synced(batch)
+    }
+
+    fn delete_version(&self, batch: &mut WriteBatch, at: VersionRef) -> Result<(), StoreError> {
+        for kind in [keys::VERSION, keys::DAMAGED, keys::PIN] {
+            let key = keys::two(kind, at.volume, at.number);
+            self.delete(batch, Target::Meta, &key)?;
+        }
+        Ok(())
     }
 
     /// Returns the versions of a volume, newest first.

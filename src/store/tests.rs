@@ -15,6 +15,20 @@ impl Store {
         self.write_synced(batch).unwrap();
         self.chunks.clear();
     }
+
+    /// Flips a bit of a stored node.
+    pub(crate) fn damage_node(&self, id: NodeId) {
+        let mut stored = self
+            .with(|db| Ok(db.get_cf(family(db, Target::Nodes)?, id.0)?))
+            .unwrap()
+            .unwrap();
+        let last = stored.len() - 1;
+        stored[last] ^= 1;
+        let mut batch = WriteBatch::default();
+        self.put(&mut batch, Target::Nodes, &id.0, &stored).unwrap();
+        self.write_synced(batch).unwrap();
+        self.nodes.clear();
+    }
 }
 
 fn open(dir: &Path) -> Result<Arc<Store>, StoreError> {

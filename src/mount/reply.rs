@@ -1,0 +1,112 @@
+//! Answers: from what a fork shows to what the kernel is told.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fuser::{Errno, FileAttr, FileType, Generation, INodeNo, ReplyEmpty, ReplyEntry, ReplyXattr};
+
+use super::Mount;
+use super::errno::{errno, report};
+use crate::fork::error::FsError;
+use crate::fs::Entry;
+use crate::record::{Attr, Ino, Kind, Nanos};
+
+/// A fork has one writer, its own mount, so the kernel may keep what it was told.
+pub const FOREVER: Duration = Duration::from_secs(1 << 30);
+
+fn system_time(time: Nanos) -> SystemTime {
+    if time >= 0 {
+        UNIX_EPOCH + Duration::from_nanos(time as u64)
+    } else {
+        UNIX_EPOCH - Duration::from_nanos(time.unsigned_abs())
+    }
+}
+
+pub fn nanos(time: SystemTime) -> Nanos {
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
+        Err(before) => i64::try_from(before.duration().as_nanos()).map_or(i64::MIN, |n| -n),
+    }
+}
+
+pub fn file_type(kind: Kind) -> FileType {
+    match kind {
+        Kind::Fifo => FileType::NamedPipe,
+        Kind::CharDevice => FileType::CharDevice,
+        Kind::Directory => FileType::Directory,
+        Kind::BlockDevice => FileType::BlockDevice,
+        Kind::File => FileType::RegularFile,
+        Kind::Symlink => FileType::Symlink,
+        Kind::Socket => FileType::Socket,
+    }
+}
+
+pub fn file_attr(ino: Ino, attr: &Attr) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(ino.0),
+        size: attr.size,
+        blocks: attr.blocks,
+        atime: system_time(attr.atime),
+        mtime: system_time(attr.mtime),
+        ctime: system_time(attr.ctime),
+        crtime: system_time(attr.btime),
+        kind: file_type(attr.kind),
+        perm: attr.mode,
+        nlink: attr.nlink,
+        uid: attr.uid,
+        gid: attr.gid,
+        rdev: attr.rdev,
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+/// How long the kernel may trust attributes: never those that grant rights, for a write by another may have taken them.
+pub fn ttl(attr: &Attr) -> Duration {
+    if attr.is_privileged() {
+        Duration::ZERO
+    } else {
+        FOREVER
+    }
+}
+
+impl Mount {
+    pub fn fail(&self, what: &str, error: &FsError) -> Errno {
+        report(what, error);
+        if let FsError::Store(damage) = error {
+            self.fs.fork.note_damage(damage);
+        }
+        errno(error)
+    }
+
+    pub fn answer_entry(&self, what: &str, reply: ReplyEntry, result: Result<Entry, FsError>) {
+        match result {
+            Ok(entry) => {
+                let attr = file_attr(entry.ino, &entry.attr);
+                reply.entry_with_ttls(&ttl(&entry.attr), &FOREVER, &attr, Generation(0));
+            }
+            Err(error) => reply.error(self.fail(what, &error)),
+        }
+    }
+
+    pub fn answer_empty(&self, what: &str, reply: ReplyEmpty, result: Result<(), FsError>) {
+        match result {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(self.fail(what, &error)),
+        }
+    }
+
+    pub fn answer_xattr(
+        &self,
+        what: &str,
+        reply: ReplyXattr,
+        size: u32,
+        result: Result<Vec<u8>, FsError>,
+    ) {
+        match result {
+            Ok(value) if size == 0 => reply.size(value.len() as u32),
+            Ok(value) if value.len() > size as usize => reply.error(Errno::ERANGE),
+            Ok(value) => reply.data(&value),
+            Err(error) => reply.error(self.fail(what, &error)),
+        }
+    }
+}
