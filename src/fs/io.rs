@@ -141,6 +141,7 @@ impl Fs {
             .checked_add(len)
             .filter(|end| *end <= SIZE_MAX)
             .ok_or(FsError::TooLarge)?;
+        self.drop_capability(caller, ino)?;
         let _gate = self.fork.enter()?;
         let root = self.fork.root();
         let cell = self.fork.cell(ino)?.ok_or(FsError::Stale)?;
@@ -159,14 +160,18 @@ impl Fs {
             change.zero_tail(&mut inode, u64::MAX)?;
             change.attr.size = end;
         }
+        // Like a write: whoever may only write takes from the file what it granted.
         let time = now();
+        change.attr.mtime = time;
         change.attr.ctime = time;
+        if caller.uid != 0 {
+            change.attr.kill_suidgid();
+        }
         match mode {
             Allocate::Reserve { .. } => change.reserve(&inode, offset / PAGE, pages(end))?,
             Allocate::Punch | Allocate::Zero { .. } => {
                 let reserved = mode != Allocate::Punch;
                 change.zero(&mut inode, offset, end, reserved)?;
-                change.attr.mtime = time;
             }
         }
         change.finish(caller, &mut inode)
