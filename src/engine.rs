@@ -15,8 +15,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Mutex, MutexGuard};
@@ -28,6 +28,7 @@ use crate::mount::{Requests, Wakeful, session};
 use crate::store::{
     self, ForkId, ForkOptions, Ingest, MountPoint, Store, StoreError, StoreOptions, VersionRef,
 };
+use crate::tree::NodeId;
 use crate::volume::{self, Found, VersionSpec};
 
 pub use archive::Imported;
@@ -234,6 +235,8 @@ pub struct Engine {
     wakeful: Arc<Wakeful>,
     stopping: AtomicBool,
     upkeep: Mutex<Vec<std::thread::JoinHandle<()>>>,
+    /// Forks that are over and may still be mounted, with the root that a commit gave them.
+    leaving: Mutex<Vec<(Weak<Live>, Option<NodeId>)>>,
 }
 
 impl fmt::Debug for Engine {
@@ -281,6 +284,7 @@ impl Engine {
             counters: Counters::default(),
             stopping: AtomicBool::new(false),
             upkeep: Mutex::default(),
+            leaving: Mutex::default(),
         });
         engine.remove_strays();
         *engine.upkeep.lock() = upkeep::start(&engine)?;
@@ -576,11 +580,12 @@ impl Engine {
         self.store.remove_fork(id, &unused)?;
         self.counters.abandoned.fetch_add(1, Ordering::Relaxed);
         log::info!("fork {id} abandoned");
-        Ok(self.finish(&live, true))
+        Ok(self.finish(&live, None))
     }
 
-    /// Takes a fork off the list; what is left of it goes with its session, or at once if there is none.
-    fn finish(&self, live: &Arc<Live>, abandoned: bool) -> Option<MountInfo> {
+    /// Takes a fork off the list that was abandoned, or committed as `root`; what is left of it goes with its session, or at once
+    /// if there is none.
+    fn finish(&self, live: &Arc<Live>, root: Option<NodeId>) -> Option<MountInfo> {
         self.forks.lock().remove(&live.id);
         live.ahead.lock().take();
         let mount = live
@@ -589,11 +594,15 @@ impl Engine {
             .mount
             .clone()
             .filter(|_| live.is_served());
-        if abandoned && let Some(fork) = &live.fork {
+        if root.is_none()
+            && let Some(fork) = &live.fork
+        {
             fork.end();
         }
         live.over.store(true, Ordering::Release);
-        if !live.is_served() {
+        if live.is_served() {
+            self.leaving.lock().push((Arc::downgrade(live), root));
+        } else {
             self.remove_delta(live);
         }
         mount.map(MountInfo::from)

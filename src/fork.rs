@@ -370,12 +370,15 @@ impl Fork {
         }
     }
 
-    /// Fails if the fork answers nothing any more.
-    pub fn check_alive(&self) -> Result<(), FsError> {
-        if *self.gate.read() == Gate::Ended {
-            Err(FsError::Ended)
-        } else {
-            Ok(())
+    /// Takes part in the gate for one reading of content: no commit changes what lies below meanwhile.
+    ///
+    /// # Errors
+    /// `Ended` if the fork answers nothing any more.
+    pub fn look(&self) -> Result<ArcRwLockReadGuard<RawRwLock, Gate>, FsError> {
+        let gate = self.gate.read_arc();
+        match *gate {
+            Gate::Open | Gate::Sealed => Ok(gate),
+            Gate::Ended => Err(FsError::Ended),
         }
     }
 
@@ -406,6 +409,11 @@ impl Fork {
     /// Seconds since the fork was opened.
     pub fn age(&self) -> u32 {
         self.started.elapsed().as_secs() as u32
+    }
+
+    /// Fails if the fork answers nothing any more.
+    pub fn check_alive(&self) -> Result<(), FsError> {
+        self.look().map(drop)
     }
 
     /// What is charged against the fork's size, in bytes.
@@ -586,6 +594,8 @@ impl Fork {
     /// Puts the fork on top of a root that holds its frozen table: a version's, at the end of a commit with `keep`, or a private
     /// one.
     pub fn rebase(&self, root: NodeId, first_segment: u64, private: Option<Private>) {
+        // Whoever reads or writes content has chosen a root and a cell that go together.
+        let _gate = self.gate.write();
         let mut layers = self.layers.write();
         let Some(frozen) = layers.frozen.take() else {
             return;

@@ -223,8 +223,8 @@ impl Fs {
         }
     }
 
+    /// An inode as a reader sees it. The caller has looked into the fork and goes on looking until it has read.
     fn view(&self, ino: Ino) -> Result<InodeView, FsError> {
-        self.fork.check_alive()?;
         self.fork
             .layers()
             .inode(&self.fork.store, ino)?

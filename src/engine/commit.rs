@@ -233,7 +233,7 @@ impl Engine {
                 }
                 None
             } else {
-                self.finish(live, false)
+                self.finish(live, Some(done.root))
             };
             out.push(Committed {
                 fork: live.id,

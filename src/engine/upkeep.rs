@@ -72,7 +72,24 @@ impl Engine {
             self.set_damage_aside(live);
             self.drop_orphan(live);
         }
+        self.free_what_lingers();
         busy
+    }
+
+    /// Frees the room of forks that are over and whose mount somebody holds on to. What was committed stays readable there.
+    fn free_what_lingers(&self) {
+        for (live, root) in std::mem::take(&mut *self.leaving.lock()) {
+            let Some(live) = live.upgrade().filter(|live| live.is_served()) else {
+                continue;
+            };
+            let Some(fork) = &live.fork else { continue };
+            if let Some(root) = root {
+                fork.rebase(root, u64::MAX, None);
+            }
+            if let Err(error) = fork.spool.clear() {
+                log::warn!("fork {}: its room is not given back: {error}", live.id);
+            }
+        }
     }
 
     /// Moves tables that have grown large, or whose log has grown far beyond them, to private roots.

@@ -135,6 +135,12 @@ impl Spool {
         }
     }
 
+    /// Gives everything back to the disk. Nobody may name any of it any more.
+    pub fn clear(&self) -> io::Result<()> {
+        *self.rooms.lock() = Rooms::default();
+        self.file.set_len(0)
+    }
+
     /// Bytes that this fork is charged for content.
     pub fn charged(&self) -> u64 {
         let rooms = self.rooms.lock();

@@ -33,6 +33,7 @@ impl Fs {
     /// Reads up to `size` bytes at `offset`: fewer at the end of the file.
     pub fn read(&self, ino: Ino, offset: u64, size: usize) -> Result<Vec<u8>, FsError> {
         let mut buffer = Vec::new();
+        let _looking = self.fork.look()?;
         match self.view(ino)? {
             InodeView::Base(attr, root) => {
                 buffer.resize(clip(&attr, offset, size)?, 0);
@@ -179,6 +180,7 @@ impl Fs {
 
     /// Returns where the next data or hole begins at or behind `offset`.
     pub fn lseek(&self, ino: Ino, offset: u64, what: Seek) -> Result<u64, FsError> {
+        let _looking = self.fork.look()?;
         let view = self.view(ino)?;
         let store = &self.fork.store;
         let (size, runs) = match view {

@@ -10,7 +10,7 @@ use forkvol::store::ForkId;
 use forkvol::sys::mount;
 
 pub struct TestStore {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     pub engine: Arc<Engine>,
 }
 
@@ -38,7 +38,11 @@ impl TestStore {
             ..EngineConfig::default()
         };
         let engine = Engine::open(&dir.path().join("store"), config).unwrap();
-        TestStore { _dir: dir, engine }
+        TestStore { dir, engine }
+    }
+
+    pub fn dir(&self) -> PathBuf {
+        self.dir.path().join("store")
     }
 
     pub fn fork(&self, volume: &str) -> TestMount {

@@ -311,3 +311,31 @@ fn holes_are_found_and_zeros_stay_data() {
     let next = store.fork("v");
     assert_eq!(sh(&next.path, runs), before, "the same after a commit");
 }
+
+#[test]
+fn the_room_of_a_committed_fork_comes_back_though_its_mount_lingers_and_it_still_reads_right() {
+    let store = TestStore::new();
+    let mount = store.fork("v");
+    let bytes: Vec<u8> = (0..9_000_000_u32).map(|n| (n / 7) as u8).collect();
+    fs::write(mount.path.join("f"), &bytes).unwrap();
+    let spool = store
+        .dir()
+        .join("forks")
+        .join(mount.id.to_string())
+        .join("spool");
+    assert!(fs::metadata(&spool).unwrap().len() >= 9_000_000);
+    assert_eq!(store.commit_as(&mount, false), Some(1));
+    while fs::metadata(&spool).unwrap().len() > 0 {
+        std::thread::yield_now();
+    }
+    // Past what the kernel has kept of it.
+    sh(
+        &mount.path,
+        "dd if=f of=/dev/null iflag=nocache count=0 status=none",
+    );
+    assert_eq!(fs::read(mount.path.join("f")).unwrap(), bytes);
+    assert_eq!(
+        fs::write(mount.path.join("f"), "late").unwrap_err().kind(),
+        std::io::ErrorKind::ReadOnlyFilesystem
+    );
+}
