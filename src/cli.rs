@@ -5,11 +5,14 @@ mod config;
 mod content;
 mod daemon;
 mod doctor;
+mod ending;
 mod exit;
 mod forks;
 mod holders;
+mod job;
 mod mounting;
 mod output;
+mod paths;
 mod place;
 mod run;
 mod values;
@@ -21,7 +24,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
-use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::json;
 
 use client::Client;
@@ -58,6 +61,12 @@ struct Cli {
 enum Command {
     /// Run a command with forks in place, and commit them if it succeeds
     Run(Box<run::Run>),
+    /// Start a job: fork its volumes and put them in place, until finish
+    Attach(Box<job::Attach>),
+    /// End a job: commit its volumes, or abandon them
+    Finish(job::Finish),
+    /// Show the jobs that are attached
+    Jobs,
     /// Fork a volume and mount it
     Fork {
         #[arg(value_parser = values::volume)]
@@ -301,17 +310,8 @@ struct AbandonOptions {
     all: bool,
 }
 
-/// When `run` commits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum When {
-    OnSuccess,
-    Always,
-    Never,
-    OnChange,
-    IfMissing,
-}
-
 /// What every command has at hand.
+#[derive(Clone, Debug)]
 struct Context {
     json: bool,
     config: Config,
@@ -416,6 +416,13 @@ fn dispatch(cli: Cli, matches: &ArgMatches) -> ExitCode {
     if !matches!(cli.command, Command::Daemon { .. }) {
         process::default_sigpipe();
     }
+    if let Command::Attach(attach) = cli.command {
+        let matches = matches.subcommand_matches("attach");
+        return match context().and_then(|context| job::attach(&context, *attach, matches)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(failure) => exit::report(&failure, json),
+        };
+    }
     match context().and_then(|context| execute(&context, cli.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => exit::report(&failure, json),
@@ -424,7 +431,12 @@ fn dispatch(cli: Cli, matches: &ArgMatches) -> ExitCode {
 
 fn execute(context: &Context, command: Command) -> Result<(), Failure> {
     match command {
-        Command::Run(_) => Err(Failure::new(Code::Usage, "run has a status of its own")),
+        Command::Run(_) | Command::Attach(_) => Err(Failure::new(
+            Code::Usage,
+            "this command is answered elsewhere",
+        )),
+        Command::Finish(options) => job::finish(context, &options),
+        Command::Jobs => job::jobs(context),
         Command::Fork {
             volume,
             mountpoint,

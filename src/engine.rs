@@ -26,7 +26,7 @@ use crate::fork::{Fork, Origin, Private};
 use crate::fs::{Fs, Options, Ownership};
 use crate::mount::{Requests, Wakeful, session};
 use crate::store::{
-    self, ForkId, ForkOptions, Ingest, MountPoint, Store, StoreError, StoreOptions, VersionRef,
+    self, ForkId, ForkOptions, Hit, Ingest, MountPoint, Store, StoreError, StoreOptions, VersionRef,
 };
 use crate::tree::NodeId;
 use crate::volume::{self, Found, VersionSpec};
@@ -398,9 +398,22 @@ impl Engine {
             Owner::Keep => None,
             Owner::Ids(uid, gid) => Some((uid, gid.unwrap_or(request.gid))),
         };
+        let hit = match &base {
+            None => Hit::Empty,
+            Some((of, _)) if of.id != volume.id => Hit::Fallback,
+            Some((_, version)) => {
+                let has = |(key, value)| version.labels.get(key) == Some(value);
+                if request.labels.iter().all(has) {
+                    Hit::Exact
+                } else {
+                    Hit::Stale
+                }
+            }
+        };
         let record = store::Fork {
             id,
             volume: volume.id,
+            hit,
             base: base.map(|(volume, version)| VersionRef {
                 volume: volume.id,
                 number: version.number,

@@ -23,6 +23,8 @@ pub struct ForkFacts {
     pub volume: String,
     pub state: String,
     pub base: Option<String>,
+    /// exact, stale, fallback or empty.
+    pub hit: String,
     pub mount: Option<Mount>,
     pub read_only: bool,
     pub suid: bool,

@@ -364,6 +364,24 @@ pub fn unbind(at: &Path, mount: &Mount) {
     }
 }
 
+/// As [`unbind`], and out of sight at once however busy it is.
+pub fn unbind_at_once(at: &Path, mount: &Mount) {
+    if let Err(e) = kernel::unbind(at) {
+        if e.raw_os_error() == Some(EBUSY) {
+            warn_of_holders(mount);
+        }
+        if let Err(e) = kernel::unbind_lazily(at) {
+            warn(&format!("cannot unbind {}: {e}", at.display()));
+        }
+    }
+}
+
+/// Whether this device is what is mounted on top at a path.
+pub fn is_on_top(path: &Path, device: u64) -> bool {
+    let wanted = crate::sys::device_numbers(device);
+    topmost(path).is_ok_and(|found| found.is_some_and(|found| found.device == wanted))
+}
+
 /// Unmounts a fork that has been committed or abandoned. It never fails: what it could not do, or whom it took the mount from, is
 /// a warning.
 pub fn detach(client: &mut Client, mount: &Mount) {

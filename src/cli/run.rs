@@ -1,12 +1,10 @@
 //! `run`: forks in place, a command, a commit.
 
 mod child;
-mod paths;
 
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder};
+use std::fs;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -15,18 +13,20 @@ use clap::{ArgMatches, Args};
 use serde_json::{Value, json};
 
 use super::client::Client;
+use super::ending::When;
 use super::exit;
 use super::forks::{self, ForkFacts, take};
+use super::job::suffix;
 use super::mounting::{self, By, Mountpoint};
 use super::output::warn;
+use super::paths::{self, Target, Wish};
 use super::values;
-use super::{Context, ForkOptions, When};
+use super::{Context, ForkOptions};
 use crate::protocol::{self, Code, Failure, Mount, Request};
 use crate::sys;
 use crate::sys::process::{self, Signals};
 use crate::sys::{mount as kernel, namespace};
 use child::Outcome;
-use paths::{Target, Wish};
 
 #[derive(Clone, Debug, Args)]
 pub struct Run {
@@ -83,6 +83,7 @@ impl InUse {
             "volume": self.fork.volume,
             "fork": self.fork.id,
             "base": self.fork.base,
+            "hit": self.fork.hit,
             "paths": paths,
             "outcome": outcome,
             "version": version,
@@ -104,7 +105,7 @@ pub fn run(context: &Context, run: Run, matches: Option<&ArgMatches>) -> ExitCod
             ));
         }
     };
-    let wishes = match wishes(&run, matches) {
+    let wishes = match paths::wishes(&run.volume, &run.path, matches) {
         Ok(wishes) => wishes,
         Err(failure) => return fail(&failure),
     };
@@ -129,25 +130,6 @@ pub fn run(context: &Context, run: Run, matches: Option<&ArgMatches>) -> ExitCod
             exit::report_as(&not_run.failure, not_run.status, context.json)
         }
     }
-}
-
-fn wishes(run: &Run, matches: Option<&ArgMatches>) -> Result<Vec<Wish>, Failure> {
-    let places = |name: &str| -> Vec<usize> {
-        matches
-            .and_then(|m| m.indices_of(name))
-            .into_iter()
-            .flatten()
-            .collect()
-    };
-    let volumes = places("volume")
-        .into_iter()
-        .zip(run.volume.iter().cloned())
-        .collect();
-    let paths = places("path")
-        .into_iter()
-        .zip(run.path.iter().cloned())
-        .collect();
-    paths::pair(volumes, paths)
 }
 
 struct Job<'a> {
@@ -248,7 +230,7 @@ impl<'a> Job<'a> {
             _ => self.private_folder()?.join(self.forks.len().to_string()),
         };
         if self.isolation != Isolation::None || targets.is_empty() {
-            make_folder(&path)?;
+            paths::make_folder(&path)?;
         }
         let job = Some(format!("run-{}", std::process::id()));
         let fork = forks::make(self.context, client, &wish.volume, &self.run.options, job)?;
@@ -275,7 +257,7 @@ impl<'a> Job<'a> {
             .map_err(|e| Failure::new(Code::Failed, format!("no random numbers: {e}")))?;
         let folder =
             std::env::temp_dir().join(format!("forkvol-run-{:016x}", u64::from_ne_bytes(name)));
-        make_folder(&folder)?;
+        paths::make_folder(&folder)?;
         Ok(self.private.insert(folder).clone())
     }
 
@@ -293,7 +275,7 @@ impl<'a> Job<'a> {
                     Some(name) => {
                         let folder = root.join(name);
                         if !folder.is_dir() {
-                            make_folder_open(&folder)?;
+                            paths::make_folder_open(&folder)?;
                         }
                         folder
                     }
@@ -307,7 +289,7 @@ impl<'a> Job<'a> {
             for (from, to) in binds {
                 // A path within another one may exist only in what was covered.
                 if !to.is_dir() {
-                    make_folder_open(&to)?;
+                    paths::make_folder_open(&to)?;
                 }
                 kernel::bind(&from, &to).map_err(|e| {
                     Failure::new(
@@ -349,20 +331,8 @@ impl<'a> Job<'a> {
         self.forks
             .iter()
             .map(|used| {
-                let name: String = used
-                    .fork
-                    .volume
-                    .chars()
-                    .map(|c| {
-                        if c.is_ascii_alphanumeric() {
-                            c.to_ascii_uppercase()
-                        } else {
-                            '_'
-                        }
-                    })
-                    .collect();
                 (
-                    format!("FORKVOL_DIR_{name}"),
+                    format!("FORKVOL_DIR_{}", suffix(&used.fork.volume)),
                     mounting::mount_path(&used.mount).to_owned(),
                 )
             })
@@ -391,7 +361,7 @@ impl<'a> Job<'a> {
         let ids: Vec<String> = self.forks.iter().map(|used| used.fork.id.clone()).collect();
         let options = &self.run.options;
         let wanted = !options.read_only && !options.ephemeral;
-        let Some(when) = decide(self.run.commit, outcome).filter(|_| wanted) else {
+        let Some(when) = self.run.commit.at(outcome.end()).filter(|_| wanted) else {
             client.call(&Request::Abandon { forks: ids })?;
             return Ok(Vec::new());
         };
@@ -497,43 +467,10 @@ fn report(words: &[OsString], outcome: Outcome, begun: Instant, volumes: Vec<Val
     }})
 }
 
-/// What is asked of the daemon after such an end; `None`: nothing is committed.
-fn decide(when: When, outcome: Outcome) -> Option<protocol::When> {
-    let successful = outcome.is_success();
-    match when {
-        When::Always if !outcome.cancelled => Some(protocol::When::Always),
-        When::OnSuccess if successful => Some(protocol::When::Always),
-        When::OnChange if successful => Some(protocol::When::OnChange),
-        When::IfMissing if successful => Some(protocol::When::IfMissing),
-        _ => None,
-    }
-}
-
 fn helper_is_there() -> bool {
     std::env::var_os("PATH").is_some_and(|path| {
         std::env::split_paths(&path).any(|folder| folder.join("fusermount3").is_file())
     })
-}
-
-fn make_folder(path: &Path) -> Result<(), Failure> {
-    make(path, 0o700)
-}
-
-fn make_folder_open(path: &Path) -> Result<(), Failure> {
-    make(path, 0o755)
-}
-
-fn make(path: &Path, mode: u32) -> Result<(), Failure> {
-    DirBuilder::new()
-        .mode(mode)
-        .recursive(true)
-        .create(path)
-        .map_err(|e| {
-            Failure::new(
-                Code::Failed,
-                format!("cannot make the folder {}: {e}", path.display()),
-            )
-        })
 }
 
 #[cfg(test)]
@@ -550,6 +487,7 @@ mod tests {
             volume: "npm".into(),
             state: "live".into(),
             base: Some("npm@42".into()),
+            hit: "exact".into(),
             mount: None,
             read_only: false,
             suid: false,
@@ -580,26 +518,5 @@ mod tests {
         let mut made = report(&words, outcome, Instant::now(), volumes);
         made["run"]["seconds"] = json!(12.5);
         assert_eq!(made, example);
-    }
-
-    #[test]
-    fn a_commit_depends_on_the_end() {
-        let end = |status, cancelled| Outcome {
-            status,
-            signal: None,
-            cancelled,
-        };
-        let all = protocol::When::Always;
-        for (when, success, failure) in [
-            (When::OnSuccess, Some(all), None),
-            (When::Always, Some(all), Some(all)),
-            (When::Never, None, None),
-            (When::OnChange, Some(protocol::When::OnChange), None),
-            (When::IfMissing, Some(protocol::When::IfMissing), None),
-        ] {
-            assert_eq!(decide(when, end(0, false)), success, "{when:?}");
-            assert_eq!(decide(when, end(1, false)), failure, "{when:?}");
-            assert_eq!(decide(when, end(0, true)), None, "{when:?}");
-        }
     }
 }

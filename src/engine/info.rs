@@ -69,6 +69,7 @@ pub struct ForkInfo {
     pub state: &'static str,
     pub volume: String,
     pub base: Option<String>,
+    pub hit: store::Hit,
     pub mount: Option<MountInfo>,
     pub job: Option<String>,
     pub created: i64,
@@ -117,6 +118,7 @@ impl Engine {
                 .base
                 .map(|base| self.version_text(base))
                 .transpose()?,
+            hit: record.hit,
             mount: record.mount.map(MountInfo::from),
             job: record.options.job,
             created: record.created,

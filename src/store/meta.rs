@@ -170,12 +170,28 @@ pub struct MountPoint {
     pub created: bool,
 }
 
+/// How well what a fork was made from fits what was wanted, from best to worst.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Hit {
+    /// The volume's own, with all labels that were wanted.
+    Exact,
+    /// The volume's own, with other labels.
+    Stale,
+    /// Another volume's.
+    Fallback,
+    #[default]
+    Empty,
+}
+
 /// A private, writable view of a version.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Fork {
     pub id: ForkId,
     pub volume: u64,
     pub base: Option<VersionRef>,
+    #[serde(default)]
+    pub hit: Hit,
     /// The base's root, or the fork's private one.
     pub root: NodeId,
     /// None while the root is the base's.

@@ -191,6 +191,11 @@ pub fn unbind(at: &Path) -> io::Result<()> {
     unmount(at, 0)
 }
 
+/// Takes a bind out of sight at once; it goes when nobody uses it.
+pub fn unbind_lazily(at: &Path) -> io::Result<()> {
+    unmount(at, libc::MNT_DETACH)
+}
+
 /// As [`unmount_abort`], and takes the mount out of sight at once however busy it is.
 pub fn detach_abort(at: &Path) -> io::Result<()> {
     unmount(at, libc::MNT_FORCE | libc::MNT_DETACH)

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+mod jobs;
+
 /// A store of its own with its daemon, which ends with the test.
 struct Cli {
     dir: tempfile::TempDir,

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
+use super::super::ending::End;
 use super::super::exit;
 use crate::protocol::{Code, Failure};
 use crate::sys::namespace;
@@ -59,8 +60,12 @@ impl Outcome {
         }
     }
 
-    pub fn is_success(&self) -> bool {
-        self.status == 0 && !self.cancelled
+    pub fn end(&self) -> End {
+        if self.cancelled {
+            End::Cancelled
+        } else {
+            End::of_status(self.status.into())
+        }
     }
 }
 

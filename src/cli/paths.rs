@@ -5,8 +5,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use super::super::mounting::refuse_dangerous;
-use super::super::place::{Place, real_path};
+use clap::ArgMatches;
+
+use super::mounting::refuse_dangerous;
+use super::place::{Place, real_path};
 use crate::protocol::{Code, Failure};
 
 /// A volume and the paths that it is wanted at.
@@ -14,6 +16,21 @@ use crate::protocol::{Code, Failure};
 pub struct Wish {
     pub volume: String,
     pub paths: Vec<PathBuf>,
+}
+
+/// The volumes and paths of a command line.
+pub fn wishes(
+    volumes: &[String],
+    paths: &[PathBuf],
+    matches: Option<&ArgMatches>,
+) -> Result<Vec<Wish>, Failure> {
+    let places = |name: &str| -> Vec<usize> {
+        let indices = matches.and_then(|m| m.indices_of(name));
+        indices.into_iter().flatten().collect()
+    };
+    let volumes = places("volume").into_iter().zip(volumes.iter().cloned());
+    let paths = places("path").into_iter().zip(paths.iter().cloned());
+    pair(volumes.collect(), paths.collect())
 }
 
 /// A path belongs to the volume before it. Both lists come with their places on the command line.
@@ -68,16 +85,32 @@ pub struct Target {
 
 /// Resolves the paths of a volume and makes what is missing of them.
 pub fn targets(wish: &Wish, place: &Place) -> Result<Vec<Target>, Failure> {
-    let several = wish.paths.len() > 1;
-    wish.paths
-        .iter()
-        .map(|path| {
-            Ok(Target {
-                folder: several.then(|| folder_name(path)),
-                path: prepare(path, place)?,
-            })
-        })
-        .collect()
+    let paths = wish.paths.iter();
+    paths.map(|path| target(wish, path, place)).collect()
+}
+
+/// Resolves one of the paths of a volume and makes what is missing of it.
+pub fn target(wish: &Wish, path: &Path, place: &Place) -> Result<Target, Failure> {
+    Ok(Target {
+        folder: (wish.paths.len() > 1).then(|| folder_name(path)),
+        path: prepare(path, place)?,
+    })
+}
+
+/// The folders that would have to be made for a path, outer ones first.
+pub fn missing(path: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let real = real_path(path).map_err(|e| {
+        let message = format!("cannot use {}: {e}", path.display());
+        Failure::new(Code::Failed, message)
+    })?;
+    let is_missing = |folder: &&Path| fs::symlink_metadata(folder).is_err();
+    let mut missing: Vec<PathBuf> = real
+        .ancestors()
+        .take_while(is_missing)
+        .map(Into::into)
+        .collect();
+    missing.reverse();
+    Ok(missing)
 }
 
 fn prepare(path: &Path, place: &Place) -> Result<PathBuf, Failure> {
@@ -123,6 +156,29 @@ fn folder_name(path: &Path) -> String {
         "." | ".." => "up".into(),
         name => name.into(),
     }
+}
+
+/// Makes a folder, and those above it that are missing, for this user alone.
+pub fn make_folder(path: &Path) -> Result<(), Failure> {
+    make(path, 0o700)
+}
+
+/// As [`make_folder`], for all to read.
+pub fn make_folder_open(path: &Path) -> Result<(), Failure> {
+    make(path, 0o755)
+}
+
+fn make(path: &Path, mode: u32) -> Result<(), Failure> {
+    DirBuilder::new()
+        .mode(mode)
+        .recursive(true)
+        .create(path)
+        .map_err(|e| {
+            Failure::new(
+                Code::Failed,
+                format!("cannot make the folder {}: {e}", path.display()),
+            )
+        })
 }
 
 /// Refuses a path that is wanted twice, and puts outer folders before those within.

@@ -1,0 +1,190 @@
+//! Jobs whose start and end are different processes: `attach`, `finish`, `jobs`.
+//!
+//! A job is one file: what was attached, where, and by whom. It is written before anything it names is made and removed last, so
+//! that whatever was interrupted can be ended by somebody else.
+
+mod attach;
+mod finish;
+mod state;
+mod variables;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::ending::{End, When};
+use super::output::{self, Shown};
+use super::{Context, ForkOptions, values};
+use crate::protocol::{Code, Failure};
+use state::Jobs;
+
+pub use attach::attach;
+pub use finish::finish;
+pub use variables::suffix;
+
+#[derive(Clone, Debug, Args)]
+pub struct Attach {
+    /// A volume to fork; may be repeated
+    #[arg(short = 'v', long = "volume", value_parser = values::volume)]
+    volume: Vec<String>,
+    /// Where the volume before it is put; may be repeated
+    #[arg(short = 'p', long = "path", value_parser = values::home_path)]
+    path: Vec<PathBuf>,
+    #[command(flatten)]
+    options: ForkOptions,
+    /// The job's name (default: from the variables of the CI host)
+    #[arg(long, value_name = "ID")]
+    job: Option<String>,
+    /// The process without which the job is over (default: BUILDKITE_AGENT_PID)
+    #[arg(long, value_name = "PID")]
+    agent_pid: Option<u32>,
+    /// The folder below which forks are mounted
+    #[arg(long, value_name = "DIR", value_parser = values::home_path)]
+    mount_root: Option<PathBuf>,
+    /// How a path leads to its fork
+    #[arg(long, value_enum, default_value = "bind")]
+    link: Link,
+    /// What becomes of content that a path has already
+    #[arg(long, value_enum, default_value = "hide")]
+    existing: Existing,
+    /// Write the job's variables into this file instead of printing them
+    #[arg(long, value_name = "FILE")]
+    env_file: Option<PathBuf>,
+    /// When finish commits
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "on-success")]
+    commit: When,
+    /// Go without the cache after this long
+    #[arg(long, value_parser = values::duration, default_value = "10s")]
+    deadline: Duration,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct Finish {
+    /// The job's name (default: from the variables of the CI host)
+    #[arg(long, value_name = "ID", conflicts_with = "stale")]
+    job: Option<String>,
+    /// The exit status of the job's command
+    #[arg(long, value_name = "N", conflicts_with_all = ["outcome", "stale"])]
+    status: Option<i32>,
+    /// How the job ended
+    #[arg(long, value_enum, conflicts_with = "stale", required_unless_present_any = ["status", "stale"])]
+    outcome: Option<End>,
+    /// When to commit (default: as attach was told)
+    #[arg(long, value_enum, value_name = "WHEN")]
+    commit: Option<When>,
+    /// Commit the state as of now; the job stays attached
+    #[arg(long, conflicts_with = "stale")]
+    keep: bool,
+    /// End the jobs whose agent, boot or mounts are gone
+    #[arg(long)]
+    stale: bool,
+    /// Leave the rest for later after this long
+    #[arg(long, value_parser = values::duration, default_value = "60s")]
+    deadline: Duration,
+    /// Fail where the cache fails
+    #[arg(long)]
+    strict: bool,
+}
+
+/// How a path leads to its fork.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Link {
+    Bind,
+    Symlink,
+}
+
+/// What becomes of content that a path has already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Existing {
+    /// It is covered, and back after the job.
+    Hide,
+    /// It is copied into a fork that is empty.
+    Seed,
+    Fail,
+}
+
+/// The job's name: as given, or from the variables of the host.
+fn job_name(given: Option<&str>) -> Result<String, Failure> {
+    if let Some(name) = given {
+        return Ok(state::safe_name(name));
+    }
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let hosts: [&[&str]; 4] = [
+        &["BUILDKITE_JOB_ID"],
+        &[
+            "GITHUB_RUN_ID",
+            "GITHUB_RUN_ATTEMPT",
+            "GITHUB_JOB",
+            "RUNNER_NAME",
+            "RUNNER_WORKSPACE",
+        ],
+        &["CI_SERVER_HOST", "CI_JOB_ID"],
+        &["BUILD_TAG", "NODE_NAME", "EXECUTOR_NUMBER", "WORKSPACE"],
+    ];
+    hosts
+        .iter()
+        .find_map(|names| {
+            let parts: Option<Vec<String>> = names.iter().map(|name| variable(name)).collect();
+            parts.map(|parts| state::safe_name(&parts.join(" ")))
+        })
+        .ok_or_else(|| {
+            Failure::new(Code::Usage, "no CI host's variables name a job").hint("name it: --job ID")
+        })
+}
+
+/// `jobs`: what is attached.
+pub fn jobs(context: &Context) -> Result<(), Failure> {
+    let jobs = Jobs::of(&context.place)?;
+    let rows: Vec<Value> = jobs
+        .all()?
+        .into_iter()
+        .map(|job| {
+            let volumes: Vec<&str> = job.volumes.iter().map(|v| v.volume.as_str()).collect();
+            let age = state::now().saturating_sub(job.created);
+            json!({
+                "job": job.job,
+                "state": if job.is_stale() { "stale" } else { "attached" },
+                "hit": job.hit(),
+                "age": age,
+                "names": volumes.join(" "),
+                "volumes": job.volumes,
+                "agent": job.agent.map(|agent| agent.pid),
+            })
+        })
+        .collect();
+    output::show(context.json, &json!({ "jobs": rows }), |_| {
+        output::table(
+            &rows,
+            &[
+                ("JOB", "/job", Shown::Plain),
+                ("STATE", "/state", Shown::Plain),
+                ("HIT", "/hit", Shown::Plain),
+                ("AGE", "/age", Shown::Seconds),
+                ("VOLUMES", "/names", Shown::Plain),
+            ],
+        )
+    })
+}
+
+/// Does something in a thread of its own, and goes on without it when the deadline has passed.
+fn within<T: Send + 'static>(
+    deadline: Duration,
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    let (done, result) = crossbeam::channel::bounded(1);
+    std::thread::spawn(move || {
+        // Nobody waits any more when the deadline has passed.
+        done.send(work()).unwrap_or_default();
+    });
+    result.recv_timeout(deadline).unwrap_or_else(|_| {
+        Err(Failure::new(
+            Code::Busy,
+            format!("not done within {} s", deadline.as_secs_f64()),
+        ))
+    })
+}

@@ -1,0 +1,359 @@
+//! The file of a job.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use super::Link;
+use crate::cli::ending::{End, When};
+use crate::cli::mounting;
+use crate::cli::place::Place;
+use crate::protocol::{Code, Failure, Mount};
+use crate::sys;
+use crate::sys::mount as kernel;
+use crate::sys::process;
+
+/// The layout of the file; a file of another is left alone and named.
+const SCHEMA: u32 = 1;
+/// The longest name of a job as it stands in names of files.
+const NAME_MAX: usize = 80;
+
+/// A process, told apart from a later one of the same number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Agent {
+    pub pid: u32,
+    /// Clock ticks since boot.
+    pub started: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Job {
+    schema: u32,
+    pub job: String,
+    /// What was asked for, as text; the same job attaches the same again or nothing.
+    pub asked: String,
+    pub commit: When,
+    pub strict: bool,
+    pub boot: String,
+    pub agent: Option<Agent>,
+    /// Seconds since 1970.
+    pub created: u64,
+    pub volumes: Vec<Volume>,
+    /// How it ended, once that is known.
+    pub end: Option<End>,
+}
+
+/// A volume of a job. What is None could not be had.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Volume {
+    pub volume: String,
+    pub fork: Option<String>,
+    pub base: Option<String>,
+    /// exact, stale, fallback or empty.
+    pub hit: String,
+    pub mount: Option<Mount>,
+    /// The folder of its own in which it is mounted, if it is not mounted at its path.
+    pub folder: Option<PathBuf>,
+    pub paths: Vec<Spot>,
+    /// Why the job goes without it.
+    pub degraded: Option<String>,
+    /// Why it will not be committed, if that is known already.
+    pub refused: Option<String>,
+}
+
+/// A path of a job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Spot {
+    pub path: PathBuf,
+    /// The folder of the volume that is there; none for its root.
+    pub inner: Option<String>,
+    /// None while nothing was put there.
+    pub link: Option<Link>,
+    /// Folders that were made for it, outer ones first.
+    pub made: Vec<PathBuf>,
+}
+
+impl Job {
+    pub fn new(
+        job: String,
+        asked: String,
+        commit: When,
+        strict: bool,
+        agent: Option<Agent>,
+    ) -> Job {
+        Job {
+            schema: SCHEMA,
+            job,
+            asked,
+            commit,
+            strict,
+            boot: sys::boot_id().unwrap_or_default().into(),
+            agent,
+            created: now(),
+            volumes: Vec::new(),
+            end: None,
+        }
+    }
+
+    /// The worst hit of all its volumes.
+    pub fn hit(&self) -> &str {
+        let order = ["exact", "stale", "fallback", "empty"];
+        let rank = |volume: &Volume| {
+            let hit = volume.hit.as_str();
+            order
+                .iter()
+                .position(|known| *known == hit)
+                .unwrap_or(order.len() - 1)
+        };
+        order[self.volumes.iter().map(rank).max().unwrap_or(0)]
+    }
+
+    /// Whether its agent, its boot or a mount of its own is gone.
+    pub fn is_stale(&self) -> bool {
+        let other_boot = sys::boot_id().is_ok_and(|boot| boot != self.boot);
+        let agent_gone = self
+            .agent
+            .is_some_and(|agent| started(agent.pid) != Some(agent.started));
+        let mounts = self.volumes.iter().filter_map(|v| v.mount.as_ref());
+        other_boot || agent_gone || mounts.into_iter().any(is_gone)
+    }
+}
+
+fn is_gone(mount: &Mount) -> bool {
+    let path = mounting::mount_path(mount);
+    let there = kernel::device_at(path);
+    // This question is never answered from the kernel's memory, so a mount that nobody serves shows.
+    let is_served = sys::fs_kind(path).is_ok();
+    !is_served || !there.is_ok_and(|device| kernel::device_number(device) == mount.device)
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_secs())
+}
+
+/// When a process was started, in clock ticks since boot; None if there is none.
+pub fn started(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name, in brackets, may hold anything.
+    let (_, rest) = stat.rsplit_once(')')?;
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    // A process that has ended and is not yet awaited does nothing any more.
+    (*fields.first()? != "Z").then_some(())?;
+    fields.get(19)?.parse().ok()
+}
+
+/// A name as it may stand in the name of a file: what comes from outside becomes harmless, and stays apart from others.
+pub fn safe_name(name: &str) -> String {
+    let harmless = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let starts_well = name.starts_with(|c: char| c.is_ascii_alphanumeric());
+    if starts_well && name.len() <= NAME_MAX && name.chars().all(harmless) {
+        return name.into();
+    }
+    let hash = blake3::hash(name.as_bytes()).to_hex();
+    let kept: String = name
+        .chars()
+        .map(|c| if harmless(c) { c } else { '-' })
+        .take(NAME_MAX - 9)
+        .collect();
+    format!(
+        "{}-{}",
+        kept.trim_start_matches(['-', '.', '_']),
+        &hash[..8]
+    )
+}
+
+/// The folder of one user's jobs in one store.
+#[derive(Clone, Debug)]
+pub struct Jobs(PathBuf);
+
+impl Jobs {
+    pub fn of(place: &Place) -> Result<Jobs, Failure> {
+        let folder = match place {
+            Place::Embedded { store, .. } => store.join("jobs"),
+            Place::Service => runtime_folder().join("jobs"),
+        };
+        let metadata = match fs::symlink_metadata(&folder) {
+            Ok(metadata) => metadata,
+            // Made with the first job, which knows that there is a store.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Jobs(folder)),
+            Err(e) => return Err(cannot(&folder, &e)),
+        };
+        let others = metadata.mode() & 0o022 != 0;
+        let owners = [process::euid(), 0];
+        if !metadata.is_dir() || others || !owners.contains(&metadata.uid()) {
+            let message = format!("{} is not this user's own folder", folder.display());
+            return Err(Failure::new(Code::Policy, message).hint("remove it"));
+        }
+        Ok(Jobs(folder))
+    }
+
+    fn file(&self, job: &str) -> PathBuf {
+        self.0.join(format!("{job}.json"))
+    }
+
+    /// Reads a job's file, if there is one.
+    pub fn load(&self, job: &str) -> Result<Option<Job>, Failure> {
+        let path = self.file(job);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(cannot(&path, &e)),
+        };
+        let damaged = |why: String| {
+            let message = format!("{} cannot be read: {why}", path.display());
+            Failure::new(Code::Failed, message)
+                .hint("see forkvol forks; abandon what it stood for, and remove the file")
+        };
+        let job: Job = serde_json::from_slice(&text).map_err(|e| damaged(e.to_string()))?;
+        if job.schema == SCHEMA {
+            Ok(Some(job))
+        } else {
+            Err(damaged(format!("it has layout {}", job.schema)))
+        }
+    }
+
+    /// All jobs that can be read; the others are named in warnings.
+    pub fn all(&self) -> Result<Vec<Job>, Failure> {
+        let mut jobs = Vec::new();
+        let entries = match fs::read_dir(&self.0) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(jobs),
+            Err(e) => return Err(cannot(&self.0, &e)),
+        };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let Some(job) = name.to_str().and_then(|n| n.strip_suffix(".json")) else {
+                continue;
+            };
+            match self.load(job) {
+                Ok(job) => jobs.extend(job),
+                Err(failure) => crate::cli::output::warn(&failure.message),
+            }
+        }
+        jobs.sort_by(|a, b| (a.created, &a.job).cmp(&(b.created, &b.job)));
+        Ok(jobs)
+    }
+
+    /// Puts a job's file in place as one step.
+    pub fn save(&self, job: &Job) -> Result<(), Failure> {
+        let path = self.file(&job.job);
+        let aside = self.0.join(format!(".{}.{}", job.job, std::process::id()));
+        let write = || -> io::Result<()> {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&self.0)?;
+            let mut file = fs::File::options()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&aside)?;
+            file.write_all(&serde_json::to_vec_pretty(job).map_err(io::Error::other)?)?;
+            fs::rename(&aside, &path)
+        };
+        write().map_err(|e| cannot(&path, &e))
+    }
+
+    pub fn remove(&self, job: &str) -> Result<(), Failure> {
+        let path = self.file(job);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(cannot(&path, &e)),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn cannot(path: &Path, error: &io::Error) -> Failure {
+    let code = match error.kind() {
+        io::ErrorKind::StorageFull => Code::NoSpace,
+        _ => Code::Failed,
+    };
+    Failure::new(code, format!("{}: {error}", path.display()))
+}
+
+/// Where this user's files of this boot lie.
+pub fn runtime_folder() -> PathBuf {
+    let uid = process::euid();
+    if uid == 0 {
+        return "/run/forkvol-jobs".into();
+    }
+    let named = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    let usual = PathBuf::from(format!("/run/user/{uid}"));
+    let found = named
+        .into_iter()
+        .chain([usual])
+        .find(|folder| folder.is_dir());
+    match found {
+        Some(folder) => folder.join("forkvol"),
+        None => std::env::temp_dir().join(format!("forkvol-{uid}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_from_outside_is_harmless_and_stays_apart_from_others() {
+        assert_eq!(safe_name("0190-ab_c.1"), "0190-ab_c.1");
+        let hostile = [
+            "../../etc/x",
+            "a b",
+            "a/b",
+            ".hidden",
+            "",
+            &"x".repeat(300),
+            "ä",
+        ];
+        let mut seen = std::collections::HashSet::new();
+        for name in hostile {
+            let safe = safe_name(name);
+            assert!(
+                safe.len() <= NAME_MAX && !safe.contains('/') && !safe.starts_with('.'),
+                "{safe}"
+            );
+            assert!(!safe.is_empty() && seen.insert(safe));
+        }
+    }
+
+    #[test]
+    fn a_job_is_stale_when_its_agent_or_its_boot_is_gone() {
+        let me = std::process::id();
+        let agent = |started| Some(Agent { pid: me, started });
+        let job = |agent| Job::new("j".into(), String::new(), When::Always, false, agent);
+        assert!(!job(None).is_stale());
+        let mine = started(me).unwrap();
+        assert!(!job(agent(mine)).is_stale());
+        assert!(job(agent(mine + 1)).is_stale());
+        let mut other = job(None);
+        other.boot = "another".into();
+        assert!(other.is_stale());
+    }
+
+    #[test]
+    fn the_hit_of_a_job_is_the_worst_of_its_volumes() {
+        let mut job = Job::new("j".into(), String::new(), When::Always, false, None);
+        assert_eq!(job.hit(), "exact");
+        for (hit, worst) in [("stale", "stale"), ("exact", "stale"), ("empty", "empty")] {
+            job.volumes.push(Volume {
+                volume: hit.into(),
+                fork: None,
+                base: None,
+                hit: hit.into(),
+                mount: None,
+                folder: None,
+                paths: Vec::new(),
+                degraded: None,
+                refused: None,
+            });
+            assert_eq!(job.hit(), worst);
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! What a job's later steps are told, as variables.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::state::{Job, Volume};
+use crate::cli::mounting;
+use crate::cli::paths::Wish;
+use crate::protocol::{Code, Failure};
+use crate::sys;
+
+/// The part of a variable's name that stands for a volume.
+pub fn suffix(volume: &str) -> String {
+    let legal = |c: char| {
+        if c.is_ascii_alphanumeric() {
+            c.to_ascii_uppercase()
+        } else {
+            '_'
+        }
+    };
+    volume.chars().map(legal).collect()
+}
+
+/// Refuses volumes whose variables would have one name.
+pub fn refuse_clash(wishes: &[Wish]) -> Result<(), Failure> {
+    for (at, wish) in wishes.iter().enumerate() {
+        let same = |other: &&Wish| suffix(&other.volume) == suffix(&wish.volume);
+        if let Some(other) = wishes.iter().take(at).find(same) {
+            let message = format!(
+                "volumes {} and {} would have the same variables",
+                other.volume, wish.volume
+            );
+            return Err(
+                Failure::new(Code::Usage, message).hint("rename one: forkvol volume rename")
+            );
+        }
+    }
+    Ok(())
+}
+
+/// All variables of a job, with its document as JSON in one of them.
+pub fn of(job: &Job, document: &Value) -> Vec<(String, String)> {
+    let mut out = vec![
+        ("FORKVOL_JOB".into(), job.job.clone()),
+        ("FORKVOL_HIT".into(), job.hit().into()),
+        ("FORKVOL_JSON".into(), document.to_string()),
+    ];
+    for volume in &job.volumes {
+        let name = suffix(&volume.volume);
+        let mut put = |key: &str, value: String| out.push((format!("FORKVOL_{key}_{name}"), value));
+        put("HIT", volume.hit.clone());
+        put("FORK", volume.fork.clone().unwrap_or_default());
+        put("VERSION", volume.base.clone().unwrap_or_default());
+        put("DIR", folder(volume).to_string_lossy().into_owned());
+        put(
+            "COMMIT",
+            match not_committed(job, volume) {
+                None => "yes".into(),
+                Some(why) => format!("no: {why}"),
+            },
+        );
+    }
+    out
+}
+
+/// Where a volume is: its mount, or the empty folder instead of it.
+fn folder(volume: &Volume) -> &Path {
+    match (&volume.mount, volume.paths.first()) {
+        (Some(mount), _) => mounting::mount_path(mount),
+        (None, Some(spot)) => &spot.path,
+        (None, None) => Path::new(""),
+    }
+}
+
+/// Why a volume will not be committed, as far as that is known while the job runs.
+fn not_committed<'a>(job: &'a Job, volume: &'a Volume) -> Option<&'a str> {
+    let never = (job.commit == crate::cli::ending::When::Never).then_some("--commit never");
+    volume
+        .degraded
+        .as_deref()
+        .or(volume.refused.as_deref())
+        .or(never)
+}
+
+/// The variables for a shell.
+pub fn for_shell(variables: &[(String, String)]) -> String {
+    variables
+        .iter()
+        .map(|(name, value)| format!("{name}='{}'\n", value.replace('\'', r"'\''")))
+        .collect()
+}
+
+/// The variables as a file that GitHub's runner reads: the end of a value is a line that no value can hold.
+fn for_github(variables: &[(String, String)]) -> io::Result<String> {
+    let mut bits = [0; 16];
+    sys::random(&mut bits)?;
+    let end = format!("forkvol-{:032x}", u128::from_ne_bytes(bits));
+    Ok(variables
+        .iter()
+        .map(|(name, value)| format!("{name}<<{end}\n{value}\n{end}\n"))
+        .collect())
+}
+
+/// Writes the variables into a file: added to what GitHub's runner reads, else in place of what is there.
+pub fn write(path: &Path, variables: &[(String, String)]) -> Result<(), Failure> {
+    let is_github = std::env::var_os("GITHUB_ENV").is_some_and(|github| github == path.as_os_str());
+    let write = || match is_github {
+        true => File::options()
+            .append(true)
+            .open(path)?
+            .write_all(for_github(variables)?.as_bytes()),
+        false => {
+            let aside = path.with_extension("forkvol-new");
+            File::options()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&aside)?
+                .write_all(for_shell(variables).as_bytes())?;
+            fs::rename(aside, path)
+        }
+    };
+    write().map_err(|e| {
+        let message = format!("cannot write the variables to {}: {e}", path.display());
+        Failure::new(Code::Failed, message)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shell_reads_back_what_was_meant() {
+        let hostile = "it's $HOME `id` \"x\"\nand a second line";
+        let text = for_shell(&[("A".into(), hostile.into())]);
+        let out = std::process::Command::new("sh")
+            .args(["-c", &format!("{text}printf %s \"$A\"")])
+            .output()
+            .unwrap();
+        assert_eq!(String::from_utf8(out.stdout).unwrap(), hostile);
+    }
+
+    #[test]
+    fn volumes_whose_variables_clash_are_refused() {
+        let wish = |volume: &str| Wish {
+            volume: volume.into(),
+            paths: Vec::new(),
+        };
+        assert!(refuse_clash(&[wish("a.b"), wish("a_b")]).is_err());
+        assert!(refuse_clash(&[wish("a"), wish("b")]).is_ok());
+        assert_eq!(suffix("shop/npm-cache"), "SHOP_NPM_CACHE");
+    }
+}

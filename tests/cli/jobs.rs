@@ -1,0 +1,235 @@
+//! Jobs whose start and end are different processes.
+
+use super::*;
+
+impl Cli {
+    fn attach(&self, job: &str, args: &[&str]) -> serde_json::Value {
+        let root = self.path("mounts");
+        let all = [
+            &[
+                "attach",
+                "--job",
+                job,
+                "--mount-root",
+                root.to_str().unwrap(),
+            ],
+            args,
+        ]
+        .concat();
+        self.json(&all)["attach"].clone()
+    }
+
+    fn finish(&self, job: &str, status: &str) -> serde_json::Value {
+        self.json(&["finish", "--job", job, "--status", status])["finish"]["volumes"].clone()
+    }
+}
+
+#[test]
+fn what_a_job_leaves_in_its_paths_is_there_for_the_next_one() {
+    let cli = Cli::new();
+    fs::create_dir(cli.path("hidden")).unwrap();
+    fs::write(cli.path("hidden/own"), "of the checkout").unwrap();
+    let args = [
+        "-v", "npm", "-p", "a/cache", "-v", "tools", "-p", "hidden", "-p", "x/y",
+    ];
+    let attached = cli.attach("1", &args);
+    assert_eq!(attached["hit"], "empty");
+    assert!(!cli.path("hidden/own").exists(), "it is covered");
+    for path in ["a/cache/f", "hidden/f", "x/y/f"] {
+        fs::write(cli.path(path), path).unwrap();
+    }
+    assert_eq!(
+        cli.attach("1", &args),
+        attached,
+        "the same question has the same answer"
+    );
+    let done = cli.finish("1", "0");
+    assert_eq!(done["npm"], "committed as npm@1");
+    assert_eq!(done["tools"], "committed as tools@1");
+    assert_eq!(
+        fs::read_to_string(cli.path("hidden/own")).unwrap(),
+        "of the checkout"
+    );
+    for made in ["a", "x", "mounts/1"] {
+        assert!(!cli.path(made).exists(), "{made} is left over");
+    }
+    assert!(
+        cli.finish("1", "0").is_null(),
+        "a second finish has nothing to do"
+    );
+
+    assert_eq!(cli.attach("2", &args)["hit"], "exact");
+    for path in ["a/cache/f", "hidden/f", "x/y/f"] {
+        assert_eq!(fs::read_to_string(cli.path(path)).unwrap(), path);
+    }
+    fs::write(cli.path("a/cache/g"), "of a job that fails").unwrap();
+    assert_eq!(cli.finish("2", "1")["npm"], "abandoned");
+    assert_eq!(cli.json(&["volume", "show", "npm"])["volume"]["head"], 1);
+}
+
+#[test]
+fn a_job_that_lost_its_path_or_all_its_content_commits_nothing() {
+    let cli = Cli::new();
+    cli.attach("0", &["-v", "v", "-p", "c"]);
+    fs::write(cli.path("c/f"), "kept").unwrap();
+    cli.finish("0", "0");
+    let unmount = format!("umount {}", cli.path("c").display());
+    for accident in ["rm -rf c/*", &unmount] {
+        cli.attach("1", &["-v", "v", "-p", "c"]);
+        let script = ["-c", accident];
+        assert!(
+            Command::new("sh")
+                .args(script)
+                .current_dir(cli.dir.path())
+                .status()
+                .unwrap()
+                .success()
+        );
+        assert_eq!(cli.finish("1", "0")["v"], "not committed", "{accident}");
+        assert_eq!(cli.ok(&["cat", "v:f"]), "kept");
+    }
+    assert!(!cli.path("c").exists());
+}
+
+#[test]
+fn labels_make_a_hit_exact_or_stale_and_parents_make_it_a_fallback() {
+    let cli = Cli::new();
+    let attach = |job: &str, args: &[&str]| cli.attach(job, args)["hit"].clone();
+    assert_eq!(
+        attach("1", &["-v", "v", "-p", "c", "--label", "lock=1"]),
+        "empty"
+    );
+    fs::write(cli.path("c/f"), "1").unwrap();
+    cli.finish("1", "0");
+    for (job, label, hit) in [("2", "lock=1", "exact"), ("3", "lock=2", "stale")] {
+        assert_eq!(attach(job, &["-v", "v", "-p", "c", "--label", label]), hit);
+        cli.finish(job, "1");
+    }
+    let parents = [
+        "-v",
+        "v/branch/x",
+        "-p",
+        "c",
+        "--parent",
+        "none",
+        "--parent",
+        "v",
+    ];
+    assert_eq!(attach("4", &parents), "fallback");
+    assert_eq!(fs::read_to_string(cli.path("c/f")).unwrap(), "1");
+    cli.finish("4", "1");
+}
+
+#[test]
+fn a_job_whose_agent_was_killed_is_cleared_away_and_the_next_one_is_warm() {
+    let cli = Cli::new();
+    cli.attach("0", &["-v", "v", "-p", "c"]);
+    fs::write(cli.path("c/f"), "warm").unwrap();
+    cli.finish("0", "0");
+    let mut agent = Command::new("sleep").arg("600").spawn().unwrap();
+    let pid = agent.id().to_string();
+    cli.attach("1", &["-v", "v", "-p", "c", "--agent-pid", &pid]);
+    fs::write(cli.path("c/half"), "half").unwrap();
+    assert!(
+        cli.json(&["finish", "--stale"])["stale"]
+            .as_array()
+            .unwrap()
+            .is_empty()
+    );
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+    assert_eq!(cli.json(&["jobs"])["jobs"][0]["state"], "stale");
+    assert_eq!(
+        cli.json(&["finish", "--stale"])["stale"],
+        serde_json::json!(["1"])
+    );
+    assert!(!cli.path("c").exists());
+    assert_eq!(cli.attach("1", &["-v", "v", "-p", "c"])["hit"], "exact");
+    assert!(!cli.path("c/half").exists());
+    assert_eq!(cli.finish("1", "0")["v"], "unchanged");
+}
+
+#[test]
+fn a_job_whose_daemon_was_killed_is_attached_again() {
+    let cli = Cli::new();
+    cli.attach("0", &["-v", "v", "-p", "c"]);
+    fs::write(cli.path("c/f"), "kept").unwrap();
+    cli.finish("0", "0");
+    cli.attach("1", &["-v", "v", "-p", "c"]);
+    cli.kill_daemon();
+    assert_eq!(cli.attach("1", &["-v", "v", "-p", "c"])["hit"], "exact");
+    assert_eq!(fs::read_to_string(cli.path("c/f")).unwrap(), "kept");
+    cli.finish("1", "0");
+}
+
+#[test]
+fn without_a_cache_the_job_goes_on_unless_it_is_strict() {
+    let cli = Cli::new();
+    fs::create_dir(cli.path("store")).unwrap();
+    fs::write(cli.path("store/precious"), "no store of ours").unwrap();
+    let attached = cli.attach("1", &["-v", "v", "-p", "c"]);
+    assert_eq!(
+        (&attached["degraded"], &attached["hit"]),
+        (&true.into(), &"empty".into())
+    );
+    assert!(cli.path("c").is_dir(), "an empty folder is there instead");
+    cli.ok(&["finish", "--job", "1", "--status", "0"]);
+    let (status, line) = cli.fails(&["attach", "--strict", "--job", "1", "-v", "v", "-p", "c"]);
+    assert_eq!(status, 1, "{line}");
+    assert!(line.contains("not a store"), "{line}");
+}
+
+#[test]
+fn a_second_job_is_refused_the_path_of_the_first_and_told_whose_it_is() {
+    let cli = Cli::new();
+    cli.attach("1", &["-v", "v", "-p", "c"]);
+    let second = cli.attach("2", &["-v", "v", "-p", "c"]);
+    let why = second["volumes"][0]["degraded"].as_str().unwrap();
+    assert!(why.contains("is attached by job 1"), "{why}");
+    let (status, _) = cli.fails(&["attach", "--job", "1", "-v", "other", "-p", "c"]);
+    assert_eq!(status, 2, "the same job with other volumes");
+    assert_eq!(cli.finish("2", "0")["v"], "not committed");
+    assert_eq!(cli.finish("1", "0")["v"], "committed as v@1");
+}
+
+#[test]
+fn a_path_may_be_a_link_but_never_node_modules_and_content_may_seed_an_empty_volume() {
+    let cli = Cli::new();
+    cli.attach("1", &["-v", "v", "-p", "l", "--link", "symlink"]);
+    assert!(fs::symlink_metadata(cli.path("l")).unwrap().is_symlink());
+    fs::write(cli.path("l/f"), "x").unwrap();
+    assert_eq!(cli.finish("1", "0")["v"], "committed as v@1");
+    assert!(fs::symlink_metadata(cli.path("l")).is_err());
+    let (status, _) = cli.fails(&[
+        "attach",
+        "--strict",
+        "--job",
+        "2",
+        "-v",
+        "v",
+        "-p",
+        "node_modules",
+        "--link",
+        "symlink",
+    ]);
+    assert_eq!(status, 14);
+
+    fs::create_dir(cli.path("full")).unwrap();
+    fs::write(cli.path("full/seed"), "seed").unwrap();
+    let (status, _) = cli.fails(&[
+        "attach",
+        "--strict",
+        "--job",
+        "3",
+        "-v",
+        "w",
+        "-p",
+        "full",
+        "--existing",
+        "fail",
+    ]);
+    assert_eq!(status, 1);
+    cli.attach("3", &["-v", "w", "-p", "full", "--existing", "seed"]);
+    assert_eq!(cli.finish("3", "0")["w"], "committed as w@1");
+    assert_eq!(cli.ok(&["cat", "w:seed"]), "seed");
+}
