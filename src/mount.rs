@@ -23,7 +23,7 @@ use fuser::{
 use crate::fork::log::Request as RequestId;
 use crate::fs::{Allocate, Caller, Fs, NewNode, RenameMode, Seek, SetAttr, XattrMode};
 use crate::record::{Ino, Kind};
-use reply::{FOREVER, file_attr, file_type, nanos, ttl};
+use reply::{FOREVER, file_attr, file_type, sent, ttl};
 pub use requests::Requests;
 pub use wakeful::Wakeful;
 
@@ -130,8 +130,8 @@ impl Filesystem for Mount {
     ) {
         let caller = self.caller(request, "setattr");
         let time = |time: TimeOrNow| match time {
-            TimeOrNow::SpecificTime(time) => nanos(time),
-            TimeOrNow::Now => nanos(SystemTime::now()),
+            TimeOrNow::SpecificTime(time) => sent(time),
+            TimeOrNow::Now => sent(SystemTime::now()),
         };
         let set = SetAttr {
             mode: mode.map(|mode| (mode & 0o7777) as u16),
@@ -140,7 +140,7 @@ impl Filesystem for Mount {
             size,
             atime: atime.map(time),
             mtime: mtime.map(time),
-            ctime: ctime.map(nanos),
+            ctime: ctime.map(sent),
         };
         match self.fs.setattr(caller, Ino(ino.0), set) {
             Ok(attr) => reply.attr(&ttl(&attr), &file_attr(Ino(ino.0), &attr)),

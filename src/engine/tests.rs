@@ -6,6 +6,7 @@ use crate::fs::{Caller, NewNode, RenameMode, SetAttr, XattrMode};
 use crate::record::{Ino, Kind, ROOT};
 
 mod beside;
+mod content;
 mod private_root;
 
 const ME: Caller = Caller {

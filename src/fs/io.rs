@@ -158,7 +158,11 @@ impl Fs {
             Allocate::Punch => true,
         };
         if !keep_size && end > inode.attr.size {
-            change.zero_tail(&mut inode, u64::MAX)?;
+            let before = match mode {
+                Allocate::Reserve { .. } => u64::MAX,
+                Allocate::Punch | Allocate::Zero { .. } => offset / PAGE,
+            };
+            change.zero_tail(&mut inode, before)?;
             change.attr.size = end;
         }
         // Like a write: whoever may only write takes from the file what it granted.
@@ -269,7 +273,7 @@ impl<'a> Change<'a> {
     }
 
     /// Makes the bytes behind the end of the file zero up to the end of its last page, before the file grows: they would show.
-    /// A write that begins in page `before` or an earlier one does that page itself.
+    /// What writes or zeroes from page `before` or an earlier one on does that page itself.
     pub fn zero_tail(&mut self, inode: &mut Inode, before: u64) -> Result<(), FsError> {
         let size = inode.attr.size;
         let page = size / PAGE;
@@ -506,9 +510,9 @@ impl<'a> Change<'a> {
         Ok(())
     }
 
-    /// Overwrites part of one page with zeros, if it holds data.
+    /// Overwrites part of one page with zeros, if it holds data: also behind the old end, where the file grows over it.
     fn zero_part(&mut self, inode: &mut Inode, from: u64, to: u64) -> Result<(), FsError> {
-        let to = to.min(inode.attr.size);
+        let to = to.min(self.attr.size);
         if from >= to || self.data_pages(inode, from / PAGE, from / PAGE + 1)? == 0 {
             return Ok(());
         }

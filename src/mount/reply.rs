@@ -21,10 +21,21 @@ fn system_time(time: Nanos) -> SystemTime {
     }
 }
 
-pub fn nanos(time: SystemTime) -> Nanos {
+fn nanos(time: SystemTime) -> Nanos {
     match time.duration_since(UNIX_EPOCH) {
         Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
         Err(before) => i64::try_from(before.duration().as_nanos()).map_or(i64::MIN, |n| -n),
+    }
+}
+
+/// Returns the time that a SETATTR carried: fuser takes the fraction of one before 1970 away instead of adding it.
+pub fn sent(time: SystemTime) -> Nanos {
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(_) => nanos(time),
+        Err(before) => {
+            let fraction = 2 * i64::from(before.duration().subsec_nanos());
+            nanos(time).saturating_add(fraction)
+        }
     }
 }
 

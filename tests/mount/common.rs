@@ -142,3 +142,15 @@ pub fn sh(dir: &Path, script: &str) -> String {
     );
     text(&output.stdout)
 }
+
+/// Xorshift: the same numbers for the same seed, which is not 0.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self, below: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % below
+    }
+}

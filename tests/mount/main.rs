@@ -4,5 +4,6 @@
 
 mod common;
 mod differential;
+mod exerciser;
 mod inherited;
 mod posix;

@@ -294,6 +294,38 @@ fn acls_are_inherited_where_the_fork_has_them_and_refused_where_not() {
 }
 
 #[test]
+fn times_are_kept_to_the_nanosecond_on_both_sides_of_1970() {
+    let store = TestStore::new();
+    let mount = store.fork("v");
+    let path = mount.path.join("f");
+    let file = File::create(&path).unwrap();
+    for (seconds, nanos) in [
+        (0, 0),
+        (0, 1),
+        (-1, 999_999_999),
+        (-2, 500_000_000),
+        (-5, 0),
+        (-189_291_357, 123_456_803),
+        (1_700_000_000, 987_654_321),
+        (5_000_000_000, 1),
+        (-5_000_000_000, 1),
+    ] {
+        let time = rustix::fs::Timespec {
+            tv_sec: seconds,
+            tv_nsec: nanos,
+        };
+        let times = rustix::fs::Timestamps {
+            last_access: time,
+            last_modification: time,
+        };
+        rustix::fs::futimens(&file, &times).unwrap();
+        let found = fs::metadata(&path).unwrap();
+        assert_eq!((found.mtime(), found.mtime_nsec()), (seconds, nanos));
+        assert_eq!((found.atime(), found.atime_nsec()), (seconds, nanos));
+    }
+}
+
+#[test]
 fn holes_are_found_and_zeros_stay_data() {
     let store = TestStore::new();
     let mount = store.fork("v");

@@ -1,0 +1,59 @@
+//! Content of files, where calls meet in one page.
+
+use super::*;
+use crate::fs::Allocate;
+
+#[test]
+fn a_range_zeroed_over_the_end_of_a_file_reads_as_zeros_up_to_its_new_end() {
+    let bench = Bench::new();
+    let fs = bench.fs(bench.fork("v"));
+    let source = put(&fs, "source", &noise(8192, 1));
+    let file = put(&fs, "file", b"");
+    // The page is shared, so zeroing part of it takes new room, which held something else before.
+    let gone = put(&fs, "gone", &noise(1 << 20, 2));
+    fs.unlink(ME, ROOT, b"gone").unwrap();
+    fs.fork.forget(gone, 1);
+    fs.copy_range(ME, (source, 0), (file, 0), 8192).unwrap();
+    let size = |size| SetAttr {
+        size: Some(size),
+        ..SetAttr::default()
+    };
+    fs.setattr(ME, file, size(2268)).unwrap();
+    let zero = Allocate::Zero { keep_size: false };
+    fs.fallocate(ME, file, 1846, 24_576, zero).unwrap();
+    let mut expected = noise(1846, 1);
+    expected.resize(1846 + 24_576, 0);
+    assert!(get(&fs, "file").unwrap() == expected);
+}
+
+#[test]
+fn fallocate_by_another_user_takes_what_the_file_granted() {
+    let bench = Bench::new();
+    let fs = bench.fs(bench.fork("v"));
+    for (number, mode) in [
+        Allocate::Reserve { keep_size: false },
+        Allocate::Reserve { keep_size: true },
+        Allocate::Punch,
+        Allocate::Zero { keep_size: true },
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let file = put(&fs, &format!("file{number}"), b"program");
+        let set = SetAttr {
+            mode: Some(0o6777),
+            mtime: Some(0),
+            ..SetAttr::default()
+        };
+        fs.setattr(ME, file, set).unwrap();
+        let capability = b"security.capability";
+        fs.setxattr(ME, file, capability, b"all", XattrMode::Any)
+            .unwrap();
+        let nobody = Caller { uid: 65534, ..ME };
+        fs.fallocate(nobody, file, 0, 3, mode).unwrap();
+        let attr = fs.getattr(file).unwrap();
+        assert_eq!(attr.mode, 0o777, "{mode:?}");
+        assert!(attr.mtime > 0, "{mode:?}");
+        assert!(fs.getxattr(file, capability).is_err(), "{mode:?}");
+    }
+}
