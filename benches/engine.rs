@@ -27,6 +27,7 @@ fn fork(engine: &Arc<Engine>) -> ForkId {
         dev: false,
         strict: false,
         job: None,
+        uid_map: None,
         uid: 0,
         gid: 0,
     };

@@ -167,6 +167,8 @@ pub struct ForkRequest {
     pub dev: bool,
     pub strict: bool,
     pub job: Option<String>,
+    /// How the user ids of who asks differ from the machine's.
+    pub uid_map: Option<String>,
     /// Who asks.
     pub uid: u32,
     pub gid: u32,
@@ -436,6 +438,7 @@ impl Engine {
             },
             uid: request.uid,
             gid: request.gid,
+            uid_map: request.uid_map.clone(),
             created: now(),
             mount: None,
         };

@@ -213,6 +213,9 @@ pub struct Fork {
     pub dev: bool,
     pub strict: bool,
     pub job: Option<String>,
+    /// How the client's user ids differ from the machine's.
+    #[serde(default)]
+    pub uid_map: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -23,6 +23,8 @@ pub struct ForkFacts {
     pub volume: String,
     pub state: String,
     pub base: Option<String>,
+    #[serde(default)]
+    pub base_uid_map: Option<String>,
     /// exact, stale, fallback or empty.
     pub hit: String,
     pub mount: Option<Mount>,
@@ -69,8 +71,21 @@ pub fn make(
         dev: options.dev,
         strict: options.strict,
         job,
+        uid_map: sys::namespace::uid_map(),
     };
-    take(&client.call(&Request::Fork(Box::new(request)))?, "/fork")
+    let own = request.uid_map.clone();
+    let answer = client.call(&Request::Fork(Box::new(request)))?;
+    let fork: ForkFacts = take(&answer, "/fork")?;
+    if fork.base.is_some() && fork.base_uid_map != own {
+        let map = |map: &Option<String>| map.clone().unwrap_or_else(|| "none".into());
+        output::warn(&format!(
+            "{} was written under another map of user ids ({}) than this one's ({}): its files may be others' here",
+            fork.base.as_deref().unwrap_or_default(),
+            map(&fork.base_uid_map),
+            map(&own)
+        ));
+    }
+    Ok(fork)
 }
 
 /// The labels of files first, so that an option wins.

@@ -429,7 +429,11 @@ pub fn detach_by(client: Option<&mut Client>, mount: &Mount, by: By) {
                 take_away(path, by)
             }
             Err(e) => Err(cannot_unmount(path, &e.to_string())),
-            Ok(()) => Ok(()),
+            // A mount that another namespace has of its own, as a container's, stays there.
+            Ok(()) => {
+                warn_of_holders(mount);
+                Ok(())
+            }
         },
         By::Helper => take_away(path, by),
     };

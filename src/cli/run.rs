@@ -487,6 +487,7 @@ mod tests {
             volume: "npm".into(),
             state: "live".into(),
             base: Some("npm@42".into()),
+            base_uid_map: None,
             hit: "exact".into(),
             mount: None,
             read_only: false,

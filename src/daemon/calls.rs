@@ -224,6 +224,7 @@ impl Call<'_> {
                 dev: fork.dev,
                 strict: fork.strict,
                 job: fork.job,
+                uid_map: fork.uid_map,
                 uid: self.peer.uid,
                 gid: self.peer.gid,
             })

@@ -247,6 +247,7 @@ impl Engine {
             dev: false,
             strict: false,
             job: None,
+            uid_map: None,
             uid,
             gid,
         };

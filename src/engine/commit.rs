@@ -328,7 +328,7 @@ impl Engine {
                     .map_or(0, |ahead| ahead.new_bytes()),
             has_acl: change.has_acl || record.options.acl,
             has_links: change.has_links || below.as_ref().is_some_and(|v| v.has_links),
-            uid_map: None,
+            uid_map: record.uid_map,
         })
     }
 

@@ -69,6 +69,8 @@ pub struct ForkInfo {
     pub state: &'static str,
     pub volume: String,
     pub base: Option<String>,
+    /// Under which map of user ids the base was written.
+    pub base_uid_map: Option<String>,
     pub hit: store::Hit,
     pub mount: Option<MountInfo>,
     pub job: Option<String>,
@@ -118,6 +120,13 @@ impl Engine {
                 .base
                 .map(|base| self.version_text(base))
                 .transpose()?,
+            base_uid_map: match record.base {
+                Some(base) => self
+                    .store
+                    .version(base)?
+                    .and_then(|version| version.uid_map),
+                None => None,
+            },
             hit: record.hit,
             mount: record.mount.map(MountInfo::from),
             job: record.options.job,

@@ -81,6 +81,7 @@ impl Bench {
             dev: false,
             strict: false,
             job: None,
+            uid_map: None,
             uid: 0,
             gid: 0,
         };

@@ -203,6 +203,8 @@ pub struct Fork {
     pub options: ForkOptions,
     pub uid: u32,
     pub gid: u32,
+    #[serde(default)]
+    pub uid_map: Option<String>,
     pub created: i64,
     pub mount: Option<MountPoint>,
 }

@@ -75,8 +75,51 @@ pub fn user_namespaces_work() -> bool {
     }
 }
 
+/// Returns how user ids here differ from those outside, as /proc/self/uid_map has it; None where every id stands for itself.
+pub fn uid_map() -> Option<String> {
+    let map = fs::read_to_string("/proc/self/uid_map").ok()?;
+    other_than_identity(&map)
+}
+
+fn other_than_identity(map: &str) -> Option<String> {
+    let lines: Vec<Vec<&str>> = map
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    let differs = lines.iter().any(|line| line.first() != line.get(1));
+    differs.then(|| {
+        lines
+            .iter()
+            .map(|line| line.join(" "))
+            .collect::<Vec<_>>()
+            .join(", ")
+    })
+}
+
 /// Returns whether user ids mean the same here as outside: whether this process is in no user namespace that maps them.
 pub fn ids_are_identity() -> bool {
     fs::read_to_string("/proc/self/uid_map")
         .is_ok_and(|map| map.split_whitespace().eq(["0", "0", "4294967295"]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_map_of_ids_counts_only_where_an_id_stands_for_another() {
+        assert_eq!(
+            other_than_identity("         0          0 4294967295\n"),
+            None
+        );
+        assert_eq!(
+            other_than_identity("      1000       1000          1\n"),
+            None
+        );
+        let rootless = "         0       1000          1\n         1     100000      65536\n";
+        assert_eq!(
+            other_than_identity(rootless).as_deref(),
+            Some("0 1000 1, 1 100000 65536")
+        );
+    }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+mod docker;
 mod jobs;
 
 /// A store of its own with its daemon, which ends with the test.

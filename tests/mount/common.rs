@@ -66,6 +66,7 @@ impl TestStore {
             dev: true,
             strict: false,
             job: None,
+            uid_map: None,
             uid: 0,
             gid: 0,
         };

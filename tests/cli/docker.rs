@@ -1,0 +1,129 @@
+//! Forks bind-mounted into containers of a real Docker engine, where one can be reached.
+
+use super::*;
+
+/// An image that holds nothing but busybox; removed with the test.
+struct Image(String);
+
+impl Image {
+    /// None, and why, where no engine answers.
+    fn new(cli: &Cli) -> Option<Image> {
+        let answers = Command::new("docker").arg("info").output();
+        if !answers.is_ok_and(|output| output.status.success()) {
+            eprintln!("left out: no Docker engine answers");
+            return None;
+        }
+        let name = format!("forkvol-test-{}", std::process::id());
+        let root = cli.path("image");
+        fs::create_dir_all(root.join("bin")).unwrap();
+        let busybox = Command::new("sh")
+            .args(["-c", "command -v busybox"])
+            .output()
+            .unwrap();
+        let busybox = String::from_utf8(busybox.stdout).unwrap();
+        fs::copy(busybox.trim(), root.join("bin/busybox")).expect("the tests need busybox-static");
+        let script = format!("tar c -C {} . | docker import - {name}", root.display());
+        assert!(
+            Command::new("sh")
+                .args(["-c", &script])
+                .stdout(Stdio::null())
+                .status()
+                .unwrap()
+                .success()
+        );
+        Some(Image(name))
+    }
+
+    fn run(&self, volume: &str, user: &str, script: &str) -> String {
+        let args = [
+            "run",
+            "--rm",
+            "--network",
+            "none",
+            "--user",
+            user,
+            "-v",
+            volume,
+            &self.0,
+        ];
+        let output = Command::new("docker")
+            .args(args)
+            .args(["/bin/busybox", "sh", "-c", script])
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        Command::new("docker")
+            .args(["rmi", "-f", &self.0])
+            .output()
+            .unwrap();
+    }
+}
+
+#[test]
+fn a_fork_in_a_docker_container_is_a_folder_like_any_other_for_root_and_for_users() {
+    let cli = Cli::new();
+    let Some(image) = Image::new(&cli) else {
+        return;
+    };
+    cli.run("v", &cli.path("c"), "echo base >c/base");
+    let mount = cli.path("m");
+    let fork = cli.ok(&["fork", "v", mount.to_str().unwrap()]);
+    fs::set_permissions(&mount, std::os::unix::fs::PermissionsExt::from_mode(0o1777)).unwrap();
+    let volume = format!("{}:/cache", mount.display());
+    for (user, name) in [("0:0", "root"), ("1234:1234", "user")] {
+        let script = format!(
+            "/bin/busybox cat /cache/base && echo {name} >/cache/{name} && /bin/busybox stat -c %u /cache/{name}"
+        );
+        let uid = user.split(':').next().unwrap();
+        assert_eq!(image.run(&volume, user, &script), format!("base\n{uid}"));
+    }
+    cli.ok(&["commit", &fork]);
+    assert_eq!(cli.ok(&["cat", "v:user"]), "user");
+    assert_eq!(cli.ok(&["cat", "v:root"]), "root");
+    cli.check();
+}
+
+#[test]
+fn a_commit_beside_a_container_that_still_runs_works_and_names_its_holder() {
+    let cli = Cli::new();
+    let Some(image) = Image::new(&cli) else {
+        return;
+    };
+    let mount = cli.path("m");
+    let fork = cli.ok(&["fork", "v", mount.to_str().unwrap()]);
+    let volume = format!("{}:/cache", mount.display());
+    let args = ["run", "-d", "--network", "none", "-v", &volume, &image.0];
+    let started = Command::new("docker")
+        .args(args)
+        .args([
+            "/bin/busybox",
+            "sh",
+            "-c",
+            "echo x >/cache/f; exec /bin/busybox sleep 600 <>/cache/f",
+        ])
+        .output()
+        .unwrap();
+    let container = String::from_utf8(started.stdout).unwrap().trim().to_owned();
+    while fs::read_to_string(mount.join("f")).unwrap_or_default() != "x\n" {
+        std::thread::yield_now();
+    }
+    let output = cli.call(&["commit", &fork]);
+    Command::new("docker")
+        .args(["rm", "-f", &container])
+        .output()
+        .unwrap();
+    assert!(output.status.success());
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(words.contains("was still in use by"), "{words}");
+    assert_eq!(cli.ok(&["cat", "v:f"]), "x");
+}
