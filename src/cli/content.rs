@@ -113,7 +113,7 @@ pub fn export(context: &Context, version: String, output: &Path) -> Result<(), F
     let mut client = context.connect()?;
     let request = Request::Export { version };
     if output == Path::new("-") {
-        let mut out = io::stdout().lock();
+        let mut out = output::progress(None).wrap_write(io::stdout().lock());
         let answer = client.fetch(&request, &mut out)?;
         out.flush().map_err(|e| output::cannot_print(&e))?;
         return tell(&answer);
@@ -129,11 +129,13 @@ pub fn export(context: &Context, version: String, output: &Path) -> Result<(), F
         let answer = if is_compressed {
             let mut encoder =
                 zstd::stream::Encoder::new(file, ZSTD_LEVEL).map_err(|e| failed(&e))?;
-            let answer = client.fetch(&request, &mut encoder)?;
+            let mut counted = output::progress(None).wrap_write(&mut encoder);
+            let answer = client.fetch(&request, &mut counted)?;
             file = encoder.finish().map_err(|e| failed(&e))?;
             answer
         } else {
-            client.fetch(&request, &mut file)?
+            let mut counted = output::progress(None).wrap_write(&mut file);
+            client.fetch(&request, &mut counted)?
         };
         file.sync_all().map_err(|e| failed(&e))?;
         fs::rename(&partial, output).map_err(|e| file_error(output, &e))?;
@@ -162,8 +164,12 @@ fn tell(answer: &Value) -> Result<(), Failure> {
 pub fn import(context: &Context, volume: String, file: &Path) -> Result<(), Failure> {
     let failed = |e: io::Error| file_error(file, &e);
     let input: Box<dyn Read> = match file == Path::new("-") {
-        true => Box::new(io::stdin().lock()),
-        false => Box::new(File::open(file).map_err(failed)?),
+        true => Box::new(output::progress(None).wrap_read(io::stdin().lock())),
+        false => {
+            let file = File::open(file).map_err(failed)?;
+            let total = file.metadata().map_err(failed)?.len();
+            Box::new(output::progress(Some(total)).wrap_read(file))
+        }
     };
     let mut input = BufReader::with_capacity(256 << 10, input);
     let mut head = Vec::new();

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use serde_json::Value;
 
 use crate::protocol::{Bytes, Code, Failure};
@@ -26,6 +27,25 @@ pub fn note(message: &str) {
     if !QUIET.load(Ordering::Relaxed) {
         eprintln!("forkvol: {message}");
     }
+}
+
+/// A bar of bytes on standard error, where that is a terminal. Without a total it only counts.
+pub fn progress(total: Option<u64>) -> ProgressBar {
+    if QUIET.load(Ordering::Relaxed) {
+        return ProgressBar::hidden();
+    }
+    let (bar, form) = match total {
+        Some(total) => (
+            ProgressBar::new(total),
+            "{bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+        ),
+        None => (
+            ProgressBar::no_length(),
+            "{spinner} {bytes} {bytes_per_sec}",
+        ),
+    };
+    bar.with_style(ProgressStyle::with_template(form).expect("the forms are right"))
+        .with_finish(ProgressFinish::AndClear)
 }
 
 /// Prints bytes to standard output.
