@@ -252,6 +252,22 @@ pub struct Commit {
     pub when: When,
 }
 
+impl Commit {
+    /// A commit of these forks with nothing else asked for; they end with it.
+    pub fn of(forks: Vec<String>, when: When) -> Commit {
+        Commit {
+            forks,
+            keep: false,
+            labels: BTreeMap::new(),
+            message: None,
+            if_head: None,
+            if_base: false,
+            force: false,
+            when,
+        }
+    }
+}
+
 /// What a daemon answers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

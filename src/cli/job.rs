@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 use super::ending::{End, When};
 use super::output::{self, Shown};
+use super::paths::Volumes;
 use super::{Context, ForkOptions, values};
 use crate::protocol::{Code, Failure};
 use state::Jobs;
@@ -27,12 +28,8 @@ pub use variables::suffix;
 
 #[derive(Clone, Debug, Args)]
 pub struct Attach {
-    /// A volume to fork; may be repeated
-    #[arg(short = 'v', long = "volume", value_parser = values::volume)]
-    volume: Vec<String>,
-    /// Where the volume before it is put; may be repeated
-    #[arg(short = 'p', long = "path", value_parser = values::home_path)]
-    path: Vec<PathBuf>,
+    #[command(flatten)]
+    volumes: Volumes,
     #[command(flatten)]
     options: ForkOptions,
     /// The job's name (default: from the variables of the CI host)

@@ -5,10 +5,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use clap::ArgMatches;
+use clap::{ArgMatches, Args};
 
 use super::mounting::refuse_dangerous;
 use super::place::{Place, real_path};
+use super::values;
 use crate::protocol::{Code, Failure};
 
 /// A volume and the paths that it is wanted at.
@@ -18,26 +19,37 @@ pub struct Wish {
     pub paths: Vec<PathBuf>,
 }
 
-/// The volumes and paths of a command line.
-pub fn wishes(
-    volumes: &[String],
-    paths: &[PathBuf],
-    matches: Option<&ArgMatches>,
-) -> Result<Vec<Wish>, Failure> {
-    let places = |name: &str| -> Vec<usize> {
-        let indices = matches.and_then(|m| m.indices_of(name));
-        indices.into_iter().flatten().collect()
-    };
-    let volumes = places("volume").into_iter().zip(volumes.iter().cloned());
-    let paths = places("path").into_iter().zip(paths.iter().cloned());
-    pair(volumes.collect(), paths.collect())
+/// The volumes of a job and where they are wanted, as options.
+#[derive(Clone, Debug, Args)]
+pub struct Volumes {
+    /// A volume to fork; may be repeated
+    #[arg(short = 'v', long = "volume", value_parser = values::volume)]
+    volume: Vec<String>,
+    /// Where the volume before it is put; may be repeated
+    #[arg(short = 'p', long = "path", value_parser = values::home_path)]
+    path: Vec<PathBuf>,
+}
+
+impl Volumes {
+    /// Pairs them by their places on the command line.
+    ///
+    /// # Errors
+    /// A path without a volume before it, or a volume named twice.
+    pub fn wishes(&self, matches: Option<&ArgMatches>) -> Result<Vec<Wish>, Failure> {
+        let places = |name: &str| -> Vec<usize> {
+            let indices = matches.and_then(|m| m.indices_of(name));
+            indices.into_iter().flatten().collect()
+        };
+        let volumes = places("volume")
+            .into_iter()
+            .zip(self.volume.iter().cloned());
+        let paths = places("path").into_iter().zip(self.path.iter().cloned());
+        pair(volumes.collect(), paths.collect())
+    }
 }
 
 /// A path belongs to the volume before it. Both lists come with their places on the command line.
-pub fn pair(
-    volumes: Vec<(usize, String)>,
-    paths: Vec<(usize, PathBuf)>,
-) -> Result<Vec<Wish>, Failure> {
+fn pair(volumes: Vec<(usize, String)>, paths: Vec<(usize, PathBuf)>) -> Result<Vec<Wish>, Failure> {
     let mut wishes: Vec<(usize, Wish)> = volumes
         .into_iter()
         .map(|(at, volume)| {

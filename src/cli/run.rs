@@ -19,8 +19,7 @@ use super::forks::{self, ForkFacts, take};
 use super::job::suffix;
 use super::mounting::{self, By, Mountpoint};
 use super::output::warn;
-use super::paths::{self, Target, Wish};
-use super::values;
+use super::paths::{self, Target, Volumes, Wish};
 use super::{Context, ForkOptions};
 use crate::protocol::{self, Code, Failure, Mount, Request};
 use crate::sys;
@@ -30,12 +29,8 @@ use child::Outcome;
 
 #[derive(Clone, Debug, Args)]
 pub struct Run {
-    /// A volume to fork; may be repeated
-    #[arg(short = 'v', long = "volume", value_parser = values::volume)]
-    volume: Vec<String>,
-    /// Where the volume before it is put for the command; may be repeated
-    #[arg(short = 'p', long = "path", value_parser = values::home_path)]
-    path: Vec<PathBuf>,
+    #[command(flatten)]
+    volumes: Volumes,
     #[command(flatten)]
     options: ForkOptions,
     /// When to commit
@@ -105,7 +100,7 @@ pub fn run(context: &Context, run: Run, matches: Option<&ArgMatches>) -> ExitCod
             ));
         }
     };
-    let wishes = match paths::wishes(&run.volume, &run.path, matches) {
+    let wishes = match run.volumes.wishes(matches) {
         Ok(wishes) => wishes,
         Err(failure) => return fail(&failure),
     };
@@ -368,16 +363,7 @@ impl<'a> Job<'a> {
         self.forks
             .iter()
             .for_each(|used| forks::write_back(&used.mount));
-        let commit = protocol::Commit {
-            forks: ids.clone(),
-            keep: false,
-            labels: Default::default(),
-            message: None,
-            if_head: None,
-            if_base: false,
-            force: false,
-            when,
-        };
+        let commit = protocol::Commit::of(ids.clone(), when);
         let answer = client.call(&Request::Commit(commit)).inspect_err(|_| {
             // Nothing else will come back for them.
             ids.iter()

@@ -3,31 +3,23 @@ use super::*;
 impl Store {
     /// Flips a bit of a stored chunk, as a bad disk does.
     pub(crate) fn damage_chunk(&self, id: ChunkId) {
-        let mut stored = self
-            .with(|db| Ok(db.get_cf(family(db, Target::Chunks)?, id.0)?))
-            .unwrap()
-            .unwrap();
-        let last = stored.len() - 1;
-        stored[last] ^= 1;
-        let mut batch = WriteBatch::default();
-        self.put(&mut batch, Target::Chunks, &id.0, &stored)
-            .unwrap();
-        self.write_synced(batch).unwrap();
+        self.damage_stored(Target::Chunks, &id.0);
         self.chunks.clear();
     }
 
     /// Flips a bit of a stored node.
     pub(crate) fn damage_node(&self, id: NodeId) {
-        let mut stored = self
-            .with(|db| Ok(db.get_cf(family(db, Target::Nodes)?, id.0)?))
-            .unwrap()
-            .unwrap();
-        let last = stored.len() - 1;
-        stored[last] ^= 1;
-        let mut batch = WriteBatch::default();
-        self.put(&mut batch, Target::Nodes, &id.0, &stored).unwrap();
-        self.write_synced(batch).unwrap();
+        self.damage_stored(Target::Nodes, &id.0);
         self.nodes.clear();
+    }
+
+    fn damage_stored(&self, target: Target, id: &[u8]) {
+        let stored = self.with(|db| Ok(db.get_cf(family(db, target)?, id)?));
+        let mut stored = stored.unwrap().unwrap();
+        *stored.last_mut().unwrap() ^= 1;
+        let mut batch = WriteBatch::default();
+        self.put(&mut batch, target, id, &stored).unwrap();
+        self.write_synced(batch).unwrap();
     }
 }
 

@@ -27,7 +27,7 @@ pub fn attach(
     options: Attach,
     matches: Option<&ArgMatches>,
 ) -> Result<(), Failure> {
-    let wishes = paths::wishes(&options.volume, &options.path, matches)?;
+    let wishes = options.volumes.wishes(matches)?;
     if wishes.is_empty() {
         output::note("no volume was asked for: nothing is attached");
         return Ok(());

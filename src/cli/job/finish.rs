@@ -145,14 +145,8 @@ fn settle(
             .filter_map(|v| v.mount.as_ref())
             .for_each(forks::write_back);
         let request = Request::Commit(protocol::Commit {
-            forks,
             keep,
-            labels: BTreeMap::new(),
-            message: None,
-            if_head: None,
-            if_base: false,
-            force: false,
-            when,
+            ..protocol::Commit::of(forks, when)
         });
         match client.call(&request) {
             Ok(answer) => {
