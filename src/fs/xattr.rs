@@ -104,13 +104,17 @@ impl Fs {
         tx.finish(caller.request)
     }
 
-    /// Removes an extended attribute.
+    /// Removes an extended attribute. An ACL may be removed where there is none: the mode is all it says then.
     pub fn removexattr(&self, caller: Caller, ino: Ino, name: &[u8]) -> Result<(), FsError> {
         self.writable()?;
         self.check_xattr_name(name)?;
         let mut tx = self.fork.begin()?;
         if tx.layers.xattr(&self.fork.store, ino, name)?.is_none() {
-            return Err(FsError::NoAttribute);
+            return if is_acl(name) {
+                Ok(())
+            } else {
+                Err(FsError::NoAttribute)
+            };
         }
         tx.lock(&[ino])?;
         tx.attr_mut(ino).ctime = now();
@@ -130,11 +134,14 @@ impl Fs {
         let plain = known
             .iter()
             .any(|prefix| name.starts_with(prefix) && name.len() > prefix.len());
-        let is_acl = name == acl::ACCESS || name == acl::DEFAULT;
-        if plain || (is_acl && self.options.acl) {
+        if plain || (is_acl(name) && self.options.acl) {
             Ok(())
         } else {
             Err(FsError::NotSupported)
         }
     }
+}
+
+fn is_acl(name: &[u8]) -> bool {
+    name == acl::ACCESS || name == acl::DEFAULT
 }

@@ -152,6 +152,37 @@ cp -a . /tmp/forkvol-copy-$$; diff -r --no-dereference full /tmp/forkvol-copy-$$
 cp --sparse=always f full/copy; cp --reflink=auto f copy; cmp f copy
 "#;
 
+/// Cases for a fork with ACLs, one a line.
+const ACL_CASES: &str = r#"
+setfacl -m u:4242:rw,g:4343:r f
+setfacl -m u::r,g::rw,o::- f
+setfacl -m u:4242:rwx f; chmod 640 f
+setfacl -m u:4242:rwx f; chmod 6711 f
+setfacl -m u:4242:rwx f; chown 12:34 f
+setfacl -m u:4242:rwx f; setfacl -b f
+setfacl -m u:4242:rwx f; setfacl -x u:4242 f
+setfacl -m u:4242:rwx,m:r f; cp -p f copy; mv f moved; ln moved linked
+setfacl -d -m u:4242:rwx d; umask 077; touch d/f; mkdir d/d; mkfifo d/p; mknod d/c c 1 3; ln -s x d/l
+setfacl -d -m u:4242:rwx,m:r,o:- d; touch d/f; mkdir d/d; touch d/d/f; chmod 777 d/d/f
+setfacl -d -m u::rx,g::x,o::w d; umask 0; touch d/f; mkdir d/d
+setfacl -d -m u:4242:rwx group; mkdir group/d; touch group/f group/d/f
+setfacl -d -m u:4242:rwx d; setfacl -k d; touch d/f
+setfacl -d -m u:4242:rwx d; cp f d/f; mv g d/g; tar c x | tar x -C d; install -m 640 h d/h
+setfacl -d -m u:4242:rwx f
+setfacl -m u:65534:rw f; as_nobody sh -c 'printf abc >> f'
+setfacl -m u:65534:- g; as_nobody sh -c 'printf abc >> g'
+chmod 600 f; setfacl -m g:65534:rw,m:r f; as_nobody cat f | wc -c; as_nobody sh -c 'printf abc >> f'
+setfacl -m u:65534:rwx d; as_nobody touch d/f; as_nobody rm d/f
+as_nobody setfacl -m u:4242:rw f
+as_nobody setfacl -m u:4242:rw g
+setfacl -m u:4242:rw p c b sock
+umask 027; touch new; mkdir newd; mkfifo newp
+setfattr -n system.posix_acl_access -v 0x0200000001000600ffffffff f
+setfattr -n system.posix_acl_access -v 0x02000000 f
+setfattr -n system.posix_acl_access -v 0x03000000 f
+setfattr -x system.posix_acl_access f
+"#;
+
 /// All that a case may have changed, and of the times whether it did.
 const STATE: &str = r#"
 before() { find . -printf '%p %C@ %T@\n' | sort > "$1"; }
@@ -161,20 +192,21 @@ after() {
   find . -printf '%p %C@ %T@\n' | sort | join - "$1" | awk '{ print $1, $2 != $4 ? "ctime" : "-", $3 != $5 ? "mtime" : "-" }'
   find . -type f -exec sha256sum {} + | sort -k 2
   getfattr -hd -m '^(user|trusted)' -R . 2>/dev/null
+  find . ! -type l -print0 | sort -z | xargs -0 getfacl -np
 }
 as_nobody() { setpriv --reuid 65534 --regid 65534 --clear-groups "$@"; }
 export LC_ALL=C
 "#;
 
-fn cases() -> impl Iterator<Item = (usize, &'static str)> {
-    CASES.trim().lines().enumerate()
+fn numbered(cases: &str) -> impl Iterator<Item = (usize, &str)> {
+    cases.trim().lines().enumerate()
 }
 
 /// Lays out one folder for each case.
-fn lay_out(root: &Path) {
+fn lay_out(root: &Path, cases: &str) {
     fs::create_dir(root.join("first")).unwrap();
     sh(&root.join("first"), BASE);
-    let last = cases().count() - 1;
+    let last = numbered(cases).count() - 1;
     sh(
         root,
         &format!("chmod 755 .; for i in $(seq 0 {last}); do cp -a first case-$i; done"),
@@ -199,15 +231,25 @@ fn run(root: &Path, number: usize, case: &str) -> String {
 
 #[test]
 fn what_the_base_brought_behaves_like_files_of_the_hosts_filesystem() {
+    behaves_like_the_host(CASES, false);
+}
+
+#[test]
+fn acls_behave_like_those_of_the_hosts_filesystem() {
+    behaves_like_the_host(ACL_CASES, true);
+}
+
+fn behaves_like_the_host(cases: &str, acl: bool) {
     let store = TestStore::new();
     let host = tempfile::tempdir().unwrap();
-    let base = store.fork("v");
-    lay_out(&base.path);
-    lay_out(host.path());
+    let fork = || store.fork_with("v", |request| request.acl = acl);
+    let base = fork();
+    lay_out(&base.path, cases);
+    lay_out(host.path(), cases);
     store.commit(base);
-    let mount = store.fork("v");
+    let mount = fork();
     let mut wrong = Vec::new();
-    for (number, case) in cases() {
+    for (number, case) in numbered(cases) {
         let ours = run(&mount.path, number, case);
         let theirs = run(host.path(), number, case);
         if ours != theirs {
@@ -223,7 +265,7 @@ fn what_the_base_brought_behaves_like_files_of_the_hosts_filesystem() {
     let state = format!("{STATE}\nbefore /dev/null; after /dev/null");
     let before = sh(&mount.path, &state);
     store.commit(mount);
-    let after = sh(&store.fork("v").path, &state);
+    let after = sh(&fork().path, &state);
     let (lost, gained) = (without(&before, &after), without(&after, &before));
     assert!(before == after, "lost:\n{lost}\ngained:\n{gained}");
     store.check();
