@@ -30,7 +30,9 @@ use crate::tree::{self, Node, NodeId, TreeError};
 pub use check::{CheckReport, Problem};
 pub use gc::{GcReport, Stats, VolumeStats};
 pub use ingest::{ForkChange, Ingest, Publish};
-pub use meta::{Fork, ForkId, ForkOptions, MountPoint, Moved, Totals, Version, VersionRef, Volume};
+pub use meta::{
+    Fork, ForkId, ForkOptions, LeftOut, MountPoint, Moved, Totals, Version, VersionRef, Volume,
+};
 use meta::{Target, corrupt};
 
 /// The format that this program writes; a store of a newer one is refused.
