@@ -22,7 +22,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::fork::error::FsError;
-use crate::fork::{Fork, Origin, Private};
+use crate::fork::{Excludes, Fork, Origin, Private};
 use crate::fs::{Fs, Options, Ownership};
 use crate::mount::{Requests, Wakeful, session};
 use crate::store::{
@@ -35,7 +35,7 @@ pub use archive::Imported;
 pub use commit::{CommitRequest, Committed, Repaired, When};
 pub use info::{ForkInfo, MountInfo, VersionInfo, VolumeInfo};
 pub use read::{DiffEntry, DiffKind, ListEntry};
-pub use store::{CheckReport, GcReport, Stats};
+pub use store::{CheckReport, GcReport, LeftOut, Stats};
 
 /// The kinds of failure, one per exit status of the command line.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -348,15 +348,8 @@ impl Engine {
         if self.stopping.load(Ordering::Acquire) {
             return Err(EngineError::new(Code::Busy, "the daemon is stopping"));
         }
-        if !request.excludes.is_empty() {
-            return Err(EngineError::new(
-                Code::Usage,
-                "exclude patterns are not supported by this version",
-            )
-            .hint(
-                "leave --exclude away, and keep what must not be committed outside of the fork",
-            ));
-        }
+        Excludes::new(&request.excludes, request.default_excludes)
+            .map_err(|why| EngineError::new(Code::Usage, why))?;
         if self.store.room() == 0 {
             return Err(EngineError::new(
                 Code::NoSpace,
@@ -435,6 +428,8 @@ impl Engine {
                 suid: request.suid,
                 dev: request.dev,
                 job: request.job.clone(),
+                excludes: request.excludes.clone(),
+                default_excludes: request.default_excludes,
             },
             uid: request.uid,
             gid: request.gid,
@@ -722,6 +717,8 @@ fn origin(store: &Store, record: &store::Fork) -> std::result::Result<Origin, St
         ),
         first_segment: record.first_segment,
         size: record.options.size,
+        excludes: Excludes::new(&record.options.excludes, record.options.default_excludes)
+            .map_err(|what| StoreError::Corrupt { what })?,
     })
 }
 

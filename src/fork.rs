@@ -7,14 +7,16 @@
 //! Lock order: gate, layers, cells (by number), then the log, the spool's rooms and the lookup counts as leaves.
 
 pub mod error;
+mod exclude;
 pub mod extent;
 pub mod log;
+mod seal;
 pub mod spool;
 pub mod table;
 pub mod view;
 mod write;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -28,8 +30,10 @@ use crate::record::{Attr, Ino, Kind, Nanos, ROOT};
 use crate::store::{ForkId, Lease, Store, StoreError};
 use crate::tree::NodeId;
 use error::FsError;
+pub use exclude::Excludes;
 use extent::{Extent, PAGE};
 use log::{Log, LogError, Request};
+pub use seal::Sealed;
 use spool::Spool;
 use table::{Cell, Edit, Inode, Table};
 pub use write::Tx;
@@ -53,6 +57,8 @@ pub struct Origin {
     pub first_segment: u64,
     /// Room for new data, in bytes.
     pub size: u64,
+    /// What is never committed.
+    pub excludes: Excludes,
 }
 
 /// What lies below a root that is the fork's own.
@@ -73,6 +79,8 @@ pub struct Layers {
     pub root: Arc<Root>,
     pub live: Table,
     pub frozen: Option<Arc<Table>>,
+    /// What of the live table's weight the last seal carried over.
+    carried: u64,
 }
 
 /// Whether a fork takes mutations.
@@ -92,6 +100,7 @@ pub struct Fork {
     pub spool: Spool,
     dir: PathBuf,
     size: u64,
+    excludes: Excludes,
     gate: Arc<RwLock<Gate>>,
     layers: RwLock<Layers>,
     log: Mutex<Log>,
@@ -120,14 +129,6 @@ pub struct DeltaSize {
     pub changed: u64,
     /// Bytes charged against the fork's size.
     pub bytes: u64,
-}
-
-/// The point in time of a commit.
-pub struct Sealed {
-    pub root: Arc<Root>,
-    pub table: Arc<Table>,
-    /// With `keep`: the segment that goes on behind the seal.
-    pub segment: Option<u64>,
 }
 
 impl Fork {
@@ -207,7 +208,10 @@ impl Fork {
             .live
             .inodes
             .values()
-            .filter(|cell| cell.state.read().created)
+            .filter(|cell| {
+                let inode = cell.state.read();
+                inode.created && inode.base.is_none()
+            })
             .count();
         fork.created.store(created as u64, Ordering::Relaxed);
         drop(layers);
@@ -221,6 +225,7 @@ impl Fork {
             root,
             live: Table::default(),
             frozen: None,
+            carried: 0,
         };
         let numbers = Numbers {
             left: 0..0,
@@ -233,6 +238,7 @@ impl Fork {
             spool,
             dir: dir.into(),
             size: origin.size,
+            excludes: origin.excludes,
             gate: Arc::new(RwLock::new(Gate::Open)),
             layers: RwLock::new(layers),
             log: Mutex::new(log),
@@ -268,8 +274,20 @@ impl Fork {
                 | Edit::Remove { ino } => {
                     self.load(&mut layers, *ino)?;
                 }
-                Edit::Carry { ino, attr, .. } if !layers.live.inodes.contains_key(ino) => {
-                    self.count(attr.blocks as i64, 1);
+                Edit::Carry { ino, attr, .. } => {
+                    self.load(&mut layers, *ino)?;
+                    let before = layers.live.inodes.get(ino).map(|cell| {
+                        let inode = cell.state.read();
+                        (inode.attr.blocks as i64, inode.created)
+                    });
+                    let inodes = i64::from(before.is_none());
+                    let (blocks, created) = before.unwrap_or((0, true));
+                    self.count(attr.blocks as i64 - blocks, inodes);
+                    self.apply(&mut layers, edit);
+                    if let Some(cell) = layers.live.inodes.get(ino) {
+                        cell.state.write().created = created;
+                    }
+                    continue;
                 }
                 _ => {}
             }
@@ -514,127 +532,19 @@ impl Fork {
         }
     }
 
-    /// Roots that gc must keep for this fork beside its own: what carried orphans show.
+    /// Roots that gc must keep for this fork beside its own: what inodes show that were carried over a seal.
     pub fn roots(&self) -> Vec<NodeId> {
         let layers = self.layers.read();
-        let carried = layers
-            .live
-            .inodes
-            .values()
+        let tables = std::iter::once(&layers.live).chain(layers.frozen.as_deref());
+        let carried = tables
+            .flat_map(|table| table.inodes.values())
             .filter_map(|cell| cell.state.read().base);
         std::iter::once(layers.root.id).chain(carried).collect()
     }
 
-    /// Freezes the table: the point in time of a commit. With `keep` a new table and a new segment go on top; without it every
-    /// later mutation is refused until [`Fork::thaw`].
-    ///
-    /// # Errors
-    /// `ReadOnly` or `Ended` if the fork is sealed or over; what the disk answered to a new segment. Nothing has changed then.
-    pub fn seal(&self, keep: bool) -> Result<Sealed, FsError> {
-        let mut gate = self.gate.write();
-        match *gate {
-            Gate::Open => {}
-            Gate::Sealed => return Err(FsError::ReadOnly),
-            Gate::Ended => return Err(FsError::Ended),
-        }
-        let mut layers = self.layers.write();
-        let mut segment = None;
-        let mut live = Table::default();
-        if keep {
-            let mut log = self.log.lock();
-            segment = Some(log.next_segment()?);
-            let carried = carry_orphans(&layers);
-            for (cell, edits) in &carried {
-                log.append(Request::default(), edits)?;
-                live.inodes.insert(cell.ino, cell.clone());
-            }
-        } else {
-            *gate = Gate::Sealed;
-        }
-        let mut table = std::mem::replace(&mut layers.live, live);
-        for ino in layers.live.inodes.keys() {
-            table.inodes.remove(ino);
-        }
-        for cell in layers.live.inodes.values() {
-            let mut inode = cell.state.write();
-            if inode.created && inode.base.is_none() {
-                self.created.fetch_sub(1, Ordering::Relaxed);
-            }
-            inode.base = inode.base.or(Some(layers.root.id));
-            inode.created = true;
-        }
-        let table = Arc::new(table);
-        layers.frozen = Some(table.clone());
-        Ok(Sealed {
-            root: layers.root.clone(),
-            table,
-            segment,
-        })
-    }
-
-    /// Opens the fork again after a commit that failed before it was published.
-    pub fn thaw(&self) {
-        let mut gate = self.gate.write();
-        let mut layers = self.layers.write();
-        if let Some(frozen) = layers.frozen.take() {
-            let gone = layers.live.absorb(frozen);
-            drop(layers);
-            self.spool.release(gone);
-        }
-        if *gate == Gate::Sealed {
-            *gate = Gate::Open;
-        }
-    }
-
-    /// Bytes of memory that the table takes, about, and bytes of the log that explains it.
-    pub fn weight(&self) -> (u64, u64) {
-        (self.layers.read().live.weight(), self.log.lock().len())
-    }
-
-    /// Puts the fork on top of a root that holds its frozen table: a version's, at the end of a commit with `keep`, or a private
-    /// one.
-    pub fn rebase(&self, root: NodeId, first_segment: u64, private: Option<Private>) {
-        // Whoever reads or writes content has chosen a root and a cell that go together.
-        let _gate = self.gate.write();
-        let mut layers = self.layers.write();
-        let Some(frozen) = layers.frozen.take() else {
-            return;
-        };
-        layers.root = self::root(&self.store, root);
-        *self.private.lock() = private;
-        self.log.lock().begins_here();
-        let mut gone = Vec::new();
-        for cell in layers.live.inodes.values() {
-            let mut inode = cell.state.write();
-            if inode.base.is_some() {
-                continue;
-            }
-            if let Some(below) = frozen.inodes.get(&cell.ino) {
-                gone.extend(inode.content.rebase(&below.state.read().content));
-            }
-        }
-        drop(layers);
-        if private.is_none() {
-            let mut numbers = self.numbers.lock();
-            numbers.uncommitted = vec![numbers.left.clone()];
-        }
-        for cell in frozen.inodes.values() {
-            let mut inode = cell.state.write();
-            gone.extend(inode.content.extents.iter());
-            if let Some((at, pages)) = inode.ahead.take() {
-                self.spool.give_back(at, pages);
-            }
-            if inode.created {
-                self.created.fetch_sub(1, Ordering::Relaxed);
-            }
-        }
-        self.spool.release(gone);
-        if let Err(error) = log::remove_before(&self.dir, first_segment) {
-            ::log::warn!(
-                "{}: old segments of the log stay: {error}",
-                self.dir.display()
-            );
-        }
+    /// Which of these inodes have a name that is excluded now.
+    pub fn excluded(&self, layers: &Layers, inos: &HashSet<Ino>) -> Result<HashSet<Ino>, FsError> {
+        exclude::excluded_inodes(&self.excludes, layers, &self.store, inos)
     }
 
     /// Notes that something of the store that the fork shows is missing or wrong; an error of the disk is neither.
@@ -656,32 +566,6 @@ impl Fork {
     pub fn end(&self) {
         *self.gate.write() = Gate::Ended;
     }
-}
-
-/// The orphans of the live table, with the edits that make each of them again on top of any root.
-fn carry_orphans(layers: &Layers) -> Vec<(Arc<Cell>, Vec<Edit>)> {
-    let cells = layers.live.inodes.values();
-    let orphans = cells.filter(|cell| cell.state.read().orphan);
-    orphans
-        .map(|cell| {
-            let inode = cell.state.read();
-            let ino = cell.ino;
-            let mut edits = vec![Edit::Carry {
-                ino,
-                attr: inode.attr.clone(),
-                base: inode.base.unwrap_or(layers.root.id),
-                base_pages: inode.content.base_pages,
-            }];
-            edits.extend(
-                inode
-                    .content
-                    .extents
-                    .iter()
-                    .map(|extent| Edit::Extent { ino, extent }),
-            );
-            (cell.clone(), edits)
-        })
-        .collect()
 }
 
 fn root(store: &Arc<Store>, id: NodeId) -> Arc<Root> {

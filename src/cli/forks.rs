@@ -243,9 +243,35 @@ pub fn commit(context: &Context, options: &CommitOptions) -> Result<(), Failure>
             fork.id
         ));
     }
+    note_excluded(&commit);
     output::show(context.json, &json!({"commit": commit}), |_| {
         version_name(&commit)
     })
+}
+
+/// Says what a commit left out of its version.
+pub fn note_excluded(commit: &Value) {
+    let count = commit["excluded"]["count"].as_u64().unwrap_or_default();
+    if count == 0 {
+        return;
+    }
+    let named = commit["excluded"]["paths"].as_array();
+    let named: Vec<String> = named
+        .into_iter()
+        .flatten()
+        .take(3)
+        .map(output::path_text)
+        .collect();
+    let more = if count > named.len() as u64 {
+        ", ..."
+    } else {
+        ""
+    };
+    output::note(&format!(
+        "excluded from fork {}, so in no version: {count} ({}{more})",
+        output::path_text(&commit["fork"]),
+        named.join(", ")
+    ));
 }
 
 /// Asks the kernel to write what it holds dirty. A courtesy to programs that forget msync; nothing relies on it.

@@ -369,7 +369,9 @@ impl<'a> Job<'a> {
             ids.iter()
                 .for_each(|id| forks::drop_unused(&mut client, id));
         })?;
-        take(&answer, "/commits")
+        let commits: Vec<Value> = take(&answer, "/commits")?;
+        commits.iter().for_each(forks::note_excluded);
+        Ok(commits)
     }
 
     fn documents(&self, commits: &[Value], failure: Option<&Failure>) -> Vec<Value> {

@@ -39,7 +39,8 @@ impl Source<'_> {
             return Ok(Vec::new());
         }
         let store = &self.fork.store;
-        let runs = view::content_runs(store, self.root, ino, &inode.content, 0, pages(size))?;
+        let root = inode.base.unwrap_or(self.root);
+        let runs = view::content_runs(store, root, ino, &inode.content, 0, pages(size))?;
         let runs: Vec<(u64, u64)> = runs
             .iter()
             .map(|(page, count)| (page * PAGE, ((page + count) * PAGE).min(size)))
@@ -53,7 +54,7 @@ impl Source<'_> {
                 .map(|&(from, to)| self.chunk(ino, inode, from, to))
                 .collect();
         }
-        let old = if base_size > SINGLE_MAX && !inode.created {
+        let old = if base_size > SINGLE_MAX && !inode.created && inode.base.is_none() {
             Old::new(self, ino, inode, base_size)?
         } else {
             Old::default()

@@ -97,7 +97,7 @@ fn inode_edits(
     }
     let ino = cell.ino;
     let store = &source.fork.store;
-    let before = if inode.created {
+    let before = if inode.created && inode.base.is_none() {
         None
     } else {
         view::base_attr(store, source.root, ino)?
@@ -116,15 +116,18 @@ fn inode_edits(
     edits.push((record::attr_key(ino), Edit::Put(inode.attr.encode())));
     let base_size = before.as_ref().map_or(0, |before| before.size);
     let content = &inode.content;
-    let same = content.extents.is_empty()
+    let same = inode.base.is_none()
+        && content.extents.is_empty()
         && inode.attr.size == base_size
         && content.base_pages == pages(base_size);
     if !inode.attr.kind.has_content() || (before.is_some() && same) {
         return Ok(());
     }
-    let values = match &inode.ingested {
-        Some(hint) if hint.sequence == content.sequence => hint.values.clone(),
-        _ => source.values(ino, &inode, base_size)?,
+    let hint = inode.ingested.as_ref();
+    let hint = hint.filter(|hint| hint.sequence == content.sequence);
+    let values = match hint.and_then(|hint| hint.values.clone()) {
+        Some(values) => values,
+        None => source.values(ino, &inode, base_size)?,
     };
     let mut old: BTreeMap<u64, Value> = BTreeMap::new();
     if before.is_some() {
@@ -259,7 +262,7 @@ pub fn ahead(
     wanted: &AtomicUsize,
 ) -> Result<usize, FsError> {
     let age = fork.age();
-    let (root, cells) = {
+    let (root, cells, excluded) = {
         let layers = fork.layers();
         if layers.frozen.is_some() {
             return Ok(0);
@@ -286,7 +289,9 @@ pub fn ahead(
             .take(most)
             .cloned()
             .collect();
-        (layers.root.clone(), cells)
+        let inos = cells.iter().map(|cell| cell.ino).collect();
+        let excluded = fork.excluded(&layers, &inos)?;
+        (layers.root.clone(), cells, excluded)
     };
     let source = Source {
         fork,
@@ -297,6 +302,13 @@ pub fn ahead(
     for cell in &cells {
         if wanted.load(Ordering::Relaxed) > 0 {
             break;
+        }
+        if excluded.contains(&cell.ino) {
+            let mut inode = cell.state.write();
+            let sequence = inode.content.sequence;
+            let values = None;
+            inode.ingested = Some(Arc::new(Hint { sequence, values }));
+            continue;
         }
         let copy = {
             let inode = cell.state.read();
@@ -314,7 +326,7 @@ pub fn ahead(
         let sequence = copy.content.sequence;
         let values = match values {
             Err(FsError::Io(e)) if e.kind() == io::ErrorKind::Interrupted => break,
-            values => values?,
+            values => Some(values?),
         };
         let hint = Arc::new(Hint { sequence, values });
         let mut inode = cell.state.write();

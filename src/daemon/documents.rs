@@ -62,6 +62,7 @@ pub fn version(version: &VersionInfo) -> Value {
         "files": version.files,
         "logical_bytes": version.logical_bytes,
         "new_bytes": version.new_bytes,
+        "excluded": version.excluded,
     })
 }
 
@@ -95,6 +96,7 @@ pub fn commit(commit: &Committed) -> Value {
         "fork": commit.fork.to_string(),
         "version": commit.version.as_ref().map(version),
         "mount": commit.mount.as_ref().map(mount),
+        "excluded": commit.excluded,
     })
 }
 
@@ -136,6 +138,7 @@ pub fn list<T>(items: &[T], one: impl Fn(&T) -> Value) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::LeftOut;
 
     /// The example of docs/json.md with this name.
     fn example(name: &str) -> Value {
@@ -194,6 +197,7 @@ mod tests {
             files: 0,
             logical_bytes: 0,
             new_bytes: 0,
+            excluded: LeftOut::default(),
         };
         let the_fork = ForkInfo {
             id: "f-0123456789ab".into(),
@@ -221,6 +225,7 @@ mod tests {
             fork: "f-0123456789ab".parse().unwrap(),
             version: None,
             mount: Some(the_mount),
+            excluded: LeftOut::default(),
         };
         let the_change = DiffEntry {
             kind: DiffKind::Renamed,

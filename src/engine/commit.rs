@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use super::{Code, Engine, EngineError, Live, MountInfo, Result, VersionInfo, no_fork, now};
 use crate::commit::{Changed, Ingested, changed, charge, prepare};
 use crate::fork::Private;
-use crate::store::{self, ForkChange, ForkId, Ingest, Publish, VersionRef};
+use crate::store::{self, ForkChange, ForkId, Ingest, LeftOut, Publish, VersionRef};
 use crate::tree::NodeId;
 
 /// When a commit makes a version.
@@ -43,6 +43,8 @@ pub struct Committed {
     pub version: Option<VersionInfo>,
     /// The mount that the caller is to take away.
     pub mount: Option<MountInfo>,
+    /// What the fork changed and no version gets.
+    pub excluded: LeftOut,
 }
 
 impl Engine {
@@ -239,6 +241,7 @@ impl Engine {
                 fork: live.id,
                 version: info,
                 mount,
+                excluded: done.sealed.left_out.clone(),
             });
         }
         Ok(out)
@@ -329,6 +332,7 @@ impl Engine {
             has_acl: change.has_acl || record.options.acl,
             has_links: change.has_links || below.as_ref().is_some_and(|v| v.has_links),
             uid_map: record.uid_map,
+            excluded: done.sealed.left_out.clone(),
         })
     }
 

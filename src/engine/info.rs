@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use serde::Serialize;
 
 use super::{Counters, Engine, Live, Result, no_volume};
-use crate::store::{self, MountPoint, Store, VersionRef};
+use crate::store::{self, LeftOut, MountPoint, Store, VersionRef};
 
 /// Where a fork is mounted, so that its caller can take the mount away.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -59,6 +59,7 @@ pub struct VersionInfo {
     pub files: u64,
     pub logical_bytes: u64,
     pub new_bytes: u64,
+    pub excluded: LeftOut,
 }
 
 /// A fork.
@@ -173,6 +174,7 @@ impl Engine {
             files: version.files,
             logical_bytes: version.logical_bytes,
             new_bytes: version.new_bytes,
+            excluded: version.excluded.clone(),
         })
     }
 

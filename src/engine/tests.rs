@@ -7,6 +7,7 @@ use crate::record::{Ino, Kind, ROOT};
 
 mod beside;
 mod content;
+mod exclude;
 mod private_root;
 
 const ME: Caller = Caller {
@@ -65,26 +66,12 @@ impl Bench {
     }
 
     fn fork_sized(&self, volume: &str, size: u64) -> ForkId {
-        let request = ForkRequest {
-            volume: volume.into(),
-            from: None,
-            parents: Vec::new(),
-            read_only: false,
-            ephemeral: false,
-            size,
-            labels: BTreeMap::new(),
-            excludes: Vec::new(),
-            default_excludes: false,
-            owner: Owner::Keep,
-            acl: false,
-            suid: false,
-            dev: false,
-            strict: false,
-            job: None,
-            uid_map: None,
-            uid: 0,
-            gid: 0,
-        };
+        self.fork_with(volume, |request| request.size = size)
+    }
+
+    fn fork_with(&self, volume: &str, change: impl FnOnce(&mut ForkRequest)) -> ForkId {
+        let mut request = fork_request(volume);
+        change(&mut request);
         self.engine().fork(request).unwrap().id.parse().unwrap()
     }
 
@@ -103,6 +90,29 @@ impl Drop for Bench {
         if let Some(engine) = self.engine.take() {
             engine.shutdown(true).unwrap();
         }
+    }
+}
+
+fn fork_request(volume: &str) -> ForkRequest {
+    ForkRequest {
+        volume: volume.into(),
+        from: None,
+        parents: Vec::new(),
+        read_only: false,
+        ephemeral: false,
+        size: 1 << 30,
+        labels: BTreeMap::new(),
+        excludes: Vec::new(),
+        default_excludes: false,
+        owner: Owner::Keep,
+        acl: false,
+        suid: false,
+        dev: false,
+        strict: false,
+        job: None,
+        uid_map: None,
+        uid: 0,
+        gid: 0,
     }
 }
 

@@ -22,7 +22,7 @@ pub struct Inode {
     pub created: bool,
     /// Gone from every directory; lives on while the kernel knows it, and is never committed.
     pub orphan: bool,
-    /// The root that the gaps of its content show, where it is not the fork's.
+    /// Carried over a seal: the root that the gaps of its content show.
     pub base: Option<NodeId>,
     /// Room behind the last page, for a file that grows: first page of the spool, pages.
     pub ahead: Option<(u64, u64)>,
@@ -32,11 +32,11 @@ pub struct Inode {
     pub written: u32,
 }
 
-/// The whole content of a file as the tree will hold it.
+/// The whole content of a file as the tree will hold it; no values if it was excluded then.
 #[derive(Debug)]
 pub struct Ingested {
     pub sequence: u64,
-    pub values: Vec<(u64, Value)>,
+    pub values: Option<Vec<(u64, Value)>>,
 }
 
 impl Inode {
@@ -97,7 +97,7 @@ const REMOVED_WEIGHT: usize = 16;
 const NAME_WEIGHT: usize = 96;
 
 /// The changes of a fork.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Table {
     pub inodes: HashMap<Ino, Arc<Cell>>,
     /// Inodes of the base that are gone.
@@ -133,7 +133,7 @@ pub enum Edit {
     Truncate { ino: Ino, page: u64 },
     /// The inode lost its last name; the kernel may still use it.
     Orphan { ino: Ino },
-    /// An orphan carried over a seal: its gaps show `base`.
+    /// An inode carried over a seal, an orphan if it has no links: its gaps show `base`.
     Carry {
         ino: Ino,
         attr: Attr,
@@ -375,7 +375,7 @@ impl Table {
                 base_pages,
             } => {
                 let mut inode = Inode::created(attr.clone());
-                inode.orphan = true;
+                inode.orphan = attr.nlink == 0;
                 inode.base = Some(*base);
                 inode.content.base_pages = *base_pages;
                 self.inodes.insert(*ino, Cell::new(*ino, inode));

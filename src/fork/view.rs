@@ -385,7 +385,7 @@ impl Layers {
 }
 
 /// A copy of a frozen inode to be changed: nothing of its room may be written in place.
-fn thawed(frozen: &Inode) -> Inode {
+pub(super) fn thawed(frozen: &Inode) -> Inode {
     let mut inode = frozen.clone();
     inode.content.extents.disown(0, u64::MAX);
     inode.content.inherited_pages = pages(inode.attr.size);

@@ -108,6 +108,25 @@ pub struct Version {
     pub has_links: bool,
     /// /proc/self/uid_map of whoever mounted the fork, if it was not the identity.
     pub uid_map: Option<String>,
+    /// What its fork changed and kept to itself.
+    #[serde(default, skip_serializing_if = "LeftOut::is_empty")]
+    pub excluded: LeftOut,
+}
+
+/// Paths that a commit left out of its version.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct LeftOut {
+    /// Files, and folders with all below them (with a slash at the end), relative to the volume's root; not all where there are
+    /// many.
+    pub paths: Vec<String>,
+    /// How many there are.
+    pub count: u64,
+}
+
+impl LeftOut {
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
 }
 
 /// What a delta adds to the numbers of a version.
@@ -157,6 +176,12 @@ pub struct ForkOptions {
     pub suid: bool,
     pub dev: bool,
     pub job: Option<String>,
+    /// Patterns of paths that are never committed.
+    #[serde(default)]
+    pub excludes: Vec<String>,
+    /// So are those where tools keep credentials.
+    #[serde(default)]
+    pub default_excludes: bool,
 }
 
 /// Where a fork is mounted.

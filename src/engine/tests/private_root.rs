@@ -3,7 +3,7 @@
 use super::*;
 
 /// The view of a fork: every path with what it holds.
-fn view(fs: &Fs) -> BTreeMap<String, (Option<Vec<u8>>, u16, u32)> {
+pub(super) fn view(fs: &Fs) -> BTreeMap<String, (Option<Vec<u8>>, u16, u32)> {
     let mut out = BTreeMap::new();
     let mut folders = vec![(String::new(), ROOT)];
     while let Some((path, dir)) = folders.pop() {
@@ -31,7 +31,7 @@ fn view(fs: &Fs) -> BTreeMap<String, (Option<Vec<u8>>, u16, u32)> {
     out
 }
 
-fn folder(fs: &Fs, name: &str) -> Ino {
+pub(super) fn folder(fs: &Fs, name: &str) -> Ino {
     let new = NewNode::new(Kind::Directory, 0o755);
     fs.make(ME, ROOT, name.as_bytes(), new).unwrap().ino
 }

@@ -1,0 +1,222 @@
+//! The point in time of a commit, and what comes of it: the table is frozen, and in the end part of the root or thawed again.
+//!
+//! What no version gets but the fork goes on with is carried over a seal: orphans that the kernel knows, and what is excluded. It
+//! is written into the new segment as edits that make it again on top of any root.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::error::FsError;
+use super::exclude::{self, Split};
+use super::log::{self, Request};
+use super::table::{Cell, Edit, Inode, Name, Table};
+use super::{Fork, Gate, Layers, Private, Root, view};
+use crate::record::Ino;
+use crate::store::LeftOut;
+use crate::tree::NodeId;
+
+/// The point in time of a commit.
+pub struct Sealed {
+    pub root: Arc<Root>,
+    /// What goes into the version.
+    pub table: Arc<Table>,
+    pub left_out: LeftOut,
+    /// With `keep`: the segment that goes on behind the seal.
+    pub segment: Option<u64>,
+}
+
+impl Fork {
+    /// Freezes the table: the point in time of a commit. With `keep` a new table and a new segment go on top; without it every
+    /// later mutation is refused until [`Fork::thaw`].
+    ///
+    /// # Errors
+    /// `ReadOnly` or `Ended` if the fork is sealed or over; what the store or the disk answered. Nothing has changed then.
+    pub fn seal(&self, keep: bool) -> Result<Sealed, FsError> {
+        let mut gate = self.gate.write();
+        match *gate {
+            Gate::Open => {}
+            Gate::Sealed => return Err(FsError::ReadOnly),
+            Gate::Ended => return Err(FsError::Ended),
+        }
+        let mut layers = self.layers.write();
+        let split = exclude::split(&self.excludes, &layers, &self.store)?;
+        let mut segment = None;
+        if keep {
+            segment = Some(self.carry_over(&mut layers, split.as_ref())?);
+        } else {
+            *gate = Gate::Sealed;
+            let table = std::mem::take(&mut layers.live);
+            layers.frozen = Some(Arc::new(table));
+        }
+        let (table, left_out) = match split {
+            Some(split) => (Some(Arc::new(split.committed)), split.left_out),
+            None => (layers.frozen.clone(), LeftOut::default()),
+        };
+        Ok(Sealed {
+            root: layers.root.clone(),
+            table: table.unwrap_or_default(),
+            left_out,
+            segment,
+        })
+    }
+
+    /// Freezes the live table but for what only the fork goes on with; returns the new segment.
+    fn carry_over(&self, layers: &mut Layers, split: Option<&Split>) -> Result<u64, FsError> {
+        let cells = layers.live.inodes.values();
+        let orphans = cells.filter(|cell| cell.state.read().orphan).cloned();
+        let kept = split.map(|split| split.kept.as_slice()).unwrap_or_default();
+        let carried: Vec<Arc<Cell>> = orphans.chain(kept.iter().cloned()).collect();
+        let names = split
+            .map(|split| split.edits.as_slice())
+            .unwrap_or_default();
+
+        let mut live = Table::default();
+        let segment = {
+            let mut log = self.log.lock();
+            let segment = log.next_segment()?;
+            for cell in &carried {
+                let edits = self.carry(layers, cell)?;
+                log.append(Request::default(), &edits)?;
+                live.inodes.insert(cell.ino, cell.clone());
+                for edit in edits.iter().filter(|e| matches!(e, Edit::Xattr { .. })) {
+                    live.apply(edit);
+                }
+            }
+            for edit in names {
+                log.append(Request::default(), [edit])?;
+                live.apply(edit);
+            }
+            segment
+        };
+        // What an edit says of an inode that stays is what it is, so nothing has to be looked up.
+        let linked: Vec<(Ino, Inode)> = names
+            .iter()
+            .filter_map(|edit| match edit {
+                Edit::Attr { ino, attr } => {
+                    let inode = match layers.live.inodes.get(ino) {
+                        Some(cell) => view::thawed(&cell.state.read()),
+                        None => Inode::of_base(attr.clone()),
+                    };
+                    Some((*ino, inode))
+                }
+                _ => None,
+            })
+            .collect();
+        let mut frozen = std::mem::replace(&mut layers.live, live);
+        for cell in &carried {
+            frozen.inodes.remove(&cell.ino);
+            let mut inode = cell.state.write();
+            if inode.created && inode.base.is_none() {
+                self.created.fetch_sub(1, Ordering::Relaxed);
+            }
+            inode.base = inode.base.or(Some(layers.root.id));
+        }
+        layers.frozen = Some(Arc::new(frozen));
+        for (ino, inode) in linked {
+            self.spool.retain(inode.content.extents.iter());
+            layers.live.inodes.insert(ino, Cell::new(ino, inode));
+        }
+        layers.carried = layers.live.weight();
+        Ok(segment)
+    }
+
+    /// The edits that make an inode again on top of any root, without its names.
+    fn carry(&self, layers: &Layers, cell: &Cell) -> Result<Vec<Edit>, FsError> {
+        let ino = cell.ino;
+        let mut edits = {
+            let inode = cell.state.read();
+            let mut edits = vec![Edit::Carry {
+                ino,
+                attr: inode.attr.clone(),
+                base: inode.base.unwrap_or(layers.root.id),
+                base_pages: inode.content.base_pages,
+            }];
+            let extents = inode.content.extents.iter();
+            edits.extend(extents.map(|extent| Edit::Extent { ino, extent }));
+            edits
+        };
+        let mut names: HashSet<Name> = HashSet::new();
+        let changed = (ino, Name::default())..(Ino(ino.0 + 1), Name::default());
+        for ((_, name), value) in layers.live.xattrs.range(changed) {
+            names.insert(name.clone());
+            let (name, value) = (name.clone(), value.clone());
+            edits.push(Edit::Xattr { ino, name, value });
+        }
+        for name in layers.xattr_names(&self.store, ino)? {
+            if !names.contains(&name) {
+                let value = layers.xattr(&self.store, ino, &name)?;
+                edits.push(Edit::Xattr { ino, name, value });
+            }
+        }
+        Ok(edits)
+    }
+
+    /// Opens the fork again after a commit that failed before it was published.
+    pub fn thaw(&self) {
+        let mut gate = self.gate.write();
+        let mut layers = self.layers.write();
+        if let Some(frozen) = layers.frozen.take() {
+            let gone = layers.live.absorb(frozen);
+            drop(layers);
+            self.spool.release(gone);
+        }
+        if *gate == Gate::Sealed {
+            *gate = Gate::Open;
+        }
+    }
+
+    /// Bytes of memory that the table takes, about, but for what a seal carries over, and bytes of the log that explains it.
+    pub fn weight(&self) -> (u64, u64) {
+        let layers = self.layers.read();
+        let weight = layers.live.weight().saturating_sub(layers.carried);
+        (weight, self.log.lock().len())
+    }
+
+    /// Puts the fork on top of a root that holds its frozen table: a version's, at the end of a commit with `keep`, or a private
+    /// one.
+    pub fn rebase(&self, root: NodeId, first_segment: u64, private: Option<Private>) {
+        // Whoever reads or writes content has chosen a root and a cell that go together.
+        let _gate = self.gate.write();
+        let mut layers = self.layers.write();
+        let Some(frozen) = layers.frozen.take() else {
+            return;
+        };
+        layers.root = super::root(&self.store, root);
+        *self.private.lock() = private;
+        self.log.lock().begins_here();
+        let mut gone = Vec::new();
+        for cell in layers.live.inodes.values() {
+            let mut inode = cell.state.write();
+            if let Some(below) = frozen.inodes.get(&cell.ino) {
+                gone.extend(inode.content.rebase(&below.state.read().content));
+                inode.base = None;
+            } else if inode.base.is_some() {
+                // Carried over: the new root does not have it.
+                inode.created = true;
+            }
+        }
+        drop(layers);
+        if private.is_none() {
+            let mut numbers = self.numbers.lock();
+            numbers.uncommitted = vec![numbers.left.clone()];
+        }
+        for cell in frozen.inodes.values() {
+            let mut inode = cell.state.write();
+            gone.extend(inode.content.extents.iter());
+            if let Some((at, pages)) = inode.ahead.take() {
+                self.spool.give_back(at, pages);
+            }
+            if inode.created && inode.base.is_none() {
+                self.created.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        self.spool.release(gone);
+        if let Err(error) = log::remove_before(&self.dir, first_segment) {
+            ::log::warn!(
+                "{}: old segments of the log stay: {error}",
+                self.dir.display()
+            );
+        }
+    }
+}
