@@ -8,6 +8,7 @@ mod finish;
 mod state;
 mod variables;
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -15,11 +16,13 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::client::Client;
 use super::ending::{End, When};
+use super::forks::{ForkFacts, take};
 use super::output::{self, Shown};
 use super::paths::Volumes;
 use super::{Context, ForkOptions, values};
-use crate::protocol::{Code, Failure};
+use crate::protocol::{Code, Failure, Request};
 use state::Jobs;
 
 pub use attach::attach;
@@ -127,7 +130,8 @@ fn job_name(given: Option<&str>) -> Result<String, Failure> {
         .iter()
         .find_map(|names| {
             let parts: Option<Vec<String>> = names.iter().map(|name| variable(name)).collect();
-            parts.map(|parts| state::safe_name(&parts.join(" ")))
+            // No value has this sign, so no two jobs have one name.
+            parts.map(|parts| state::safe_name(&parts.join("\0")))
         })
         .ok_or_else(|| {
             Failure::new(Code::Usage, "no CI host's variables name a job").hint("name it: --job ID")
@@ -136,16 +140,19 @@ fn job_name(given: Option<&str>) -> Result<String, Failure> {
 
 /// `jobs`: what is attached.
 pub fn jobs(context: &Context) -> Result<(), Failure> {
-    let jobs = Jobs::of(&context.place)?;
+    let jobs = Jobs::of(&context.place)?.all()?;
+    let live = match jobs.is_empty() {
+        true => HashSet::new(),
+        false => live_forks(&mut context.connect()?)?,
+    };
     let rows: Vec<Value> = jobs
-        .all()?
         .into_iter()
         .map(|job| {
             let volumes: Vec<&str> = job.volumes.iter().map(|v| v.volume.as_str()).collect();
             let age = state::now().saturating_sub(job.created);
             json!({
                 "job": job.job,
-                "state": if job.is_stale() { "stale" } else { "attached" },
+                "state": if job.is_stale(&live) { "stale" } else { "attached" },
                 "hit": job.hit(),
                 "age": age,
                 "names": volumes.join(" "),
@@ -166,6 +173,13 @@ pub fn jobs(context: &Context) -> Result<(), Failure> {
             ],
         )
     })
+}
+
+/// The forks that are mounted somewhere, whatever this process sees of it.
+fn live_forks(client: &mut Client) -> Result<HashSet<String>, Failure> {
+    let forks: Vec<ForkFacts> = take(&client.call(&Request::Forks)?, "/forks")?;
+    let live = forks.into_iter().filter(|fork| fork.state == "live");
+    Ok(live.map(|fork| fork.id).collect())
 }
 
 /// Does something in a thread of its own, and goes on without it when the deadline has passed.

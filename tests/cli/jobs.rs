@@ -73,9 +73,17 @@ fn a_job_that_lost_its_path_or_all_its_content_commits_nothing() {
     cli.attach("0", &["-v", "v", "-p", "c"]);
     fs::write(cli.path("c/f"), "kept").unwrap();
     cli.finish("0", "0");
+    cli.attach("0", &["-v", "two", "-p", "a", "-p", "b"]);
+    fs::write(cli.path("a/f"), "kept").unwrap();
+    fs::write(cli.path("b/f"), "kept").unwrap();
+    cli.finish("0", "0");
     let unmount = format!("umount {}", cli.path("c").display());
-    for accident in ["rm -rf c/*", &unmount] {
-        cli.attach("1", &["-v", "v", "-p", "c"]);
+    for accident in ["rm -rf c/*", &unmount, "rm -rf a/*"] {
+        cli.attach(
+            "1",
+            &["-v", "v", "-p", "c", "-v", "two", "-p", "a", "-p", "b"],
+        );
+        fs::write(cli.path("b/new"), "of a job that lost something").unwrap();
         let script = ["-c", accident];
         assert!(
             Command::new("sh")
@@ -85,8 +93,14 @@ fn a_job_that_lost_its_path_or_all_its_content_commits_nothing() {
                 .unwrap()
                 .success()
         );
-        assert_eq!(cli.finish("1", "0")["v"], "not committed", "{accident}");
+        let done = cli.finish("1", "0");
+        assert_eq!(
+            (&done["v"], &done["two"]),
+            (&"abandoned".into(), &"abandoned".into()),
+            "{accident}"
+        );
         assert_eq!(cli.ok(&["cat", "v:f"]), "kept");
+        assert_eq!(cli.ok(&["cat", "two:a/f"]), "kept");
     }
     assert!(!cli.path("c").exists());
 }
@@ -232,4 +246,36 @@ fn a_path_may_be_a_link_but_never_node_modules_and_content_may_seed_an_empty_vol
     cli.attach("3", &["-v", "w", "-p", "full", "--existing", "seed"]);
     assert_eq!(cli.finish("3", "0")["w"], "committed as w@1");
     assert_eq!(cli.ok(&["cat", "w:seed"]), "seed");
+}
+
+#[test]
+fn a_job_that_runs_is_not_stale_for_who_sees_neither_its_mounts_nor_its_processes() {
+    let cli = Cli::new();
+    let mut agent = Command::new("sleep").arg("600").spawn().unwrap();
+    let pid = agent.id().to_string();
+    cli.attach("1", &["-v", "v", "-p", "c", "--agent-pid", &pid]);
+    fs::write(cli.path("c/f"), "kept").unwrap();
+    let program = env!("CARGO_BIN_EXE_forkvol");
+    let script = format!("umount c && umount mounts/1/v && {program} finish --stale");
+    let container = Command::new("unshare")
+        .args([
+            "-m",
+            "-p",
+            "-f",
+            "--mount-proc",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            &script,
+        ])
+        .env("FORKVOL_STORE", cli.path("store"))
+        .current_dir(cli.dir.path())
+        .status()
+        .unwrap();
+    assert!(container.success());
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+    assert_eq!(cli.finish("1", "0")["v"], "committed as v@1");
+    assert_eq!(cli.ok(&["cat", "v:f"]), "kept");
 }

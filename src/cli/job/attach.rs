@@ -11,7 +11,7 @@ use clap::ArgMatches;
 use serde_json::{Value, json};
 
 use super::state::{self, Agent, Job, Jobs, Spot, Volume};
-use super::{Attach, Existing, Link, finish, job_name, variables, within};
+use super::{Attach, Existing, Link, finish, job_name, live_forks, variables, within};
 use crate::cli::client::Client;
 use crate::cli::forks;
 use crate::cli::mounting::{self, By, Mountpoint};
@@ -148,18 +148,22 @@ fn question(options: &Attach, wishes: &[Wish]) -> String {
 fn agent(options: &Attach) -> Option<Agent> {
     let named = std::env::var("BUILDKITE_AGENT_PID").ok();
     let pid = options.agent_pid.or_else(|| named?.parse().ok())?;
-    let started = state::started(pid)?;
-    Some(Agent { pid, started })
+    Agent::of(pid)
 }
 
 fn make(context: &Context, options: &Attach, wishes: &[Wish], name: &str) -> Result<Job, Failure> {
     let jobs = Jobs::of(&context.place)?;
     let asked = question(options, wishes);
+    // A store before anything is put into its folder.
+    let mut client = context.connect()?;
+    let live = live_forks(&mut client)?;
+    let _alone = jobs.lock(name)?;
     if let Some(job) = jobs.load(name)? {
-        if !job.is_stale() && job.asked == asked {
+        let is_stale = job.is_stale(&live);
+        if !is_stale && job.asked == asked {
             return Ok(job);
         }
-        if !job.is_stale() {
+        if !is_stale {
             let message = format!("job {name} is attached with other volumes, paths or options");
             return Err(
                 Failure::new(Code::Usage, message).hint(format!("forkvol finish --job {name}"))
@@ -169,14 +173,16 @@ fn make(context: &Context, options: &Attach, wishes: &[Wish], name: &str) -> Res
     }
     let strict = options.options.strict;
     let mut job = Job::new(name.into(), asked, options.commit, strict, agent(options));
-    // A store before anything is put into its folder.
-    let mut client = context.connect()?;
     jobs.save(&job)?;
     let mut work = Work {
         context,
         options,
         jobs: &jobs,
-        others: jobs.all()?,
+        others: jobs
+            .all()?
+            .into_iter()
+            .filter(|job| !job.is_stale(&live))
+            .collect(),
         by: By::default_for_caller(),
     };
     for wish in wishes {
@@ -300,12 +306,8 @@ impl Work<'_> {
         let missing = paths::missing(path)?;
         let target = paths::target(wish, path, &self.context.place)?;
         let taken = |job: &&Job| {
-            !job.is_stale()
-                && job
-                    .volumes
-                    .iter()
-                    .flat_map(|v| &v.paths)
-                    .any(|s| s.link.is_some() && s.path == target.path)
+            let mut spots = job.volumes.iter().flat_map(|v| &v.paths);
+            spots.any(|s| s.link.is_some() && s.path == target.path)
         };
         if let Some(other) = self.others.iter().find(taken) {
             let message = format!("{} is attached by job {}", target.path.display(), other.job);

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::state::{Job, Jobs, Spot, Volume};
-use super::{Finish, Link, job_name, within};
+use super::{Finish, Link, job_name, live_forks, within};
 use crate::cli::client::Client;
 use crate::cli::ending::End;
 use crate::cli::forks::{self, take};
@@ -46,8 +46,16 @@ pub fn finish(context: &Context, options: &Finish) -> Result<(), Failure> {
 fn drop_stale(context: &Context) -> Result<Value, Failure> {
     let jobs = Jobs::of(&context.place)?;
     let mut dropped = Vec::new();
-    for job in jobs.all()?.iter().filter(|job| job.is_stale()) {
-        drop_job(context, &jobs, job)?;
+    for job in jobs.all()? {
+        // What an attach has under way is not judged before it is done.
+        let _alone = jobs.lock(&job.job)?;
+        let Some(job) = jobs.load(&job.job)? else {
+            continue;
+        };
+        if !job.is_stale(&live_forks(&mut context.connect()?)?) {
+            continue;
+        }
+        drop_job(context, &jobs, &job)?;
         output::note(&format!(
             "job {} is over without an end: its forks are abandoned",
             job.job
@@ -82,6 +90,10 @@ fn drop_fork(client: &mut Client, volume: &Volume) -> Result<(), Failure> {
 
 fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, Failure> {
     let jobs = Jobs::of(&context.place)?;
+    if jobs.load(name)?.is_none() {
+        return Ok(json!({ "finish": null }));
+    }
+    let _alone = jobs.lock(name)?;
     let Some(mut job) = jobs.load(name)? else {
         return Ok(json!({ "finish": null }));
     };
@@ -96,6 +108,12 @@ fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, 
     }
     let mut outcomes = BTreeMap::new();
     let result = settle(&mut client, &job, when.at(end), options.keep, &mut outcomes);
+    if let Err(failure) = &result
+        && failure.code == Code::Unreachable
+    {
+        // Nobody knows what became of the forks: the job stays, for the next finish.
+        return Err(failure.clone());
+    }
     if !options.keep {
         for volume in job.volumes.iter().rev() {
             take_apart(Some(&mut client), volume, By::default_for_caller(), true);
@@ -119,20 +137,26 @@ fn settle(
     keep: bool,
     outcomes: &mut BTreeMap<String, String>,
 ) -> Result<(), Failure> {
+    // All or none: what one path lost says that the job was not what it seemed.
+    let mut when = when;
+    if when.is_some() {
+        for volume in &job.volumes {
+            if let Some(why) = accident(client, volume)? {
+                warn(&format!("nothing is committed: {why}"));
+                when = None;
+            }
+        }
+    }
     let mut committed: Vec<&Volume> = Vec::new();
     for volume in &job.volumes {
-        let why = volume
-            .degraded
-            .clone()
-            .or_else(|| volume.refused.clone())
-            .or_else(|| when.and(accident(volume)));
-        match (why, when) {
-            (None, Some(_)) => committed.push(volume),
-            (Some(why), Some(_)) => {
+        let why = volume.degraded.as_ref().or(volume.refused.as_ref());
+        match why {
+            None if when.is_some() => committed.push(volume),
+            Some(why) if when.is_some() => {
                 warn(&format!("{} is not committed: {why}", volume.volume));
                 outcomes.insert(volume.volume.clone(), "not committed".into());
             }
-            (_, None) => {
+            _ => {
                 outcomes.insert(volume.volume.clone(), "abandoned".into());
             }
         }
@@ -177,20 +201,44 @@ fn settle(
     result
 }
 
-/// Why what a volume holds now looks like no job's work: a path that does not lead to it any more, or all of it gone.
-fn accident(volume: &Volume) -> Option<String> {
-    let mount = volume.mount.as_ref()?;
+/// Why what a volume holds now looks like no job's work: a path that does not lead to it any more, or one that was emptied.
+fn accident(client: &mut Client, volume: &Volume) -> Result<Option<String>, Failure> {
+    let Some(mount) = &volume.mount else {
+        return Ok(None);
+    };
     for spot in volume.paths.iter().filter(|spot| spot.link.is_some()) {
+        let path = spot.path.display();
         if !leads_to(spot, volume) {
-            return Some(format!(
-                "{} was removed or replaced while the job ran",
-                spot.path.display()
-            ));
+            return Ok(Some(format!(
+                "{path} was removed or replaced while the job ran"
+            )));
+        }
+        let root = mounting::mount_path(mount);
+        let folder = spot
+            .inner
+            .as_ref()
+            .map_or(root.to_owned(), |inner| root.join(inner));
+        // A folder that cannot be read has not been emptied.
+        let is_empty = fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
+        if is_empty && had_content(client, volume, spot)? {
+            return Ok(Some(format!("all of {path} was removed while the job ran")));
         }
     }
-    let mut entries = fs::read_dir(mounting::mount_path(mount)).ok()?;
-    (volume.base.is_some() && entries.next().is_none())
-        .then(|| "all of it was removed while the job ran".into())
+    Ok(None)
+}
+
+/// Whether the version that a volume was forked from had something at a path.
+fn had_content(client: &mut Client, volume: &Volume, spot: &Spot) -> Result<bool, Failure> {
+    let Some(version) = volume.base.clone() else {
+        return Ok(false);
+    };
+    let inner = spot.inner.clone().unwrap_or_default();
+    let path = protocol::Bytes(inner.into_bytes());
+    match client.call(&Request::List { version, path }) {
+        Ok(answer) => Ok(!take::<Vec<Value>>(&answer, "/entries")?.is_empty()),
+        Err(failure) if failure.code == Code::NotFound => Ok(false),
+        Err(failure) => Err(failure),
+    }
 }
 
 fn leads_to(spot: &Spot, volume: &Volume) -> bool {

@@ -1,5 +1,6 @@
 //! The file of a job.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -10,11 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Link;
 use crate::cli::ending::{End, When};
-use crate::cli::mounting;
 use crate::cli::place::Place;
 use crate::protocol::{Code, Failure, Mount};
 use crate::sys;
-use crate::sys::mount as kernel;
 use crate::sys::process;
 
 /// The layout of the file; a file of another is left alone and named.
@@ -23,11 +22,13 @@ const SCHEMA: u32 = 1;
 const NAME_MAX: usize = 80;
 
 /// A process, told apart from a later one of the same number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Agent {
     pub pid: u32,
     /// Clock ticks since boot.
-    pub started: u64,
+    started: u64,
+    /// The pid namespace in which it has that number.
+    namespace: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -112,23 +113,44 @@ impl Job {
         order[self.volumes.iter().map(rank).max().unwrap_or(0)]
     }
 
-    /// Whether its agent, its boot or a mount of its own is gone.
-    pub fn is_stale(&self) -> bool {
+    /// Whether its agent, its boot or its mounts are gone. The daemon says which forks are live: what this process sees of mounts
+    /// and other processes depends on the container it runs in.
+    pub fn is_stale(&self, live: &HashSet<String>) -> bool {
         let other_boot = sys::boot_id().is_ok_and(|boot| boot != self.boot);
-        let agent_gone = self
-            .agent
-            .is_some_and(|agent| started(agent.pid) != Some(agent.started));
-        let mounts = self.volumes.iter().filter_map(|v| v.mount.as_ref());
-        other_boot || agent_gone || mounts.into_iter().any(is_gone)
+        let agent_gone = self.agent.as_ref().is_some_and(Agent::is_gone);
+        let mut forks = self
+            .volumes
+            .iter()
+            .filter_map(|v| v.fork.as_ref())
+            .peekable();
+        other_boot
+            || agent_gone
+            || (forks.peek().is_some() && forks.all(|fork| !live.contains(fork)))
     }
 }
 
-fn is_gone(mount: &Mount) -> bool {
-    let path = mounting::mount_path(mount);
-    let there = kernel::device_at(path);
-    // This question is never answered from the kernel's memory, so a mount that nobody serves shows.
-    let is_served = sys::fs_kind(path).is_ok();
-    !is_served || !there.is_ok_and(|device| kernel::device_number(device) == mount.device)
+impl Agent {
+    /// The process of this number, as it is now; None if there is none.
+    pub fn of(pid: u32) -> Option<Agent> {
+        let started = started(pid)?;
+        let namespace = pid_namespace();
+        Some(Agent {
+            pid,
+            started,
+            namespace,
+        })
+    }
+
+    /// Whether the process has ended; one of another pid namespace cannot be told.
+    fn is_gone(&self) -> bool {
+        self.namespace == pid_namespace() && started(self.pid) != Some(self.started)
+    }
+}
+
+/// What tells this process's pid namespace from others.
+fn pid_namespace() -> String {
+    let link = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    link.to_string_lossy().into_owned()
 }
 
 /// Seconds since 1970.
@@ -138,7 +160,7 @@ pub fn now() -> u64 {
 }
 
 /// When a process was started, in clock ticks since boot; None if there is none.
-pub fn started(pid: u32) -> Option<u64> {
+fn started(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name, in brackets, may hold anything.
     let (_, rest) = stat.rsplit_once(')')?;
@@ -159,13 +181,28 @@ pub fn safe_name(name: &str) -> String {
     let kept: String = name
         .chars()
         .map(|c| if harmless(c) { c } else { '-' })
-        .take(NAME_MAX - 9)
+        .take(NAME_MAX - 17)
         .collect();
     format!(
         "{}-{}",
         kept.trim_start_matches(['-', '.', '_']),
         &hash[..8]
     )
+}
+
+/// Held by whoever attaches or ends a job. The file goes with it.
+#[derive(Debug)]
+pub struct Lock {
+    path: PathBuf,
+    _file: fs::File,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            crate::cli::output::warn(&cannot(&self.path, &error).message);
+        }
+    }
 }
 
 /// The folder of one user's jobs in one store.
@@ -245,10 +282,7 @@ impl Jobs {
         let path = self.file(&job.job);
         let aside = self.0.join(format!(".{}.{}", job.job, std::process::id()));
         let write = || -> io::Result<()> {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&self.0)?;
+            self.make()?;
             let mut file = fs::File::options()
                 .write(true)
                 .create(true)
@@ -259,6 +293,37 @@ impl Jobs {
             fs::rename(&aside, &path)
         };
         write().map_err(|e| cannot(&path, &e))
+    }
+
+    /// Waits until no other process attaches or ends this job.
+    pub fn lock(&self, job: &str) -> Result<Lock, Failure> {
+        let path = self.0.join(format!("{job}.lock"));
+        let lock = || -> io::Result<Lock> {
+            self.make()?;
+            loop {
+                let file = fs::File::options()
+                    .write(true)
+                    .create(true)
+                    .truncate(false)
+                    .mode(0o600)
+                    .open(&path)?;
+                file.lock()?;
+                let held = file.metadata()?.ino();
+                // Whoever had it before has removed it, and then it locks nothing.
+                if fs::metadata(&path).is_ok_and(|named| named.ino() == held) {
+                    let path = path.clone();
+                    return Ok(Lock { path, _file: file });
+                }
+            }
+        };
+        lock().map_err(|e| cannot(&path, &e))
+    }
+
+    fn make(&self) -> io::Result<()> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.0)
     }
 
     pub fn remove(&self, job: &str) -> Result<(), Failure> {
@@ -323,18 +388,43 @@ mod tests {
         }
     }
 
+    fn volume(hit: &str) -> Volume {
+        Volume {
+            volume: "v".into(),
+            fork: None,
+            base: None,
+            hit: hit.into(),
+            mount: None,
+            folder: None,
+            paths: Vec::new(),
+            degraded: None,
+            refused: None,
+        }
+    }
+
     #[test]
     fn a_job_is_stale_when_its_agent_or_its_boot_is_gone() {
-        let me = std::process::id();
-        let agent = |started| Some(Agent { pid: me, started });
+        let live = HashSet::from(["f-1".to_owned()]);
         let job = |agent| Job::new("j".into(), String::new(), When::Always, false, agent);
-        assert!(!job(None).is_stale());
-        let mine = started(me).unwrap();
-        assert!(!job(agent(mine)).is_stale());
-        assert!(job(agent(mine + 1)).is_stale());
+        assert!(!job(None).is_stale(&live));
+        let mut agent = Agent::of(std::process::id()).unwrap();
+        assert!(!job(Some(agent.clone())).is_stale(&live));
+        agent.started += 1;
+        assert!(job(Some(agent.clone())).is_stale(&live));
+        agent.namespace = "pid:[1]".into();
+        assert!(
+            !job(Some(agent)).is_stale(&live),
+            "it cannot be seen from here"
+        );
         let mut other = job(None);
         other.boot = "another".into();
-        assert!(other.is_stale());
+        assert!(other.is_stale(&live));
+        for (fork, stale) in [("f-1", false), ("f-2", true)] {
+            let mut job = job(None);
+            job.volumes.push(volume("v"));
+            job.volumes[0].fork = Some(fork.into());
+            assert_eq!(job.is_stale(&live), stale, "{fork}");
+        }
     }
 
     #[test]
@@ -342,17 +432,7 @@ mod tests {
         let mut job = Job::new("j".into(), String::new(), When::Always, false, None);
         assert_eq!(job.hit(), "exact");
         for (hit, worst) in [("stale", "stale"), ("exact", "stale"), ("empty", "empty")] {
-            job.volumes.push(Volume {
-                volume: hit.into(),
-                fork: None,
-                base: None,
-                hit: hit.into(),
-                mount: None,
-                folder: None,
-                paths: Vec::new(),
-                degraded: None,
-                refused: None,
-            });
+            job.volumes.push(volume(hit));
             assert_eq!(job.hit(), worst);
         }
     }
