@@ -32,7 +32,7 @@ use crate::sys::process::{self, Signals};
 use crate::sys::socket::Peer;
 use socket::Listening;
 
-pub use crate::engine::EngineConfig;
+pub use crate::engine::{EngineConfig, Keep, Policy};
 pub use socket::make_store_folder;
 
 /// A client says who it is within this time, or is sent away.

@@ -7,6 +7,7 @@ mod archive;
 mod commit;
 mod info;
 mod read;
+mod retention;
 #[cfg(test)]
 mod tests;
 mod upkeep;
@@ -19,7 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 
 use crate::fork::error::FsError;
 use crate::fork::{Excludes, Fork, Origin, Private};
@@ -35,6 +36,7 @@ pub use archive::Imported;
 pub use commit::{CommitRequest, Committed, Repaired, When};
 pub use info::{ForkInfo, MountInfo, VersionInfo, VolumeInfo};
 pub use read::{DiffEntry, DiffKind, ListEntry};
+pub use retention::{Collected, Keep, Policy};
 pub use store::{CheckReport, GcReport, LeftOut, Stats};
 
 /// The kinds of failure, one per exit status of the command line.
@@ -126,6 +128,7 @@ pub struct EngineConfig {
     pub table: u64,
     /// Idle cores may be kept from sleeping while requests come in fast.
     pub wakeful: bool,
+    pub retention: Policy,
 }
 
 impl Default for EngineConfig {
@@ -138,6 +141,7 @@ impl Default for EngineConfig {
             orphan_after,
             table: 64 << 20,
             wakeful: false,
+            retention: Policy::default(),
         }
     }
 }
@@ -182,6 +186,11 @@ pub struct Counters {
     pub unchanged: AtomicU64,
     pub abandoned: AtomicU64,
     pub refused: AtomicU64,
+    pub gcs: AtomicU64,
+    pub freed_bytes: AtomicU64,
+    /// By retention.
+    pub removed_volumes: AtomicU64,
+    pub removed_versions: AtomicU64,
 }
 
 /// One fork as the engine keeps it.
@@ -233,6 +242,11 @@ pub struct Engine {
     pub store: Arc<Store>,
     config: EngineConfig,
     forks: Mutex<HashMap<ForkId, Arc<Live>>>,
+    /// Shared by whoever chooses a version until something holds it, alone by who removes versions.
+    bases: RwLock<()>,
+    tended: Mutex<upkeep::Tended>,
+    /// The store is beyond its limit, and gc could not help.
+    crowded: AtomicBool,
     counters: Counters,
     wakeful: Arc<Wakeful>,
     stopping: AtomicBool,
@@ -283,6 +297,9 @@ impl Engine {
             wakeful: Wakeful::start(config.wakeful),
             config,
             forks: Mutex::new(forks),
+            bases: RwLock::default(),
+            tended: Mutex::default(),
+            crowded: AtomicBool::new(false),
             counters: Counters::default(),
             stopping: AtomicBool::new(false),
             upkeep: Mutex::default(),
@@ -357,6 +374,14 @@ impl Engine {
             )
             .hint("free some room, or run `forkvol gc`"));
         }
+        if self.crowded.load(Ordering::Acquire) {
+            return Err(EngineError::new(
+                Code::NoSpace,
+                "the store is beyond the limit of its configuration",
+            )
+            .hint("remove volumes, unpin versions, or raise `limit`"));
+        }
+        let _stays = self.bases.read();
         loop {
             let base = self.choose_base(&request)?;
             let at = base.as_ref().map(|(volume, version)| VersionRef {
@@ -379,6 +404,10 @@ impl Engine {
         base: Option<(store::Volume, store::Version)>,
     ) -> Result<ForkInfo> {
         let volume = self.store.create_volume(&request.volume, now())?;
+        self.store.touch_volume(volume.id, now())?;
+        if let Some((of, _)) = base.as_ref().filter(|(of, _)| of.id != volume.id) {
+            self.store.touch_volume(of.id, now())?;
+        }
         let root = base
             .as_ref()
             .map_or_else(|| crate::tree::empty().0, |(_, version)| version.root);

@@ -473,6 +473,11 @@ impl Store {
         Ok(())
     }
 
+    /// Bytes of the store's disk that are free, and all there are; none of either if the disk does not say.
+    pub fn disk(&self) -> (u64, u64) {
+        disk_space(&self.dir)
+    }
+
     /// Bytes that forks may still write before the disk's reserve begins.
     pub fn room(&self) -> u64 {
         let mut space = self.space.lock();

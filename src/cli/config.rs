@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 
 use super::values;
+use crate::daemon::{Keep, Policy};
 use crate::protocol::{Code, Failure};
 
 /// Where the service's configuration lies; where there is one, a user's own is not read.
@@ -32,6 +33,55 @@ struct File {
     size: Option<u64>,
     threads: Option<u16>,
     wakeful: Option<bool>,
+    #[serde(default, deserialize_with = "size")]
+    limit: Option<u64>,
+    #[serde(default, rename = "min-free", deserialize_with = "size")]
+    min_free: Option<u64>,
+    #[serde(default)]
+    retention: Vec<Rule>,
+}
+
+/// How long versions of the volumes with such names stay; what it does not say is default.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Rule {
+    volumes: String,
+    keep_versions: Option<u32>,
+    #[serde(default, deserialize_with = "duration")]
+    keep_for: Option<Duration>,
+    #[serde(default, deserialize_with = "duration")]
+    unused_for: Option<Duration>,
+}
+
+impl File {
+    fn policy(&self) -> Result<Policy, String> {
+        let mut policy = Policy::new(self.limit, self.min_free);
+        for rule in &self.retention {
+            policy.add(&rule.volumes, rule.keep())?;
+        }
+        Ok(policy)
+    }
+}
+
+impl Rule {
+    fn keep(&self) -> Keep {
+        let default = Keep::default();
+        Keep {
+            versions: self.keep_versions.map_or(default.versions, |n| n as usize),
+            younger: self.keep_for.unwrap_or(default.younger),
+            unused: self.unused_for.unwrap_or(default.unused),
+        }
+    }
+
+    fn shown(&self) -> Value {
+        let keep = self.keep();
+        json!({
+            "volumes": self.volumes,
+            "keep-versions": keep.versions,
+            "keep-for": keep.younger.as_secs_f64(),
+            "unused-for": keep.unused.as_secs_f64(),
+        })
+    }
 }
 
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
@@ -49,11 +99,12 @@ fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Er
 }
 
 /// The settings in force.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Config {
     /// The file they were read from.
     pub file: Option<PathBuf>,
     said: File,
+    retention: Policy,
 }
 
 impl Config {
@@ -79,11 +130,12 @@ impl Config {
         Ok(Config {
             file: None,
             said: File::default(),
+            retention: Policy::default(),
         })
     }
 
     fn parse(text: &str, path: &Path) -> Result<Config, Failure> {
-        let said = toml::from_str(text).map_err(|error: toml::de::Error| {
+        let said: File = toml::from_str(text).map_err(|error: toml::de::Error| {
             let before = error
                 .span()
                 .and_then(|span| text.get(..span.start))
@@ -93,9 +145,14 @@ impl Config {
             let message = format!("{}:{line}:{column}: {}", path.display(), error.message());
             Failure::new(Code::Usage, message)
         })?;
+        let retention = said.policy().map_err(|why| {
+            let message = format!("{}: retention: {why}", path.display());
+            Failure::new(Code::Usage, message)
+        })?;
         Ok(Config {
             file: Some(path.into()),
             said,
+            retention,
         })
     }
 
@@ -147,6 +204,11 @@ impl Config {
         self.said.wakeful.unwrap_or(true)
     }
 
+    /// What is removed by itself.
+    pub fn retention(&self) -> &Policy {
+        &self.retention
+    }
+
     /// Each setting, its value, and where that came from.
     pub fn table(&self) -> Vec<(&'static str, Value, String)> {
         let file = self
@@ -191,6 +253,13 @@ impl Config {
                 json!(self.wakeful()),
                 origin(s.wakeful.is_some()),
             ),
+            ("limit", json!(s.limit), origin(s.limit.is_some())),
+            ("min-free", json!(s.min_free), origin(s.min_free.is_some())),
+            (
+                "retention",
+                s.retention.iter().map(Rule::shown).collect(),
+                origin(!s.retention.is_empty()),
+            ),
         ]
     }
 }
@@ -225,6 +294,28 @@ mod tests {
             table
                 .iter()
                 .any(|(name, _, origin)| *name == "size" && origin == "default")
+        );
+    }
+
+    #[test]
+    fn the_retention_of_the_manual_is_understood() {
+        let text = include_str!("../../docs/semantics.md");
+        let (_, text) = text.split_once("```toml\n").unwrap();
+        let config = parse(text.split("```").next().unwrap()).unwrap();
+        assert_eq!(config.retention().limit, Some(200 << 30));
+        assert_eq!(config.retention().min_free, Some(20 << 30));
+        let table = config.table();
+        let (_, shown, _) = table
+            .iter()
+            .find(|(name, ..)| *name == "retention")
+            .unwrap();
+        let first = json!({"volumes": "shop/branch/**", "keep-versions": 2, "keep-for": 3600.0, "unused-for": 259_200.0});
+        assert_eq!(shown[0], first);
+        assert_eq!(shown[1]["keep-versions"], 10);
+        let wrong = parse("[[retention]]\nvolumes = \"a{\"\n").unwrap_err();
+        assert!(
+            wrong.starts_with("/c.toml: retention: the pattern"),
+            "{wrong}"
         );
     }
 

@@ -142,6 +142,7 @@ fn run(
             threads: config.threads(),
             orphan_after: config.orphan_after(),
             wakeful: config.wakeful(),
+            retention: config.retention().clone(),
             ..EngineConfig::default()
         },
         announce,

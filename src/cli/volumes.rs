@@ -213,7 +213,14 @@ fn exposition(answer: &Value) -> String {
 pub fn gc(context: &Context, dry_run: bool) -> Result<(), Failure> {
     let answer = context.ask(&Request::Gc { dry_run })?;
     output::show(context.json, &answer, |answer| {
-        output::fields(
+        let names = ["/gc/volumes", "/gc/versions"].map(|list| {
+            let names = answer.pointer(list).and_then(Value::as_array);
+            names.cloned().unwrap_or_default()
+        });
+        let verb = if dry_run { "would go" } else { "gone" };
+        let line = |name| format!("{verb}: {}\n", output::path_text(name));
+        let gone: String = names.iter().flatten().map(line).collect();
+        gone + &output::fields(
             &answer["gc"],
             &[
                 ("removed nodes", "/removed_nodes", Shown::Plain),

@@ -431,6 +431,7 @@ impl Engine {
         } else {
             text.into()
         };
+        let _stays = self.bases.read();
         let (from, version) = self.find_version(&text)?;
         if from.id != volume.id {
             return Err(EngineError::new(
@@ -538,6 +539,7 @@ impl Engine {
 
     /// Keeps a version from being removed, or lets it go.
     pub fn pin(&self, text: &str, pinned: bool) -> Result<VersionInfo> {
+        let _stays = self.bases.read();
         let (volume, version) = self.find_version(text)?;
         self.store.set_pin(
             VersionRef {
@@ -580,8 +582,13 @@ impl Engine {
                     continue;
                 }
                 let name = format!("{}@{}", volume.name, version.number);
-                if remove && !self.is_forked(at) {
+                let alone = self.bases.write();
+                let removed = remove && !self.is_forked(at);
+                if removed {
                     self.store.remove_version(at)?;
+                }
+                drop(alone);
+                if removed {
                     log::warn!("{name} removed: it is damaged");
                     repaired.removed.push(name);
                 } else {

@@ -238,6 +238,10 @@ impl Engine {
             unchanged,
             abandoned,
             refused,
+            gcs,
+            freed_bytes,
+            removed_volumes,
+            removed_versions,
         } = &self.counters;
         let all = [
             ("forks", forks),
@@ -245,6 +249,10 @@ impl Engine {
             ("unchanged", unchanged),
             ("abandoned", abandoned),
             ("refused", refused),
+            ("gcs", gcs),
+            ("freed_bytes", freed_bytes),
+            ("removed_volumes", removed_volumes),
+            ("removed_versions", removed_versions),
         ];
         all.into_iter()
             .map(|(name, count)| (name, count.load(Ordering::Relaxed)))

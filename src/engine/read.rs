@@ -6,7 +6,7 @@ use std::io::Write;
 use super::{Code, Engine, EngineError, Result};
 use crate::fork::view;
 use crate::record::{self, Attr, Ino, Key, Kind, ROOT};
-use crate::store::{CheckReport, GcReport, Lease, Stats};
+use crate::store::{CheckReport, Lease, Stats};
 use crate::tree::{self, NodeId};
 
 /// An entry of a directory of a version.
@@ -55,6 +55,7 @@ pub(super) struct Held {
 impl Engine {
     /// The root of a version.
     pub(super) fn hold(&self, text: &str) -> Result<Held> {
+        let _stays = self.bases.read();
         let (_, version) = self.find_version(text)?;
         Ok(Held {
             root: version.root,
@@ -426,24 +427,6 @@ impl Engine {
     /// Counts what the store holds.
     pub fn stats(&self) -> Result<Stats> {
         Ok(self.store.stats()?)
-    }
-
-    /// Removes what nothing names any more.
-    pub fn gc(&self, dry_run: bool) -> Result<GcReport> {
-        let report = self.store.gc(dry_run, || {
-            let lives: Vec<_> = self.forks.lock().values().cloned().collect();
-            lives
-                .iter()
-                .filter_map(|live| live.fork.as_ref())
-                .flat_map(|fork| fork.roots())
-                .collect()
-        })?;
-        log::info!(
-            "gc removed {} chunks and freed {} bytes",
-            report.removed_chunks,
-            report.freed_bytes
-        );
-        Ok(report)
     }
 
     /// Checks every version.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Code, Engine, EngineError, Live, Result};
 use crate::commit;
@@ -13,19 +13,43 @@ use crate::commit;
 /// How many times longer than its table, or than the limit of one, a log may be.
 const LOG_FACTOR: u64 = 4;
 const PAUSE: Duration = Duration::from_millis(300);
+/// How often the disk is looked at; how long nothing is tried again that did not help; how often retention is asked anyway.
+const LOOK: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(3600);
+const DAY: Duration = Duration::from_secs(86_400);
 /// Files of one fork that are ingested between two looks at the others.
 const AT_A_TIME: usize = 256;
 /// A file is cut down in steps of this size before it is unlinked, so that the disk is never held for long.
 const STEP: u64 = 64 << 20;
 
-/// Starts the threads that look after an engine until it stops: one for what can wait, at idle priority, and one that keeps
+/// When the store was looked after.
+pub struct Tended {
+    /// No look before this: a volume that somebody comes for is forked first.
+    next: Instant,
+    daily: Option<Instant>,
+    for_room: Option<Instant>,
+}
+
+impl Default for Tended {
+    fn default() -> Tended {
+        Tended {
+            next: Instant::now() + LOOK,
+            daily: None,
+            for_room: None,
+        }
+    }
+}
+
+/// Starts the threads that look after an engine until it stops: two for what can wait, at idle priority, and one that keeps
 /// the tables of forks small.
 pub fn start(engine: &Arc<Engine>) -> Result<Vec<thread::JoinHandle<()>>> {
     let idle = |engine: &Engine| engine.look_after();
     let tables = |engine: &Engine| engine.move_large_tables();
+    let tend = |engine: &Engine| engine.tend(Instant::now());
     Ok(vec![
         repeat(engine, "upkeep", true, idle)?,
         repeat(engine, "tables", false, tables)?,
+        repeat(engine, "retention", true, tend)?,
     ])
 }
 
@@ -74,6 +98,45 @@ impl Engine {
         }
         self.free_what_lingers();
         busy
+    }
+
+    /// Lets go what retention lets go: once a day, and when the disk runs short.
+    pub(super) fn tend(&self, now: Instant) -> bool {
+        let mut tended = self.tended.lock();
+        if now < tended.next {
+            return false;
+        }
+        tended.next = now + LOOK;
+        let short = self.short_of() > 0;
+        self.crowded
+            .store(short && self.beyond_limit() > 0, Ordering::Release);
+        let before = |at: Option<Instant>, than: Duration| at.is_none_or(|at| now - at > than);
+        let due = before(tended.daily, DAY) || (short && before(tended.for_room, HOUR));
+        if !due {
+            return false;
+        }
+        // A daemon that lives for minutes finds the same garbage each time: it looks for it only when something went.
+        let first = tended.daily.is_none();
+        tended.daily = Some(now);
+        let gone = match first && !short {
+            true => self.retain(super::now(), 0, true),
+            false => Ok(Default::default()),
+        };
+        let result = gone.and_then(|(volumes, versions)| {
+            if first && !short && volumes.is_empty() && versions.is_empty() {
+                return Ok(());
+            }
+            self.gc(false).map(drop)
+        });
+        if let Err(error) = result {
+            log::warn!("the store was not tidied up: {error}");
+        }
+        if short {
+            tended.for_room = Some(now);
+            self.crowded
+                .store(self.beyond_limit() > 0, Ordering::Release);
+        }
+        false
     }
 
     /// Frees the room of forks that are over and whose mount somebody holds on to. What was committed stays readable there.

@@ -234,7 +234,8 @@ impl Store {
         self.poison_on_error(result)
     }
 
-    fn disk_bytes(&self) -> u64 {
+    /// What the database takes on disk.
+    pub fn disk_bytes(&self) -> u64 {
         use std::os::unix::fs::MetadataExt;
         let Ok(entries) = std::fs::read_dir(self.dir.join("db")) else {
             return 0;

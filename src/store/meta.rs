@@ -288,6 +288,19 @@ impl Store {
         Ok(volume)
     }
 
+    /// Notes that a volume is used, unsynced: a note that is lost in a crash is made again by the next use.
+    pub fn touch_volume(&self, id: u64, now: i64) -> Result<(), StoreError> {
+        let _serial = self.publishing.lock();
+        let Some(mut volume) = self.volume_by_id(id)? else {
+            return Ok(());
+        };
+        volume.used = now;
+        let mut batch = WriteBatch::default();
+        let key = keys::one(keys::VOLUME, id);
+        self.put(&mut batch, Target::Meta, &key, &json(&volume))?;
+        self.write_unsynced(batch)
+    }
+
     /// Changes a volume's record under the lock that commits take.
     pub fn update_volume(
         &self,

@@ -94,7 +94,7 @@ fn moving_the_table_changes_nothing_that_a_fork_shows_or_commits() {
     );
     let report = bench.engine().gc(false).unwrap();
     assert!(
-        report.removed_nodes > 0,
+        report.garbage.removed_nodes > 0,
         "what the moves left behind is garbage"
     );
     bench.reopen();

@@ -1,0 +1,103 @@
+//! What goes by itself, and what never does.
+
+use super::*;
+
+const DAY: i64 = 24 * 3600 * 1_000_000_000;
+
+fn commit_one(bench: &Bench, volume: &str, seed: u64) {
+    let id = bench.fork(volume);
+    put(&bench.fs(id), &format!("f{seed}"), &noise(100_000, seed));
+    bench.commit(id, false).unwrap();
+}
+
+#[test]
+fn gc_lets_unused_volumes_go_and_says_so_before() {
+    let bench = Bench::new();
+    for volume in ["forked", "pinned", "unused"] {
+        commit_one(&bench, volume, 1);
+    }
+    bench.engine().pin("pinned", true).unwrap();
+    let fork = bench.fork("forked");
+    let later = now() + 15 * DAY;
+    let retain = |dry_run| bench.engine().retain(later, 0, dry_run).unwrap();
+    assert_eq!(retain(true), (vec!["unused".into()], vec![]));
+    assert!(bench.engine().volume("unused").is_ok());
+    assert_eq!(retain(false), (vec!["unused".into()], vec![]));
+    assert!(bench.engine().volume("unused").is_err());
+    assert_eq!(bench.engine().counters()["removed_volumes"], 1);
+    assert_eq!(get(&bench.fs(fork), "f1"), Some(noise(100_000, 1)));
+    assert_eq!(bench.engine().volume("pinned").unwrap().versions, 1);
+}
+
+#[test]
+fn forking_a_volume_is_using_it() {
+    let bench = Bench::new();
+    commit_one(&bench, "v", 1);
+    commit_one(&bench, "of", 1);
+    let old = now() - 20 * DAY;
+    for name in ["v", "of"] {
+        let id = bench.engine().volume_record(name).unwrap().id;
+        bench.engine().store.touch_volume(id, old).unwrap();
+    }
+    let fork = bench.fork_with("v", |request| request.from = Some("of@1".into()));
+    bench.engine().abandon(fork).unwrap();
+    let gone = bench.engine().retain(now(), 0, true).unwrap();
+    assert_eq!(gone, (vec![], vec![]));
+}
+
+#[test]
+fn versions_beyond_the_newest_go_but_for_the_bases_of_forks() {
+    let bench = Bench::new();
+    commit_one(&bench, "v", 1);
+    let fork = bench.fork("v");
+    for seed in 2..=13 {
+        commit_one(&bench, "v", seed);
+    }
+    let gone = bench.engine().retain(now() + 2 * DAY, 0, false).unwrap();
+    assert_eq!(gone, (vec![], vec!["v@3".into(), "v@2".into()]));
+    bench.engine().gc(false).unwrap();
+    assert_eq!(get(&bench.fs(fork), "f1"), Some(noise(100_000, 1)));
+    assert_eq!(bench.engine().volume("v").unwrap().versions, 11);
+    check(&bench);
+}
+
+#[test]
+fn what_was_forked_is_there_however_retention_and_forks_meet() {
+    let bench = Bench::new();
+    std::thread::scope(|scope| {
+        let forking = scope.spawn(|| {
+            for seed in 1..=100 {
+                commit_one(&bench, "v", seed);
+                let fork = bench.fork("v");
+                let info = bench.engine().find_fork(&fork.to_string()).unwrap();
+                if let Some(base) = info.base {
+                    assert!(bench.engine().find_version(&base).is_ok(), "{base}");
+                }
+                bench.engine().abandon(fork).unwrap();
+            }
+        });
+        while !forking.is_finished() {
+            let later = now() + 15 * DAY;
+            bench.engine().retain(later, 0, false).unwrap();
+        }
+    });
+    check(&bench);
+}
+
+#[test]
+fn a_store_beyond_its_limit_refuses_forks_when_nothing_more_may_go() {
+    let mut bench = Bench::new();
+    commit_one(&bench, "v", 1);
+    bench.retention.limit = Some(1);
+    bench.reopen();
+    let look = Instant::now() + Duration::from_secs(3600);
+    bench.engine().tend(look);
+    let error = bench.engine().fork(fork_request("v")).unwrap_err();
+    assert_eq!(error.code, Code::NoSpace);
+    assert_eq!(
+        bench.engine().volume("v").unwrap().versions,
+        1,
+        "it is in use"
+    );
+    assert_eq!(bench.engine().counters()["gcs"], 1);
+}
