@@ -1,6 +1,6 @@
 //! What goes by itself: volumes that nobody uses, old versions of those in use, and more where the disk runs short.
 //!
-//! [`Policy::decide`] says what goes, from records and a time alone. Whoever removes looks again under the lock that forks share
+//! [`decide`] says what goes, from records and a time alone. Whoever removes looks again under the lock that forks share
 //! while they choose their base: so a version is either forked or removed.
 
 use std::collections::BTreeSet;
