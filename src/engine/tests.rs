@@ -8,6 +8,7 @@ use crate::record::{Ino, Kind, ROOT};
 mod beside;
 mod content;
 mod exclude;
+mod model;
 mod private_root;
 mod retention;
 
