@@ -497,29 +497,44 @@ impl Engine {
     /// `Busy` while it has forks, unless `force`, which abandons them.
     pub fn remove_volume(&self, name: &str, force: bool) -> Result<Vec<MountInfo>> {
         let volume = self.volume_record(name)?;
-        let forks: Vec<ForkId> = {
-            let forks = self.forks.lock();
-            forks
-                .values()
-                .filter(|live| live.record.lock().volume == volume.id)
-                .map(|live| live.id)
-                .collect()
-        };
-        if !forks.is_empty() && !force {
-            let ids: Vec<String> = forks.iter().map(ToString::to_string).collect();
-            return Err(EngineError::new(
-                Code::Busy,
-                format!("volume {name} has forks: {}", ids.join(", ")),
-            )
-            .hint("commit or abandon them, or use --force, which abandons them"));
-        }
         let mut mounts = Vec::new();
-        for id in forks {
-            mounts.extend(self.abandon(id)?);
+        loop {
+            // Nothing is forked from it between the look and the end.
+            let alone = self.bases.write();
+            let forks = self.forks_of(volume.id);
+            if forks.is_empty() {
+                self.store.remove_volume(&volume)?;
+                log::info!("volume {name} removed");
+                return Ok(mounts);
+            }
+            drop(alone);
+            if !force {
+                let ids: Vec<String> = forks.iter().map(ToString::to_string).collect();
+                return Err(EngineError::new(
+                    Code::Busy,
+                    format!("volume {name} has forks: {}", ids.join(", ")),
+                )
+                .hint("commit or abandon them, or use --force, which abandons them"));
+            }
+            for id in forks {
+                match self.abandon(id) {
+                    Ok(mount) => mounts.extend(mount),
+                    // Somebody else ended it.
+                    Err(error) if error.code == Code::NotFound => {}
+                    Err(error) => return Err(error),
+                }
+            }
         }
-        self.store.remove_volume(&volume)?;
-        log::info!("volume {name} removed");
-        Ok(mounts)
+    }
+
+    /// The forks of a volume, and those of others that were made from it.
+    fn forks_of(&self, volume: u64) -> Vec<ForkId> {
+        let is_of = |live: &&Arc<Live>| {
+            let record = live.record.lock();
+            record.volume == volume || record.base.is_some_and(|base| base.volume == volume)
+        };
+        let forks = self.forks.lock();
+        forks.values().filter(is_of).map(|live| live.id).collect()
     }
 
     /// Gives a volume another name; its forks go on.

@@ -655,3 +655,19 @@ fn df_counts_what_the_fork_shows_and_deleting_lowers_it() {
     bench.reopen();
     assert_eq!(used(&bench), (0, 1));
 }
+
+#[test]
+fn a_volume_goes_only_when_nothing_is_forked_from_it() {
+    let bench = Bench::new();
+    let first = bench.fork("v");
+    put(&bench.fs(first), "f", b"x");
+    bench.commit(first, false);
+    let other = bench.fork_with("other", |request| request.from = Some("v".into()));
+    let refused = bench.engine().remove_volume("v", false).unwrap_err();
+    assert_eq!(refused.code, Code::Busy);
+    assert_eq!(get(&bench.fs(other), "f"), Some(b"x".to_vec()));
+    bench.engine().remove_volume("v", true).unwrap();
+    assert!(bench.engine().volume("v").is_err());
+    assert!(bench.engine().forks().unwrap().is_empty());
+    check(&bench);
+}
