@@ -10,8 +10,6 @@ mod io;
 mod name;
 mod node;
 mod rename;
-#[cfg(test)]
-mod tests;
 mod xattr;
 
 use std::sync::Arc;
