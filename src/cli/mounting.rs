@@ -295,6 +295,9 @@ fn explain_refusal(at: &Path, words: &str) -> Failure {
     if words.contains("mount_max") || words.contains("too many FUSE filesystems") {
         return failure.hint("raise mount_max in /etc/fuse.conf, or end forks: forkvol forks");
     }
+    if words.contains("/dev/fuse") && words.contains("Permission denied") {
+        return failure.hint(format!("chmod 0666 {}", kernel::FUSE_DEVICE));
+    }
     if words.contains("/dev/fuse") || words.contains("fuse device") {
         return failure.hint("modprobe fuse; in a container, --device /dev/fuse");
     }

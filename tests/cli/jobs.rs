@@ -200,6 +200,11 @@ fn a_second_job_is_refused_the_path_of_the_first_and_told_whose_it_is() {
     let second = cli.attach("2", &["-v", "v", "-p", "c"]);
     let why = second["volumes"][0]["degraded"].as_str().unwrap();
     assert!(why.contains("is attached by job 1"), "{why}");
+    let third = cli.attach("3", &["-v", "w", "-p", "c", "-p", "d"]);
+    assert_eq!(third["degraded"], true);
+    assert!(cli.path("d").is_dir(), "an empty folder is there instead");
+    cli.finish("3", "0");
+    assert!(!cli.path("d").exists());
     let (status, _) = cli.fails(&["attach", "--job", "1", "-v", "other", "-p", "c"]);
     assert_eq!(status, 2, "the same job with other volumes");
     assert_eq!(cli.finish("2", "0")["v"], "not committed");

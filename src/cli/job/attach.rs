@@ -192,7 +192,7 @@ fn make(context: &Context, options: &Attach, wishes: &[Wish], name: &str) -> Res
                 finish::drop_job(context, &jobs, &job)?;
                 return Err(failure);
             }
-            work.go_without(&mut client, &mut job, &failure)?;
+            work.go_without(&mut client, &mut job, wish, &failure)?;
         }
     }
     Ok(job)
@@ -369,6 +369,7 @@ impl Work<'_> {
         &mut self,
         client: &mut Client,
         job: &mut Job,
+        wish: &Wish,
         failure: &Failure,
     ) -> Result<(), Failure> {
         let volume = current(job);
@@ -379,6 +380,20 @@ impl Work<'_> {
             warn(&failure.message);
         }
         finish::take_apart(Some(client), volume, self.by, false);
+        volume.paths.iter_mut().for_each(|spot| spot.link = None);
+        for path in wish.paths.iter().skip(volume.paths.len()) {
+            let made = paths::missing(path).unwrap_or_default();
+            if let Err(error) = fs::create_dir_all(path) {
+                warn(&format!("cannot make {}: {error}", path.display()));
+            }
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            volume.paths.push(Spot {
+                path,
+                inner: None,
+                link: None,
+                made,
+            });
+        }
         volume.mount = None;
         volume.folder = None;
         volume.hit = "empty".into();
