@@ -8,26 +8,25 @@ mod commit;
 mod info;
 mod read;
 mod retention;
+mod serving;
 #[cfg(test)]
 mod tests;
 mod upkeep;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Mutex, MutexGuard, RwLock};
 
 use crate::fork::error::FsError;
 use crate::fork::{Excludes, Fork, Origin, Private};
-use crate::fs::{Fs, Options, Ownership};
-use crate::mount::{Requests, Wakeful, session};
+use crate::mount::{Requests, Wakeful};
 use crate::store::{
-    self, ForkId, ForkOptions, Hit, Ingest, MountPoint, Store, StoreError, StoreOptions, VersionRef,
+    self, ForkId, ForkOptions, Hit, Ingest, Store, StoreError, StoreOptions, VersionRef,
 };
 use crate::tree::NodeId;
 use crate::volume::{self, Found, VersionSpec};
@@ -37,6 +36,8 @@ pub use commit::{CommitRequest, Committed, Repaired, When};
 pub use info::{ForkInfo, MountInfo, VersionInfo, VolumeInfo};
 pub use read::{DiffEntry, DiffKind, ListEntry};
 pub use retention::{Collected, Keep, Policy};
+pub use serving::Served;
+use serving::Sessions;
 pub use store::{CheckReport, GcReport, LeftOut, Stats};
 
 /// The kinds of failure, one per exit status of the command line.
@@ -199,8 +200,7 @@ struct Live {
     /// None for one of another boot, or whose log is damaged: it can only be abandoned.
     fork: Option<Arc<Fork>>,
     record: Mutex<store::Fork>,
-    /// The number of the session that serves it, 0 for none, and since when there is none.
-    session: Mutex<(u64, Instant)>,
+    sessions: Mutex<Sessions>,
     requests: Arc<Requests>,
     committing: Mutex<()>,
     /// How many wait for `committing`: background work makes way for them.
@@ -230,10 +230,6 @@ impl Live {
         let alone = self.committing.lock();
         self.waiting.fetch_sub(1, Ordering::AcqRel);
         alone
-    }
-
-    fn is_served(&self) -> bool {
-        self.session.lock().0 != 0
     }
 }
 
@@ -464,7 +460,7 @@ impl Engine {
             gid: request.gid,
             uid_map: request.uid_map.clone(),
             created: now(),
-            mount: None,
+            mounts: Vec::new(),
         };
         let origin = origin(&self.store, &record)?;
         let root_owner = owner.unwrap_or((request.uid, request.gid));
@@ -486,86 +482,6 @@ impl Engine {
             info.base.as_deref().unwrap_or("nothing")
         );
         Ok(info)
-    }
-
-    /// A fork as a filesystem, for whoever uses it without a mount.
-    ///
-    /// # Errors
-    /// `NotFound`, or the fork is lost.
-    pub fn fs_of(&self, id: ForkId) -> Result<Fs> {
-        let live = self.live(id)?;
-        let options = live.record.lock().options.clone();
-        let ownership = match options.owner {
-            Some((uid, gid)) => Ownership::As { uid, gid },
-            None => Ownership::Keep,
-        };
-        let options = Options {
-            read_only: options.read_only,
-            ownership,
-            acl: options.acl,
-        };
-        Ok(Fs::new(live.fork()?.clone(), options))
-    }
-
-    /// Serves a fork on a connection to the kernel that its caller mounted at `mountpoint`; returns when it is usable.
-    ///
-    /// # Errors
-    /// `Busy` if it is served already; `Failed` if the descriptor is not of a mount.
-    pub fn serve(
-        self: &Arc<Self>,
-        id: ForkId,
-        fd: OwnedFd,
-        mountpoint: &str,
-        dev: u64,
-        created: bool,
-    ) -> Result<()> {
-        let live = self.live(id)?;
-        live.fork()?;
-        let epoch = {
-            let mut session = live.session.lock();
-            if session.0 != 0 {
-                let at = live
-                    .record
-                    .lock()
-                    .mount
-                    .as_ref()
-                    .map(|m| m.path.clone())
-                    .unwrap_or_default();
-                return Err(EngineError::new(
-                    Code::Busy,
-                    format!("fork {id} is mounted already, at {at}"),
-                ));
-            }
-            let mut record = live.record.lock();
-            let epoch = record.next_epoch;
-            record.next_epoch += 1;
-            record.mount = Some(MountPoint {
-                path: mountpoint.into(),
-                dev,
-                created,
-            });
-            self.store.put_fork(&record)?;
-            session.0 = epoch;
-            epoch
-        };
-        let fs = self.fs_of(id)?;
-        let (engine, ended) = (Arc::downgrade(self), live.clone());
-        let (requests, wakeful) = (live.requests.clone(), self.wakeful.clone());
-        let result = session::serve(fs, fd, epoch, 2, requests, wakeful, move || {
-            ended.end_session(epoch);
-            if ended.over.load(Ordering::Acquire)
-                && let Some(engine) = engine.upgrade()
-            {
-                engine.remove_delta(&ended);
-            }
-        });
-        result.map_err(|e| {
-            live.end_session(epoch);
-            EngineError::new(
-                Code::Failed,
-                format!("fork {id} cannot be served at {mountpoint}: {e}"),
-            )
-        })
     }
 
     fn live(&self, id: ForkId) -> Result<Arc<Live>> {
@@ -605,11 +521,11 @@ impl Engine {
             .count()
     }
 
-    /// Drops what a fork changed; returns the mount that its caller is to take away. Never fails for being busy.
+    /// Drops what a fork changed; returns the mounts that its caller is to take away. Never fails for being busy.
     ///
     /// # Errors
     /// `NotFound`; what the disk answered.
-    pub fn abandon(&self, id: ForkId) -> Result<Option<MountInfo>> {
+    pub fn abandon(&self, id: ForkId) -> Result<Vec<MountInfo>> {
         let live = self.live(id)?;
         let _one = live.alone();
         let unused = live
@@ -625,15 +541,13 @@ impl Engine {
 
     /// Takes a fork off the list that was abandoned, or committed as `root`; what is left of it goes with its session, or at once
     /// if there is none.
-    fn finish(&self, live: &Arc<Live>, root: Option<NodeId>) -> Option<MountInfo> {
+    fn finish(&self, live: &Arc<Live>, root: Option<NodeId>) -> Vec<MountInfo> {
         self.forks.lock().remove(&live.id);
         live.ahead.lock().take();
-        let mount = live
-            .record
-            .lock()
-            .mount
-            .clone()
-            .filter(|_| live.is_served());
+        let mounts = match live.is_served() {
+            true => live.record.lock().mounts.clone(),
+            false => Vec::new(),
+        };
         if root.is_none()
             && let Some(fork) = &live.fork
         {
@@ -645,7 +559,7 @@ impl Engine {
         } else {
             self.remove_delta(live);
         }
-        mount.map(MountInfo::from)
+        mounts.into_iter().map(MountInfo::from).collect()
     }
 
     /// Forks of jobs whose mount is gone.
@@ -704,23 +618,13 @@ impl Live {
             id: record.id,
             fork,
             record: Mutex::new(record),
-            session: Mutex::new((0, Instant::now())),
+            sessions: Mutex::default(),
             requests: Arc::default(),
             committing: Mutex::default(),
             waiting: AtomicUsize::new(0),
             ahead: Mutex::default(),
             over: AtomicBool::new(false),
             why_lost,
-        }
-    }
-
-    fn end_session(&self, epoch: u64) {
-        let mut session = self.session.lock();
-        if session.0 == epoch {
-            *session = (0, Instant::now());
-            if let Some(fork) = &self.fork {
-                fork.end_session();
-            }
         }
     }
 }
@@ -737,7 +641,9 @@ fn origin(store: &Store, record: &store::Fork) -> std::result::Result<Origin, St
         id: record.id,
         root: record.root,
         private: record.moved.map(|moved| Private {
-            version: version.map_or_else(|| crate::tree::empty().0, |v| v.root),
+            version: version
+                .as_ref()
+                .map_or_else(|| crate::tree::empty().0, |v| v.root),
             charged: moved.charged,
         }),
         holds: (
@@ -745,6 +651,7 @@ fn origin(store: &Store, record: &store::Fork) -> std::result::Result<Origin, St
             files.saturating_add_signed(totals.files),
         ),
         first_segment: record.first_segment,
+        has_links: totals.has_links || version.as_ref().is_some_and(|v| v.has_links),
         size: record.options.size,
         excludes: Excludes::new(&record.options.excludes, record.options.default_excludes)
             .map_err(|what| StoreError::Corrupt { what })?,
@@ -768,7 +675,7 @@ fn reopen(store: &Arc<Store>, record: store::Fork, boot: &str) -> Live {
     };
     if let Ok(fork) = &fork {
         // Nobody reaches the orphans of a session that is gone.
-        fork.end_session();
+        fork.drop_orphans();
     }
     Live::new(record, fork)
 }

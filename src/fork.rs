@@ -20,7 +20,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -55,6 +55,8 @@ pub struct Origin {
     pub holds: (u64, u64),
     /// The first segment of the log on top of that root.
     pub first_segment: u64,
+    /// Some file of the root may have several names.
+    pub has_links: bool,
     /// Room for new data, in bytes.
     pub size: u64,
     /// What is never committed.
@@ -105,12 +107,14 @@ pub struct Fork {
     layers: RwLock<Layers>,
     log: Mutex<Log>,
     numbers: Mutex<Numbers>,
-    /// How often the kernel was told of an inode and has not forgotten it.
-    lookups: Mutex<HashMap<Ino, u64>>,
+    /// For each session by its epoch: how often its kernel was told of an inode and has not forgotten it.
+    lookups: Mutex<Vec<(u64, HashMap<Ino, u64>)>>,
     created: AtomicU64,
     private: Mutex<Option<Private>>,
     /// 512-byte blocks and inodes of the view.
     holds: (AtomicI64, AtomicI64),
+    /// Some file has, or had, several names.
+    has_links: AtomicBool,
     damage: OnceLock<String>,
     started: Instant,
 }
@@ -204,16 +208,15 @@ impl Fork {
                 .collect::<Vec<Extent>>()
         });
         fork.spool.adopt(extents);
-        let created = layers
-            .live
-            .inodes
-            .values()
-            .filter(|cell| {
-                let inode = cell.state.read();
-                inode.created && inode.base.is_none()
-            })
-            .count();
-        fork.created.store(created as u64, Ordering::Relaxed);
+        let mut created = 0;
+        for cell in layers.live.inodes.values() {
+            let inode = cell.state.read();
+            created += u64::from(inode.created && inode.base.is_none());
+            if inode.attr.kind != Kind::Directory && inode.attr.nlink > 1 {
+                fork.note_link();
+            }
+        }
+        fork.created.store(created, Ordering::Relaxed);
         drop(layers);
         Ok(fork)
     }
@@ -250,6 +253,7 @@ impl Fork {
                 AtomicI64::new(origin.holds.0 as i64),
                 AtomicI64::new(origin.holds.1 as i64),
             ),
+            has_links: AtomicBool::new(origin.has_links),
             damage: OnceLock::new(),
             started: Instant::now(),
         })
@@ -456,23 +460,37 @@ impl Fork {
         }
     }
 
-    /// Counts that the kernel was told of an inode once more.
-    pub fn looked_up(&self, ino: Ino) {
-        *self.lookups.lock().entry(ino).or_default() += 1;
+    /// Counts that the kernel of a session was told of an inode once more.
+    pub fn looked_up(&self, session: u64, ino: Ino) {
+        let mut lookups = self.lookups.lock();
+        let at = match lookups.iter().position(|(of, _)| *of == session) {
+            Some(at) => at,
+            None => {
+                lookups.push((session, HashMap::new()));
+                lookups.len() - 1
+            }
+        };
+        *lookups[at].1.entry(ino).or_default() += 1;
     }
 
-    /// Counts that the kernel forgot an inode so many times; an orphan that it does not know any more is removed.
-    pub fn forget(&self, ino: Ino, times: u64) {
+    /// Counts that the kernel of a session forgot an inode so many times; an orphan that nobody knows any more is removed.
+    pub fn forget(&self, session: u64, ino: Ino, times: u64) {
         {
             let mut lookups = self.lookups.lock();
-            let Some(count) = lookups.get_mut(&ino) else {
+            let Some((_, known)) = lookups.iter_mut().find(|(of, _)| *of == session) else {
+                return;
+            };
+            let Some(count) = known.get_mut(&ino) else {
                 return;
             };
             *count = count.saturating_sub(times);
             if *count > 0 {
                 return;
             }
-            lookups.remove(&ino);
+            known.remove(&ino);
+            if lookups.iter().any(|(_, known)| known.contains_key(&ino)) {
+                return;
+            }
         }
         let is_orphan = {
             let layers = self.layers.read();
@@ -488,7 +506,8 @@ impl Fork {
     }
 
     fn is_known(&self, ino: Ino) -> bool {
-        self.lookups.lock().contains_key(&ino)
+        let lookups = self.lookups.lock();
+        lookups.iter().any(|(_, known)| known.contains_key(&ino))
     }
 
     /// Removes an orphan. If the log cannot take the record the orphan stays, which only holds room.
@@ -505,19 +524,34 @@ impl Fork {
     }
 
     /// Forgets what a session's kernel knew, and the orphans that only it could reach.
-    pub fn end_session(&self) {
-        self.lookups.lock().clear();
+    pub fn end_session(&self, session: u64) {
+        self.lookups.lock().retain(|(of, _)| *of != session);
+        self.drop_orphans();
+    }
+
+    /// Removes the orphans that no kernel knows.
+    pub fn drop_orphans(&self) {
         let orphans: Vec<Ino> = {
             let layers = self.layers.read();
             let cells = layers.live.inodes.values();
             cells
-                .filter(|cell| cell.state.read().orphan)
+                .filter(|cell| cell.state.read().orphan && !self.is_known(cell.ino))
                 .map(|cell| cell.ino)
                 .collect()
         };
         for ino in orphans {
             self.drop_orphan(ino);
         }
+    }
+
+    /// Notes that a file was given one more name.
+    pub fn note_link(&self) {
+        self.has_links.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether any file may have several names.
+    pub fn may_have_links(&self) -> bool {
+        self.has_links.load(Ordering::Relaxed)
     }
 
     /// How much the fork changed.

@@ -20,7 +20,7 @@ use crate::fork::extent::PAGE;
 use crate::fork::log::Request;
 use crate::fork::view::{InodeView, Listed};
 use crate::fork::{Fork, Layers};
-use crate::record::{Attr, Ino, Kind, NAME_MAX, Nanos, hash56};
+use crate::record::{Attr, Ino, Kind, NAME_MAX, Nanos, ROOT, hash56};
 
 pub use attr::SetAttr;
 pub use io::{Allocate, Seek};
@@ -75,10 +75,16 @@ pub struct Statfs {
     pub files_free: u64,
 }
 
-/// A fork as a filesystem.
+/// A fork as a filesystem, or a folder of it.
 pub struct Fs {
     pub fork: Arc<Fork>,
     pub options: Options,
+    /// Whose lookups are counted: the epoch of the session, 0 without one.
+    session: u64,
+    /// The folder at the top.
+    root: Ino,
+    /// A file may have names outside the folder, which another kernel caches.
+    shares_links: bool,
 }
 
 fn now() -> Nanos {
@@ -103,7 +109,77 @@ fn check_name(name: &[u8]) -> Result<(), FsError> {
 impl Fs {
     /// Serves a fork with these options.
     pub fn new(fork: Arc<Fork>, options: Options) -> Fs {
-        Fs { fork, options }
+        Fs {
+            fork,
+            options,
+            session: 0,
+            root: ROOT,
+            shares_links: false,
+        }
+    }
+
+    /// The same for one session, which serves the folder `root`.
+    ///
+    /// # Errors
+    /// `NotDirectory`; what the store answered.
+    pub fn for_session(mut self, session: u64, root: Ino) -> Result<Fs, FsError> {
+        let attr = self.getattr(root)?;
+        if attr.kind != Kind::Directory {
+            return Err(FsError::NotDirectory);
+        }
+        (self.session, self.root) = (session, root);
+        self.shares_links = root != ROOT && self.fork.may_have_links();
+        Ok(self)
+    }
+
+    /// The folder at the top.
+    pub fn root(&self) -> Ino {
+        self.root
+    }
+
+    /// Whether files may have names outside of what this session serves.
+    pub fn shares_links(&self) -> bool {
+        self.shares_links
+    }
+
+    /// Counts that the kernel forgot an inode so many times.
+    pub fn forget(&self, ino: Ino, times: u64) {
+        self.fork.forget(self.session, ino, times);
+    }
+
+    /// Whether a file may have a name outside the folder that this session serves, so that another kernel caches it too. Only names
+    /// that the base knows and that are still there count as inside: what is not known to be inside is shared.
+    ///
+    /// # Errors
+    /// What the store answered.
+    pub fn is_shared(&self, ino: Ino, attr: &Attr) -> Result<bool, FsError> {
+        if !self.shares_links || attr.kind == Kind::Directory || attr.nlink < 2 {
+            return Ok(false);
+        }
+        let store = &self.fork.store;
+        let layers = self.fork.layers();
+        let mut inside = 0;
+        for (dir, name) in layers.base_names(store, ino)? {
+            let entry = layers.entry(store, dir, hash56(&name), &name)?;
+            if entry.is_some_and(|(at, _)| at == ino) && self.is_inside(&layers, dir)? {
+                inside += 1;
+            }
+        }
+        Ok(inside < attr.nlink)
+    }
+
+    /// Whether a folder lies below the one at the top.
+    fn is_inside(&self, layers: &Layers, mut dir: Ino) -> Result<bool, FsError> {
+        while dir != self.root {
+            if dir == ROOT {
+                return Ok(false);
+            }
+            dir = match layers.attr(&self.fork.store, dir)? {
+                Some(attr) => attr.parent,
+                None => return Ok(false),
+            };
+        }
+        Ok(true)
     }
 
     fn writable(&self) -> Result<(), FsError> {
@@ -132,6 +208,7 @@ impl Fs {
         let layers = self.fork.layers();
         let ino = match name {
             b"." => dir,
+            b".." if dir == self.root => dir,
             b".." => layers.attr(store, dir)?.ok_or(FsError::Stale)?.parent,
             _ => match layers.entry(store, dir, hash56(name), name)? {
                 Some((ino, _)) => ino,
@@ -153,7 +230,7 @@ impl Fs {
     /// Counted before the lock of the names is let go: an inode that the kernel knows is not removed under it.
     fn known(&self, layers: &Layers, ino: Ino) -> Result<Entry, FsError> {
         let attr = layers.attr(&self.fork.store, ino)?.ok_or(FsError::Stale)?;
-        self.fork.looked_up(ino);
+        self.fork.looked_up(self.session, ino);
         Ok(Entry {
             ino,
             attr: self.shown(attr),
@@ -193,7 +270,8 @@ impl Fs {
         if attr.kind != Kind::Directory {
             return Err(FsError::NotDirectory);
         }
-        let dots: [(u64, &[u8], Ino); 2] = [(1, b".", dir), (2, b"..", attr.parent)];
+        let above = if dir == self.root { dir } else { attr.parent };
+        let dots: [(u64, &[u8], Ino); 2] = [(1, b".", dir), (2, b"..", above)];
         for (at, name, ino) in dots {
             let entry = Listed {
                 cookie: at,

@@ -22,13 +22,15 @@ use fuser::{
 
 use crate::fork::log::Request as RequestId;
 use crate::fs::{Allocate, Caller, Fs, NewNode, RenameMode, Seek, SetAttr, XattrMode};
-use crate::record::{Ino, Kind};
-use reply::{FOREVER, file_attr, file_type, sent, ttl};
+use crate::record::{Ino, Kind, ROOT};
+use reply::{FOREVER, file_attr, file_type, sent};
 pub use requests::Requests;
 pub use wakeful::Wakeful;
 
 /// The largest READ and WRITE.
 const MAX_IO: u32 = 1 << 20;
+/// The flag of an open file that is written at its end.
+const O_APPEND: i32 = 0o2000;
 /// Entries read for one reply of a listing.
 const LISTED: usize = 512;
 
@@ -53,6 +55,26 @@ impl Mount {
             gid: request.gid(),
             request: request_id,
         }
+    }
+
+    /// The inode that a node id of the kernel stands for: 1 is the folder at the top of the session.
+    fn ino(&self, node: INodeNo) -> Ino {
+        if node.0 == ROOT.0 {
+            self.fs.root()
+        } else {
+            Ino(node.0)
+        }
+    }
+
+    /// Whether another kernel may cache a file too, or it cannot be told.
+    fn is_shared(&self, ino: Ino) -> bool {
+        let look = || self.fs.is_shared(ino, &self.fs.getattr(ino)?);
+        self.fs.shares_links() && look().unwrap_or(true)
+    }
+
+    /// The node id of an inode.
+    fn node(&self, ino: Ino) -> Ino {
+        if ino == self.fs.root() { ROOT } else { ino }
     }
 }
 
@@ -90,7 +112,7 @@ impl Filesystem for Mount {
 
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         self.caller(request, "lookup");
-        match self.fs.lookup(Ino(parent.0), name.as_bytes()) {
+        match self.fs.lookup(self.ino(parent), name.as_bytes()) {
             Ok(Some(entry)) => self.answer_entry("lookup", reply, Ok(entry)),
             Ok(None) => reply.entry(&FOREVER, &nothing(), Generation(0)),
             Err(error) => reply.error(self.fail("lookup", &error)),
@@ -99,13 +121,16 @@ impl Filesystem for Mount {
 
     fn forget(&self, request: &Request, ino: INodeNo, times: u64) {
         self.caller(request, "forget");
-        self.fs.fork.forget(Ino(ino.0), times);
+        self.fs.forget(self.ino(ino), times);
     }
 
     fn getattr(&self, request: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         self.caller(request, "getattr");
-        match self.fs.getattr(Ino(ino.0)) {
-            Ok(attr) => reply.attr(&ttl(&attr), &file_attr(Ino(ino.0), &attr)),
+        match self.fs.getattr(self.ino(ino)) {
+            Ok(attr) => reply.attr(
+                &self.ttl(self.ino(ino), &attr),
+                &file_attr(self.ino(ino), &attr),
+            ),
             Err(error) => reply.error(self.fail("getattr", &error)),
         }
     }
@@ -142,15 +167,18 @@ impl Filesystem for Mount {
             mtime: mtime.map(time),
             ctime: ctime.map(sent),
         };
-        match self.fs.setattr(caller, Ino(ino.0), set) {
-            Ok(attr) => reply.attr(&ttl(&attr), &file_attr(Ino(ino.0), &attr)),
+        match self.fs.setattr(caller, self.ino(ino), set) {
+            Ok(attr) => reply.attr(
+                &self.ttl(self.ino(ino), &attr),
+                &file_attr(self.ino(ino), &attr),
+            ),
             Err(error) => reply.error(self.fail("setattr", &error)),
         }
     }
 
     fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
         self.caller(request, "readlink");
-        match self.fs.readlink(Ino(ino.0)) {
+        match self.fs.readlink(self.ino(ino)) {
             Ok(target) => reply.data(&target),
             Err(error) => reply.error(self.fail("readlink", &error)),
         }
@@ -184,7 +212,8 @@ impl Filesystem for Mount {
         self.answer_entry(
             "mknod",
             reply,
-            self.fs.make(caller, Ino(parent.0), name.as_bytes(), node),
+            self.fs
+                .make(caller, self.ino(parent), name.as_bytes(), node),
         );
     }
 
@@ -206,7 +235,8 @@ impl Filesystem for Mount {
         self.answer_entry(
             "mkdir",
             reply,
-            self.fs.make(caller, Ino(parent.0), name.as_bytes(), node),
+            self.fs
+                .make(caller, self.ino(parent), name.as_bytes(), node),
         );
     }
 
@@ -215,7 +245,7 @@ impl Filesystem for Mount {
         self.answer_empty(
             "unlink",
             reply,
-            self.fs.unlink(caller, Ino(parent.0), name.as_bytes()),
+            self.fs.unlink(caller, self.ino(parent), name.as_bytes()),
         );
     }
 
@@ -224,7 +254,7 @@ impl Filesystem for Mount {
         self.answer_empty(
             "rmdir",
             reply,
-            self.fs.rmdir(caller, Ino(parent.0), name.as_bytes()),
+            self.fs.rmdir(caller, self.ino(parent), name.as_bytes()),
         );
     }
 
@@ -245,7 +275,8 @@ impl Filesystem for Mount {
         self.answer_entry(
             "symlink",
             reply,
-            self.fs.make(caller, Ino(parent.0), name.as_bytes(), node),
+            self.fs
+                .make(caller, self.ino(parent), name.as_bytes(), node),
         );
     }
 
@@ -272,8 +303,8 @@ impl Filesystem for Mount {
             }
         };
         let (from, to) = (
-            (Ino(parent.0), name.as_bytes()),
-            (Ino(to.0), new_name.as_bytes()),
+            (self.ino(parent), name.as_bytes()),
+            (self.ino(to), new_name.as_bytes()),
         );
         self.answer_empty("rename", reply, self.fs.rename(caller, from, to, mode));
     }
@@ -291,14 +322,22 @@ impl Filesystem for Mount {
             "link",
             reply,
             self.fs
-                .link(caller, Ino(ino.0), Ino(parent.0), name.as_bytes()),
+                .link(caller, self.ino(ino), self.ino(parent), name.as_bytes()),
         );
     }
 
-    /// Files need no handle: the kernel is told not to ask again.
-    fn open(&self, request: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+    /// Files need no handle: the kernel is told not to ask again, save where it may not cache them all.
+    fn open(&self, request: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
         self.caller(request, "open");
-        reply.error(Errno::ENOSYS);
+        if !self.fs.shares_links() {
+            reply.error(Errno::ENOSYS);
+            return;
+        }
+        let flags = match self.is_shared(self.ino(ino)) {
+            true => FopenFlags::FOPEN_DIRECT_IO,
+            false => FopenFlags::FOPEN_KEEP_CACHE,
+        };
+        reply.opened(FileHandle(0), flags);
     }
 
     fn opendir(&self, request: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
@@ -318,7 +357,7 @@ impl Filesystem for Mount {
         reply: ReplyData,
     ) {
         self.caller(request, "read");
-        match self.fs.read(Ino(ino.0), offset, size as usize) {
+        match self.fs.read(self.ino(ino), offset, size as usize) {
             Ok(bytes) => reply.data(&bytes),
             Err(error) => reply.error(self.fail("read", &error)),
         }
@@ -332,13 +371,18 @@ impl Filesystem for Mount {
         offset: u64,
         data: &[u8],
         flags: WriteFlags,
-        _: OpenFlags,
+        open: OpenFlags,
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
         let caller = self.caller(request, "write");
         let kill = flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        match self.fs.write(caller, Ino(ino.0), offset, data, kill) {
+        let ino = self.ino(ino);
+        let written = match open.0 & O_APPEND != 0 && self.is_shared(ino) {
+            true => self.fs.append(caller, ino, data, kill),
+            false => self.fs.write(caller, ino, offset, data, kill),
+        };
+        match written {
             Ok(written) => reply.written(written as u32),
             Err(error) => reply.error(self.fail("write", &error)),
         }
@@ -368,7 +412,7 @@ impl Filesystem for Mount {
         mut reply: ReplyDirectory,
     ) {
         self.caller(request, "readdir");
-        let listed = self.fs.readdir(Ino(ino.0), offset, |entry| {
+        let listed = self.fs.readdir(self.ino(ino), offset, |entry| {
             let name = OsStr::from_bytes(&entry.name);
             !reply.add(
                 INodeNo(entry.ino.0),
@@ -393,7 +437,7 @@ impl Filesystem for Mount {
     ) {
         self.caller(request, "readdirplus");
         let mut entries = Vec::new();
-        let listed = self.fs.readdir(Ino(ino.0), offset, |entry| {
+        let listed = self.fs.readdir(self.ino(ino), offset, |entry| {
             entries.push(entry);
             entries.len() < LISTED
         });
@@ -411,19 +455,19 @@ impl Filesystem for Mount {
                 }
             };
             let is_dot = &*entry.name == b"." || &*entry.name == b"..";
-            let attr = file_attr(found.ino, &found.attr);
+            let attr = file_attr(self.node(found.ino), &found.attr);
             let name = OsStr::from_bytes(&entry.name);
             // One TTL stands for entry and attributes here, so a privileged inode is asked for again.
             let full = reply.add(
                 attr.ino,
                 entry.cookie,
                 name,
-                &ttl(&found.attr),
+                &self.ttl(found.ino, &found.attr),
                 &attr,
                 Generation(0),
             );
             if full || is_dot {
-                self.fs.fork.forget(found.ino, 1);
+                self.fs.forget(found.ino, 1);
             }
             if full {
                 break;
@@ -471,7 +515,7 @@ impl Filesystem for Mount {
             "setxattr",
             reply,
             self.fs
-                .setxattr(caller, Ino(ino.0), name.as_bytes(), value, mode),
+                .setxattr(caller, self.ino(ino), name.as_bytes(), value, mode),
         );
     }
 
@@ -488,7 +532,7 @@ impl Filesystem for Mount {
             "getxattr",
             reply,
             size,
-            self.fs.getxattr(Ino(ino.0), name.as_bytes()),
+            self.fs.getxattr(self.ino(ino), name.as_bytes()),
         );
     }
 
@@ -498,7 +542,7 @@ impl Filesystem for Mount {
             "listxattr",
             reply,
             size,
-            self.fs.listxattr(caller, Ino(ino.0)),
+            self.fs.listxattr(caller, self.ino(ino)),
         );
     }
 
@@ -507,7 +551,7 @@ impl Filesystem for Mount {
         self.answer_empty(
             "removexattr",
             reply,
-            self.fs.removexattr(caller, Ino(ino.0), name.as_bytes()),
+            self.fs.removexattr(caller, self.ino(ino), name.as_bytes()),
         );
     }
 
@@ -532,11 +576,20 @@ impl Filesystem for Mount {
             umask: self.umask(umask),
             ..NewNode::new(Kind::File, (mode & 0o7777) as u16)
         };
-        match self.fs.make(caller, Ino(parent.0), name.as_bytes(), node) {
+        match self
+            .fs
+            .make(caller, self.ino(parent), name.as_bytes(), node)
+        {
             Ok(entry) => {
                 let attr = file_attr(entry.ino, &entry.attr);
                 let keep = FopenFlags::FOPEN_KEEP_CACHE;
-                reply.created(&ttl(&entry.attr), &attr, Generation(0), FileHandle(0), keep);
+                reply.created(
+                    &self.ttl(entry.ino, &entry.attr),
+                    &attr,
+                    Generation(0),
+                    FileHandle(0),
+                    keep,
+                );
             }
             Err(error) => reply.error(self.fail("create", &error)),
         }
@@ -582,7 +635,8 @@ impl Filesystem for Mount {
         self.answer_empty(
             "fallocate",
             reply,
-            self.fs.fallocate(caller, Ino(ino.0), offset, length, mode),
+            self.fs
+                .fallocate(caller, self.ino(ino), offset, length, mode),
         );
     }
 
@@ -608,7 +662,7 @@ impl Filesystem for Mount {
             reply.error(Errno::ENXIO);
             return;
         };
-        match self.fs.lseek(Ino(ino.0), offset, what) {
+        match self.fs.lseek(self.ino(ino), offset, what) {
             Ok(at) => reply.offset(at as i64),
             Err(error) => reply.error(self.fail("lseek", &error)),
         }
@@ -634,7 +688,7 @@ impl Filesystem for Mount {
         }
         // The reply's count has 32 bits.
         let len = len.min(1 << 30);
-        let (from, to) = ((Ino(from.0), from_offset), (Ino(to.0), to_offset));
+        let (from, to) = ((self.ino(from), from_offset), (self.ino(to), to_offset));
         match self.fs.copy_range(caller, from, to, len) {
             Ok(copied) => reply.written(copied as u32),
             Err(error) => reply.error(self.fail("copy_file_range", &error)),

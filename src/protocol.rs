@@ -31,7 +31,7 @@ pub const MAX_ANSWER: usize = 256 << 20;
 pub const MAX_CONTENT: usize = 1 << 20;
 
 /// A byte string: in JSON a string where it is valid UTF-8, else `{"b64":"…"}`.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bytes(pub Vec<u8>);
 
 #[derive(Serialize, Deserialize)]
@@ -222,6 +222,8 @@ pub struct Fork {
 #[serde(deny_unknown_fields)]
 pub struct Serve {
     pub fork: String,
+    /// The folder of the fork that is to be at the top, made where it is missing; empty for all of it.
+    pub folder: Bytes,
     pub mountpoint: Bytes,
     /// The device number of the mount, as stat(2) gives it.
     pub device: u64,
@@ -329,6 +331,9 @@ pub enum Code {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mount {
     pub path: Bytes,
+    /// The folder of the fork that is there; empty for all of it.
+    #[serde(default)]
+    pub folder: Bytes,
     pub device: u64,
     #[serde(default)]
     pub created: bool,
@@ -384,7 +389,7 @@ mod tests {
 
     #[test]
     fn what_is_not_known_is_refused_and_not_ignored() {
-        let unknown = json!({"serve": {"fork": "f-a", "mountpoint": "/m", "device": 1, "created": false, "more": 1}});
+        let unknown = json!({"serve": {"fork": "f-a", "folder": "", "mountpoint": "/m", "device": 1, "created": false, "more": 1}});
         assert!(serde_json::from_value::<Request>(unknown).is_err());
         let code: Code = serde_json::from_value(json!("of_the_future")).unwrap();
         assert_eq!(code, Code::Unknown);

@@ -13,7 +13,7 @@ use super::output::{self, Shown};
 use super::values::{self, Owner};
 use super::volumes::version_name;
 use super::{AbandonOptions, CommitOptions, Context, ForkOptions};
-use crate::protocol::{self, Code, Failure, Mount, Request};
+use crate::protocol::{self, Bytes, Code, Failure, Mount, Request};
 use crate::sys;
 
 /// What a command needs to know of a fork.
@@ -27,7 +27,7 @@ pub struct ForkFacts {
     pub base_uid_map: Option<String>,
     /// exact, stale, fallback or empty.
     pub hit: String,
-    pub mount: Option<Mount>,
+    pub mounts: Vec<Mount>,
     pub read_only: bool,
     pub suid: bool,
     pub dev: bool,
@@ -139,6 +139,7 @@ pub fn fork(
         mounting::mount(
             &mut client,
             &fork.id,
+            &Bytes::default(),
             &at,
             &fork.manner(By::default_for_caller()),
         )
@@ -156,7 +157,7 @@ pub fn mount(context: &Context, fork: &str, mountpoint: Option<&Path>) -> Result
     let mut client = context.connect()?;
     let fork = find(&mut client, fork)?;
     if fork.state == "live" {
-        let at = fork.mount.as_ref().map_or_else(String::new, |m| {
+        let at = fork.mounts.first().map_or_else(String::new, |m| {
             format!(" at {}", mounting::mount_path(m).display())
         });
         return Err(Failure::new(
@@ -164,26 +165,35 @@ pub fn mount(context: &Context, fork: &str, mountpoint: Option<&Path>) -> Result
             format!("fork {} is mounted already{at}", fork.id),
         ));
     }
-    let path = match (mountpoint, &fork.mount) {
-        (Some(path), _) => path,
-        (None, Some(mount)) => {
-            // What its last daemon has left there.
-            mounting::detach(&mut client, mount);
-            mounting::mount_path(mount)
-        }
-        (None, None) => {
-            return Err(
-                Failure::new(Code::Usage, format!("fork {} has no mountpoint", fork.id))
-                    .hint("name one"),
-            );
+    let places: Vec<(&Path, Bytes)> = match mountpoint {
+        Some(path) => vec![(path, Bytes::default())],
+        None => {
+            let known = fork.mounts.iter();
+            known
+                .map(|mount| (mounting::mount_path(mount), mount.folder.clone()))
+                .collect()
         }
     };
-    let at = Mountpoint::prepare(path, &context.place)?;
+    if places.is_empty() {
+        let message = format!("fork {} has no mountpoint", fork.id);
+        return Err(Failure::new(Code::Usage, message).hint("name one"));
+    }
+    if mountpoint.is_none() {
+        // What its last daemon has left there.
+        for mount in &fork.mounts {
+            mounting::detach(&mut client, mount);
+        }
+    }
     let manner = fork.manner(By::default_for_caller());
-    let mount = mounting::mount(&mut client, &fork.id, &at, &manner)
-        .inspect_err(|_| at.remove_if_created())?;
+    let mut mounts = Vec::new();
+    for (path, folder) in places {
+        let at = Mountpoint::prepare(path, &context.place)?;
+        let mount = mounting::mount(&mut client, &fork.id, &folder, &at, &manner)
+            .inspect_err(|_| at.remove_if_created())?;
+        mounts.push(mount);
+    }
     let document = json!({"fork": {
-        "id": fork.id, "volume": fork.volume, "base": fork.base, "mount": mount
+        "id": fork.id, "volume": fork.volume, "base": fork.base, "mount": mounts.first(), "mounts": mounts
     }});
     output::show(context.json, &document, |_| format!("{}\n", fork.id))
 }
@@ -200,9 +210,9 @@ fn find(client: &mut Client, fork: &str) -> Result<ForkFacts, Failure> {
         .into_iter()
         .find(|f| {
             f.state == "live"
-                && f.mount
-                    .as_ref()
-                    .is_some_and(|m| sys::device_numbers(m.device) == device)
+                && f.mounts
+                    .iter()
+                    .any(|m| sys::device_numbers(m.device) == device)
         })
         .ok_or_else(|| {
             let message = format!(
@@ -216,7 +226,7 @@ fn find(client: &mut Client, fork: &str) -> Result<ForkFacts, Failure> {
 pub fn commit(context: &Context, options: &CommitOptions) -> Result<(), Failure> {
     let mut client = context.connect()?;
     let fork = find(&mut client, &options.fork)?;
-    if let Some(mount) = fork.mount.as_ref().filter(|_| fork.state == "live") {
+    for mount in fork.mounts.iter().filter(|_| fork.state == "live") {
         if !options.keep {
             mounting::respect_busy(mount, options.busy)?;
         }
@@ -234,7 +244,7 @@ pub fn commit(context: &Context, options: &CommitOptions) -> Result<(), Failure>
     });
     let answer = client.call(&request)?;
     let commit: Value = take(&answer, "/commits/0")?;
-    if let Some(mount) = take::<Option<Mount>>(&commit, "/mount")?.filter(|_| !options.keep) {
+    for mount in take::<Vec<Mount>>(&commit, "/mounts")? {
         mounting::detach(&mut client, &mount);
     }
     if commit.pointer("/version").is_none_or(Value::is_null) {
@@ -306,7 +316,7 @@ pub fn abandon(context: &Context, options: &AbandonOptions) -> Result<(), Failur
         let is_gone = abandoned
             .iter()
             .any(|a| a.get("fork") == Some(&json!(fork.id)));
-        if let Some(mount) = fork.mount.as_ref().filter(|_| is_gone) {
+        for mount in fork.mounts.iter().filter(|_| is_gone) {
             mounting::detach(&mut client, mount);
         }
     }

@@ -177,15 +177,16 @@ impl By {
     }
 }
 
-/// Mounts `fork` and lets the daemon serve it. When this returns it can be used, and the daemon alone holds its device.
+/// Mounts `fork`, or a folder of it, and lets the daemon serve it. When this returns it can be used, and the daemon alone holds its device.
 pub fn mount(
     client: &mut Client,
     fork: &str,
+    folder: &Bytes,
     at: &Mountpoint,
     manner: &Manner,
 ) -> Result<Mount, Failure> {
     let fuse = attach(&at.path, manner)?;
-    let served = serve(client, fork, at, &fuse);
+    let served = serve(client, fork, folder, at, &fuse);
     if served.is_err() {
         // The device goes first: an unmount asks nobody then.
         drop(fuse);
@@ -201,6 +202,7 @@ pub fn mount(
 fn serve(
     client: &mut Client,
     fork: &str,
+    folder: &Bytes,
     at: &Mountpoint,
     fuse: &OwnedFd,
 ) -> Result<Mount, Failure> {
@@ -212,11 +214,13 @@ fn serve(
     })?;
     let mount = Mount {
         path: Bytes(at.path.as_os_str().as_bytes().to_vec()),
+        folder: folder.clone(),
         device: kernel::device_number(device),
         created: at.created,
     };
     let serve = Serve {
         fork: fork.into(),
+        folder: folder.clone(),
         mountpoint: mount.path.clone(),
         device: mount.device,
         created: mount.created,

@@ -21,7 +21,7 @@ use super::mounting::{self, By, Mountpoint};
 use super::output::warn;
 use super::paths::{self, Target, Volumes, Wish};
 use super::{Context, ForkOptions};
-use crate::protocol::{self, Code, Failure, Mount, Request};
+use crate::protocol::{self, Bytes, Code, Failure, Mount, Request};
 use crate::sys;
 use crate::sys::process::{self, Signals};
 use crate::sys::{mount as kernel, namespace};
@@ -233,8 +233,14 @@ impl<'a> Job<'a> {
             path,
             created: false,
         };
-        let mount = mounting::mount(client, &fork.id, &at, &fork.manner(self.by))
-            .inspect_err(|_| forks::drop_unused(client, &fork.id))?;
+        let mount = mounting::mount(
+            client,
+            &fork.id,
+            &Bytes::default(),
+            &at,
+            &fork.manner(self.by),
+        )
+        .inspect_err(|_| forks::drop_unused(client, &fork.id))?;
         self.forks.push(InUse {
             fork,
             mount,
@@ -477,12 +483,13 @@ mod tests {
             base: Some("npm@42".into()),
             base_uid_map: None,
             hit: "exact".into(),
-            mount: None,
+            mounts: Vec::new(),
             read_only: false,
             suid: false,
             dev: false,
         };
         let mount = Mount {
+            folder: Bytes::default(),
             path: protocol::Bytes(b"/x".to_vec()),
             device: 1,
             created: false,

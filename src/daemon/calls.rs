@@ -1,13 +1,15 @@
 //! From requests of the protocol to calls of the engine, and back. One arm per request; no decision is made here but who may.
 
+use std::ffi::OsString;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 
 use super::{Shared, access, documents, failure};
-use crate::engine::{self, CommitRequest, Engine, ForkInfo, ForkRequest};
+use crate::engine::{self, CommitRequest, Engine, ForkInfo, ForkRequest, Served};
 use crate::protocol::{
     Answer, Code, Commit, Connection, Failure, Fork, FrameError, Incoming, Outgoing, Owner,
     Request, Serve, When,
@@ -245,12 +247,15 @@ impl Call<'_> {
                 "the descriptor is not /dev/fuse, or its reads do not wait",
             ));
         }
-        let mountpoint = str::from_utf8(&serve.mountpoint.0)
-            .map_err(|_| usage("the mountpoint's name is not valid UTF-8"))?;
         let (id, _) = self.own(&serve.fork)?;
-        self.engine
-            .serve(id, fd, mountpoint, serve.device, serve.created)
-            .map_err(failure)?;
+        let served = Served {
+            folder: OsString::from_vec(serve.folder.0.clone()),
+            mountpoint: OsString::from_vec(serve.mountpoint.0.clone()),
+            dev: serve.device,
+            created: serve.created,
+            owner: (self.peer.uid, self.peer.gid),
+        };
+        self.engine.serve(id, fd, &served).map_err(failure)?;
         Ok(json!({}))
     }
 
@@ -283,9 +288,10 @@ impl Call<'_> {
         let mut failed = None;
         for fork in forks {
             match self.own(fork).and_then(|(id, info)| {
-                let mount = self.engine.abandon(id).map_err(failure)?;
-                let mount = mount.as_ref().map(documents::mount);
-                Ok(json!({"fork": info.id, "volume": info.volume, "mount": mount}))
+                let mounts = self.engine.abandon(id).map_err(failure)?;
+                let mount = mounts.first().map(documents::mount);
+                let mounts = documents::mounts(&mounts);
+                Ok(json!({"fork": info.id, "volume": info.volume, "mount": mount, "mounts": mounts}))
             }) {
                 Ok(value) => abandoned.push(value),
                 Err(failure) => failed = Some(failure),

@@ -1,5 +1,7 @@
 //! What the engine tells, as the JSON documents of docs/json.md: times are RFC 3339, byte strings are [`Bytes`].
 
+use std::os::unix::ffi::OsStrExt;
+
 use serde_json::{Value, json};
 
 use crate::engine::{
@@ -23,6 +25,7 @@ pub fn mount(mount: &MountInfo) -> Value {
     let path = bytes(mount.path.as_bytes());
     json!(Mount {
         path,
+        folder: bytes(mount.folder.as_bytes()),
         device: mount.dev,
         created: mount.created
     })
@@ -74,7 +77,8 @@ pub fn fork(fork: &ForkInfo) -> Value {
         "base": fork.base,
         "base_uid_map": fork.base_uid_map,
         "hit": fork.hit,
-        "mount": fork.mount.as_ref().map(mount),
+        "mount": fork.mounts.first().map(mount),
+        "mounts": mounts(&fork.mounts),
         "job": fork.job,
         "created": time(fork.created),
         "age": fork.age,
@@ -95,7 +99,8 @@ pub fn commit(commit: &Committed) -> Value {
     json!({
         "fork": commit.fork.to_string(),
         "version": commit.version.as_ref().map(version),
-        "mount": commit.mount.as_ref().map(mount),
+        "mount": commit.mounts.first().map(mount),
+        "mounts": mounts(&commit.mounts),
         "excluded": commit.excluded,
     })
 }
@@ -168,6 +173,7 @@ mod tests {
     fn documents_are_those_of_the_manual() {
         let the_mount = MountInfo {
             path: "/mnt/npm".into(),
+            folder: "".into(),
             dev: 41,
             created: true,
         };
@@ -206,7 +212,7 @@ mod tests {
             base: None,
             base_uid_map: None,
             hit: crate::store::Hit::Exact,
-            mount: Some(the_mount.clone()),
+            mounts: vec![the_mount.clone()],
             job: None,
             created: 0,
             age: 12.5,
@@ -224,7 +230,7 @@ mod tests {
         let the_commit = Committed {
             fork: "f-0123456789ab".parse().unwrap(),
             version: None,
-            mount: Some(the_mount),
+            mounts: vec![the_mount],
             excluded: LeftOut::default(),
         };
         let the_change = DiffEntry {

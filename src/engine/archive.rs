@@ -264,7 +264,7 @@ impl Engine {
             warnings: Vec::new(),
         }
         .run(input);
-        fork.end_session();
+        fork.end_session(0);
         let commit = CommitRequest {
             keep: false,
             labels: Default::default(),

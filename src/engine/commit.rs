@@ -41,8 +41,8 @@ pub struct Committed {
     pub fork: ForkId,
     /// None: nothing had changed, so there is no new version.
     pub version: Option<VersionInfo>,
-    /// The mount that the caller is to take away.
-    pub mount: Option<MountInfo>,
+    /// The mounts that the caller is to take away.
+    pub mounts: Vec<MountInfo>,
     /// What the fork changed and no version gets.
     pub excluded: LeftOut,
 }
@@ -224,7 +224,7 @@ impl Engine {
                     info.new_bytes
                 );
             }
-            let mount = if request.keep {
+            let mounts = if request.keep {
                 match version {
                     Some(version) => {
                         let segment = done.sealed.segment.unwrap_or(1);
@@ -233,14 +233,14 @@ impl Engine {
                     }
                     None => done.fork.thaw(),
                 }
-                None
+                Vec::new()
             } else {
                 self.finish(live, Some(done.root))
             };
             out.push(Committed {
                 fork: live.id,
                 version: info,
-                mount,
+                mounts,
                 excluded: done.sealed.left_out.clone(),
             });
         }
@@ -518,7 +518,7 @@ impl Engine {
             }
             for id in forks {
                 match self.abandon(id) {
-                    Ok(mount) => mounts.extend(mount),
+                    Ok(taken) => mounts.extend(taken),
                     // Somebody else ended it.
                     Err(error) if error.code == Code::NotFound => {}
                     Err(error) => return Err(error),

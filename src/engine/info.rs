@@ -1,6 +1,7 @@
 //! What is told of volumes, versions and forks.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::sync::atomic::Ordering;
 
 use serde::Serialize;
@@ -11,7 +12,9 @@ use crate::store::{self, LeftOut, MountPoint, Store, VersionRef};
 /// Where a fork is mounted, so that its caller can take the mount away.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct MountInfo {
-    pub path: String,
+    pub path: OsString,
+    /// The folder of the fork that is mounted there; empty for all of it.
+    pub folder: OsString,
     pub dev: u64,
     pub created: bool,
 }
@@ -20,6 +23,7 @@ impl From<MountPoint> for MountInfo {
     fn from(mount: MountPoint) -> MountInfo {
         MountInfo {
             path: mount.path,
+            folder: mount.folder,
             dev: mount.dev,
             created: mount.created,
         }
@@ -73,7 +77,7 @@ pub struct ForkInfo {
     /// Under which map of user ids the base was written.
     pub base_uid_map: Option<String>,
     pub hit: store::Hit,
-    pub mount: Option<MountInfo>,
+    pub mounts: Vec<MountInfo>,
     pub job: Option<String>,
     pub created: i64,
     /// Seconds.
@@ -129,7 +133,7 @@ impl Engine {
                 None => None,
             },
             hit: record.hit,
-            mount: record.mount.map(MountInfo::from),
+            mounts: record.mounts.into_iter().map(MountInfo::from).collect(),
             job: record.options.job,
             created: record.created,
             age: (super::now() - record.created) as f64 / 1e9,

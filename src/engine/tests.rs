@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use super::*;
 use crate::fork::log::Request;
-use crate::fs::{Caller, NewNode, RenameMode, SetAttr, XattrMode};
+use crate::fs::{Caller, Fs, NewNode, RenameMode, SetAttr, XattrMode};
 use crate::record::{Ino, Kind, ROOT};
 
 mod beside;
@@ -371,7 +371,7 @@ fn beyond_its_size_a_fork_answers_no_space_and_nothing_else_breaks() {
     ));
     assert_eq!(get(&fs, "a"), Some(vec![1; 900_000]));
     fs.unlink(ME, ROOT, b"a").unwrap();
-    fs.fork.forget(ino, 10);
+    fs.forget(ino, 10);
     put(&fs, "b", &vec![2; 900_000]);
     assert_eq!(bench.commit(id, false), Some(1));
     assert_eq!(get(&bench.fs(bench.fork("v")), "b"), Some(vec![2; 900_000]));
@@ -396,7 +396,7 @@ fn an_open_file_without_names_lives_until_it_is_forgotten_and_is_never_committed
         "after a commit with keep"
     );
     assert!(bench.engine().ls("v", b"/").unwrap().is_empty());
-    fs.fork.forget(ino, 1);
+    fs.forget(ino, 1);
     assert!(matches!(fs.getattr(ino), Err(FsError::Stale)));
     check(&bench);
 }
@@ -650,7 +650,7 @@ fn df_counts_what_the_fork_shows_and_deleting_lowers_it() {
     assert_eq!(used(&bench), (2, 2));
     bench.fs(fork).unlink(ME, ROOT, b"own").unwrap();
     assert_eq!(used(&bench), (2, 2), "the kernel knows it still");
-    bench.fs(fork).fork.forget(own, 1);
+    bench.fs(fork).forget(own, 1);
     assert_eq!(used(&bench), (0, 1));
     bench.reopen();
     assert_eq!(used(&bench), (0, 1));

@@ -221,10 +221,8 @@ impl Engine {
 
     /// Abandons the fork of a job whose mount has been gone for long.
     fn drop_orphan(&self, live: &Live) {
-        let gone = {
-            let session = live.session.lock();
-            session.0 == 0 && session.1.elapsed() > self.config.orphan_after
-        };
+        let idle = live.sessions.lock().idle();
+        let gone = idle.is_some_and(|idle| idle > self.config.orphan_after);
         if gone && live.record.lock().options.job.is_some() {
             log::info!("fork {} of a job that is gone is abandoned", live.id);
             if let Err(error) = self.abandon(live.id) {

@@ -273,6 +273,19 @@ impl Layers {
             .collect())
     }
 
+    /// The names (directory, name) that the root has for a non-directory.
+    pub fn base_names(&self, store: &Store, ino: Ino) -> Result<Vec<Name>, FsError> {
+        let mut names = Vec::new();
+        let prefix = record::backrefs_prefix(ino);
+        for item in tree::prefix(store, self.root.id, &prefix) {
+            let (key, _) = item?;
+            if let Some(Key::Backref { parent, name, .. }) = Key::parse(&key) {
+                names.push((parent, name.into()));
+            }
+        }
+        Ok(names)
+    }
+
     /// Lists a directory behind `cookie`, in order of cookies, until `each` says that it has enough (by returning false).
     pub fn list(
         &self,
@@ -404,6 +417,9 @@ pub enum InodeView {
 type Place = (u64, Box<[u8]>);
 
 type Child = (Place, (Ino, Kind));
+
+/// A name of an inode: the directory, and what it is called there.
+pub type Name = (Ino, Box<[u8]>);
 
 /// A name and what a table or the base says of it: taken away where there is no inode.
 type Named = (Place, Option<(Ino, Kind)>);

@@ -59,11 +59,30 @@ impl Fs {
         data: &[u8],
         kill_suidgid: bool,
     ) -> Result<usize, FsError> {
+        self.write_to(caller, ino, Some(offset), data, kill_suidgid)
+    }
+
+    /// Writes `data` at the end, wherever that is by now: the end that one kernel knows is not the end where another writes too.
+    pub fn append(
+        &self,
+        caller: Caller,
+        ino: Ino,
+        data: &[u8],
+        kill_suidgid: bool,
+    ) -> Result<usize, FsError> {
+        self.write_to(caller, ino, None, data, kill_suidgid)
+    }
+
+    /// Writes `data` at `offset`, or at the end.
+    fn write_to(
+        &self,
+        caller: Caller,
+        ino: Ino,
+        offset: Option<u64>,
+        data: &[u8],
+        kill_suidgid: bool,
+    ) -> Result<usize, FsError> {
         self.writable()?;
-        let end = offset
-            .checked_add(data.len() as u64)
-            .filter(|end| *end <= SIZE_MAX);
-        let end = end.ok_or(FsError::TooLarge)?;
         self.drop_capability(caller, ino)?;
         let _gate = self.fork.enter()?;
         let root = self.fork.root();
@@ -75,6 +94,11 @@ impl Fs {
         if data.is_empty() {
             return Ok(0);
         }
+        let offset = offset.unwrap_or(inode.attr.size);
+        let end = offset
+            .checked_add(data.len() as u64)
+            .filter(|end| *end <= SIZE_MAX);
+        let end = end.ok_or(FsError::TooLarge)?;
         let mut change = Change::new(self, &inode, root.id, ino);
         if offset > inode.attr.size {
             change.zero_tail(&mut inode, offset / PAGE)?;

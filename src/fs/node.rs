@@ -94,14 +94,14 @@ impl Fs {
             tx.attr_mut(dir).nlink += 1;
         }
         tx.set_entry(dir, hash, name, Some((ino, node.kind)));
-        self.fork.looked_up(ino);
+        self.fork.looked_up(self.session, ino);
         match tx.finish(caller.request) {
             Ok(()) => Ok(Entry {
                 ino,
                 attr: self.shown(attr),
             }),
             Err(error) => {
-                self.fork.forget(ino, 1);
+                self.forget(ino, 1);
                 Err(error)
             }
         }
@@ -224,9 +224,10 @@ impl Fs {
         attr.ctime = time;
         let attr = attr.clone();
         tx.set_entry(dir, hash, name, Some((ino, kind)));
-        self.fork.looked_up(ino);
+        self.fork.note_link();
+        self.fork.looked_up(self.session, ino);
         if let Err(error) = tx.finish(caller.request) {
-            self.fork.forget(ino, 1);
+            self.forget(ino, 1);
             return Err(error);
         }
         Ok(Entry {

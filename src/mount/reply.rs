@@ -71,16 +71,18 @@ pub fn file_attr(ino: Ino, attr: &Attr) -> FileAttr {
     }
 }
 
-/// How long the kernel may trust attributes: never those that grant rights, for a write by another may have taken them.
-pub fn ttl(attr: &Attr) -> Duration {
-    if attr.is_privileged() {
-        Duration::ZERO
-    } else {
-        FOREVER
-    }
-}
-
 impl Mount {
+    /// How long the kernel may trust attributes: never those that grant rights, for a write by another may have taken them, nor
+    /// those of a file that another session changes.
+    pub fn ttl(&self, ino: Ino, attr: &Attr) -> Duration {
+        // Where it cannot be told, it is shared.
+        if attr.is_privileged() || self.fs.is_shared(ino, attr).unwrap_or(true) {
+            Duration::ZERO
+        } else {
+            FOREVER
+        }
+    }
+
     pub fn fail(&self, what: &str, error: &FsError) -> Errno {
         report(what, error);
         if let FsError::Store(damage) = error {
@@ -92,8 +94,13 @@ impl Mount {
     pub fn answer_entry(&self, what: &str, reply: ReplyEntry, result: Result<Entry, FsError>) {
         match result {
             Ok(entry) => {
-                let attr = file_attr(entry.ino, &entry.attr);
-                reply.entry_with_ttls(&ttl(&entry.attr), &FOREVER, &attr, Generation(0));
+                let attr = file_attr(self.node(entry.ino), &entry.attr);
+                reply.entry_with_ttls(
+                    &self.ttl(entry.ino, &entry.attr),
+                    &FOREVER,
+                    &attr,
+                    Generation(0),
+                );
             }
             Err(error) => reply.error(self.fail(what, &error)),
         }

@@ -1,6 +1,7 @@
 //! Volumes, versions and forks as records, and the inode numbers they use.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fmt;
 use std::ops::Range;
 
@@ -187,8 +188,9 @@ pub struct ForkOptions {
 /// Where a fork is mounted.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct MountPoint {
-    /// Escaped as bytes of a path may have to be.
-    pub path: String,
+    pub path: OsString,
+    /// The folder of the fork that is mounted there, relative to its root; empty for all of it.
+    pub folder: OsString,
     /// The device number of the mount.
     pub dev: u64,
     /// The mountpoint was made for the fork and goes with it.
@@ -231,7 +233,8 @@ pub struct Fork {
     #[serde(default)]
     pub uid_map: Option<String>,
     pub created: i64,
-    pub mount: Option<MountPoint>,
+    /// Where it is mounted, or was when it was mounted last.
+    pub mounts: Vec<MountPoint>,
 }
 
 impl Store {

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use forkvol::engine::{CommitRequest, Engine, EngineConfig, ForkRequest, Owner, When};
+use forkvol::engine::{CommitRequest, Engine, EngineConfig, ForkRequest, Owner, Served, When};
 use forkvol::store::ForkId;
 use forkvol::sys::mount;
 
@@ -50,6 +50,16 @@ impl TestStore {
     }
 
     pub fn fork_with(&self, volume: &str, change: impl FnOnce(&mut ForkRequest)) -> TestMount {
+        let id = self.make(volume, change);
+        self.mount(id)
+    }
+
+    /// A fork that is not mounted yet.
+    pub fn fork_only(&self, volume: &str) -> ForkId {
+        self.make(volume, |_| {})
+    }
+
+    fn make(&self, volume: &str, change: impl FnOnce(&mut ForkRequest)) -> ForkId {
         let mut request = ForkRequest {
             volume: volume.into(),
             from: None,
@@ -71,11 +81,19 @@ impl TestStore {
             gid: 0,
         };
         change(&mut request);
-        let id = self.engine.fork(request).unwrap().id.parse().unwrap();
-        self.mount(id)
+        self.engine.fork(request).unwrap().id.parse().unwrap()
     }
 
     pub fn mount(&self, id: ForkId) -> TestMount {
+        self.mount_folder(id, "")
+    }
+
+    /// Mounts one folder of a fork, which is made if it is missing.
+    pub fn mount_folder(&self, id: ForkId, folder: &str) -> TestMount {
+        self.try_mount_folder(id, folder).unwrap()
+    }
+
+    pub fn try_mount_folder(&self, id: ForkId, folder: &str) -> Result<TestMount, String> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m");
         std::fs::create_dir(&path).unwrap();
@@ -89,14 +107,29 @@ impl TestStore {
         };
         mount::mount_fuse(&fuse, &path, &options).expect("these tests need root");
         let dev = mount::device_number(mount::device_at(&path).unwrap());
-        self.engine
-            .serve(id, fuse.into(), path.to_str().unwrap(), dev, false)
-            .unwrap();
-        assert_eq!(std::fs::metadata(&path).unwrap().dev(), dev);
-        TestMount {
+        let served = Served {
+            folder: folder.into(),
+            mountpoint: path.clone().into(),
+            dev,
+            created: false,
+            owner: (0, 0),
+        };
+        let result = self.engine.serve(id, fuse.into(), &served);
+        let mounted = TestMount {
             id,
             path,
             _dir: dir,
+        };
+        result.map_err(|error| error.to_string())?;
+        assert_eq!(std::fs::metadata(&mounted.path).unwrap().dev(), dev);
+        Ok(mounted)
+    }
+
+    /// Waits until the daemon has seen that no mount of a fork is left.
+    pub fn wait_unmounted(&self, id: ForkId) {
+        let state = || self.engine.find_fork(&id.to_string()).unwrap().state;
+        while state() != "unmounted" {
+            std::thread::sleep(std::time::Duration::from_millis(10));
         }
     }
 

@@ -5,5 +5,6 @@
 mod common;
 mod differential;
 mod exerciser;
+mod folders;
 mod inherited;
 mod posix;

@@ -18,7 +18,7 @@ use crate::cli::mounting::{self, By, Mountpoint};
 use crate::cli::output::{self, warn};
 use crate::cli::paths::{self, Target, Wish};
 use crate::cli::{Context, exit};
-use crate::protocol::{Code, Failure, Request};
+use crate::protocol::{Bytes, Code, Failure, Request};
 use crate::sys::mount as kernel;
 use crate::sys::process;
 
@@ -105,6 +105,7 @@ fn without_cache(options: &Attach, wishes: &[Wish], name: &str, failure: &Failur
                 path: path.clone(),
                 inner: None,
                 link: None,
+                mount: None,
                 made: Vec::new(),
             });
         }
@@ -217,11 +218,6 @@ impl Work<'_> {
     fn volume(&mut self, client: &mut Client, job: &mut Job, wish: &Wish) -> Result<(), Failure> {
         let link = self.options.link;
         let direct = self.by == By::Helper && link == Link::Bind;
-        if direct && wish.paths.len() > 1 {
-            let message = format!("volume {} cannot have several paths here", wish.volume);
-            return Err(Failure::new(Code::Policy, message)
-                .hint("only root can bind folders: use forkvol run, a volume for each path, or --link symlink"));
-        }
         let mut targets = Vec::new();
         for path in &wish.paths {
             let (target, made) = self.place(wish, path)?;
@@ -229,6 +225,7 @@ impl Work<'_> {
                 path: target.path.clone(),
                 inner: target.folder.clone(),
                 link: None,
+                mount: None,
                 made,
             });
             targets.push(target);
@@ -258,37 +255,50 @@ impl Work<'_> {
         };
         self.jobs.save(job)?;
 
-        let path = match targets.first().filter(|_| direct) {
-            Some(target) => target.path.clone(),
-            None => self.mount_folder(&job.job, &wish.volume)?,
-        };
+        let manner = fork.manner(self.by);
+        let mut root = None;
         if !direct || targets.is_empty() {
+            let path = self.mount_folder(&job.job, &wish.volume)?;
             current(job).folder = Some(path.clone());
             self.jobs.save(job)?;
-        }
-        let at = Mountpoint {
-            path,
-            created: false,
-        };
-        let mount = mounting::mount(client, &fork.id, &at, &fork.manner(self.by))?;
-        current(job).mount = Some(mount);
-        self.jobs.save(job)?;
-        for (at_index, (target, covered)) in targets.iter().zip(covered).enumerate() {
-            let from = match &target.folder {
-                None => at.path.clone(),
-                Some(inner) => at.path.join(inner),
+            let at = Mountpoint {
+                path,
+                created: false,
             };
-            if target.folder.is_some() && !from.is_dir() {
-                paths::make_folder_open(&from)?;
+            let mount = mounting::mount(client, &fork.id, &Bytes::default(), &at, &manner)?;
+            current(job).mount = Some(mount);
+            self.jobs.save(job)?;
+            root = Some(at.path);
+        }
+        for (index, (target, covered)) in targets.iter().zip(covered).enumerate() {
+            let inside = match &root {
+                // Who may not bind mounts each folder by itself.
+                None => {
+                    let at = Mountpoint {
+                        path: target.path.clone(),
+                        created: false,
+                    };
+                    let folder = Bytes(target.folder.clone().unwrap_or_default().into_bytes());
+                    let mount = mounting::mount(client, &fork.id, &folder, &at, &manner)?;
+                    current(job).paths[index].mount = Some(mount);
+                    target.path.clone()
+                }
+                Some(root) => target
+                    .folder
+                    .as_ref()
+                    .map_or(root.clone(), |f| root.join(f)),
+            };
+            current(job).paths[index].link = Some(link);
+            self.jobs.save(job)?;
+            if target.folder.is_some() && !inside.is_dir() {
+                paths::make_folder_open(&inside)?;
             }
             if let (Some(covered), "empty") = (covered, fork.hit.as_str()) {
-                seed(&covered, &from)?;
+                seed(&covered, &inside)?;
             }
-            if !direct {
-                self.put_in_place(&from, &target.path)?;
+            if root.is_some() {
+                self.put_in_place(&inside, &target.path)?;
             }
-            current(job).paths[at_index].link = Some(link);
-            self.jobs.save(job)?;
         }
         Ok(())
     }
@@ -380,7 +390,10 @@ impl Work<'_> {
             warn(&failure.message);
         }
         finish::take_apart(Some(client), volume, self.by, false);
-        volume.paths.iter_mut().for_each(|spot| spot.link = None);
+        for spot in &mut volume.paths {
+            spot.link = None;
+            spot.mount = None;
+        }
         for path in wish.paths.iter().skip(volume.paths.len()) {
             let made = paths::missing(path).unwrap_or_default();
             if let Err(error) = fs::create_dir_all(path) {
@@ -391,6 +404,7 @@ impl Work<'_> {
                 path,
                 inner: None,
                 link: None,
+                mount: None,
                 made,
             });
         }

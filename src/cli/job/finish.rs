@@ -166,7 +166,7 @@ fn settle(
     if let (Some(when), false) = (when, forks.is_empty()) {
         committed
             .iter()
-            .filter_map(|v| v.mount.as_ref())
+            .flat_map(|v| v.mounts())
             .for_each(forks::write_back);
         let request = Request::Commit(protocol::Commit {
             keep,
@@ -203,9 +203,6 @@ fn settle(
 
 /// Why what a volume holds now looks like no job's work: a path that does not lead to it any more, or one that was emptied.
 fn accident(client: &mut Client, volume: &Volume) -> Result<Option<String>, Failure> {
-    let Some(mount) = &volume.mount else {
-        return Ok(None);
-    };
     for spot in volume.paths.iter().filter(|spot| spot.link.is_some()) {
         let path = spot.path.display();
         if !leads_to(spot, volume) {
@@ -213,11 +210,8 @@ fn accident(client: &mut Client, volume: &Volume) -> Result<Option<String>, Fail
                 "{path} was removed or replaced while the job ran"
             )));
         }
-        let root = mounting::mount_path(mount);
-        let folder = spot
-            .inner
-            .as_ref()
-            .map_or(root.to_owned(), |inner| root.join(inner));
+        // A symlink leads to the folder too.
+        let folder = &spot.path;
         // A folder that cannot be read has not been emptied.
         let is_empty = fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
         if is_empty && had_content(client, volume, spot)? {
@@ -242,7 +236,7 @@ fn had_content(client: &mut Client, volume: &Volume, spot: &Spot) -> Result<bool
 }
 
 fn leads_to(spot: &Spot, volume: &Volume) -> bool {
-    let Some(mount) = &volume.mount else {
+    let Some(mount) = spot.mount.as_ref().or(volume.mount.as_ref()) else {
         return false;
     };
     match spot.link {
@@ -254,11 +248,12 @@ fn leads_to(spot: &Spot, volume: &Volume) -> bool {
 }
 
 /// Puts everything that was made for a volume back as it was. Nothing of it fails: what cannot be done is a warning.
-pub fn take_apart(client: Option<&mut Client>, volume: &Volume, by: By, with_paths: bool) {
-    let Some(mount) = &volume.mount else {
-        return remove_folders(volume, with_paths);
-    };
+pub fn take_apart(mut client: Option<&mut Client>, volume: &Volume, by: By, with_paths: bool) {
     for spot in volume.paths.iter().rev() {
+        if let Some(own) = &spot.mount {
+            mounting::detach_by(client.as_deref_mut(), own, by);
+            continue;
+        }
         match spot.link {
             Some(Link::Symlink) if leads_to(spot, volume) => {
                 if let Err(error) = fs::remove_file(&spot.path) {
@@ -268,15 +263,17 @@ pub fn take_apart(client: Option<&mut Client>, volume: &Volume, by: By, with_pat
                     ));
                 }
             }
-            Some(Link::Bind)
-                if spot.path != mounting::mount_path(mount) && leads_to(spot, volume) =>
-            {
-                mounting::unbind_at_once(&spot.path, mount);
+            Some(Link::Bind) if leads_to(spot, volume) => {
+                if let Some(mount) = &volume.mount {
+                    mounting::unbind_at_once(&spot.path, mount);
+                }
             }
             _ => {}
         }
     }
-    mounting::detach_by(client, mount, by);
+    if let Some(mount) = &volume.mount {
+        mounting::detach_by(client, mount, by);
+    }
     remove_folders(volume, with_paths);
 }
 

@@ -74,8 +74,19 @@ pub struct Spot {
     pub inner: Option<String>,
     /// None while nothing was put there.
     pub link: Option<Link>,
+    /// The mount of that folder by itself, where there is one.
+    #[serde(default)]
+    pub mount: Option<Mount>,
     /// Folders that were made for it, outer ones first.
     pub made: Vec<PathBuf>,
+}
+
+impl Volume {
+    /// All mounts of its fork.
+    pub fn mounts(&self) -> impl Iterator<Item = &Mount> {
+        let own = self.paths.iter().filter_map(|spot| spot.mount.as_ref());
+        self.mount.iter().chain(own)
+    }
 }
 
 impl Job {

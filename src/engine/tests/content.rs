@@ -12,7 +12,7 @@ fn a_range_zeroed_over_the_end_of_a_file_reads_as_zeros_up_to_its_new_end() {
     // The page is shared, so zeroing part of it takes new room, which held something else before.
     let gone = put(&fs, "gone", &noise(1 << 20, 2));
     fs.unlink(ME, ROOT, b"gone").unwrap();
-    fs.fork.forget(gone, 1);
+    fs.forget(gone, 1);
     fs.copy_range(ME, (source, 0), (file, 0), 8192).unwrap();
     let size = |size| SetAttr {
         size: Some(size),

@@ -201,7 +201,7 @@ fn run(seed: u64) {
             step(&mut random, &fs, model);
         }
         // No kernel holds anything: what has no name is gone.
-        fs.fork.end_session();
+        fs.fork.end_session(0);
         drop(fs);
         match random.below(12) {
             0 | 1 => {

@@ -55,7 +55,7 @@ fn work(fs: &Fs, mut between: impl FnMut()) {
     let gone = put(fs, "gone", &noise(50_000, 2));
     between();
     fs.unlink(ME, ROOT, b"gone").unwrap();
-    fs.fork.forget(gone, 1);
+    fs.forget(gone, 1);
     let size = SetAttr {
         size: Some(1_234),
         ..SetAttr::default()
@@ -125,7 +125,7 @@ fn removing_what_was_moved_gives_its_room_back_at_once() {
     bench.engine().move_to_private_root(&live).unwrap();
     assert!(fs.fork.charged() > 600_000);
     fs.unlink(ME, ROOT, b"own").unwrap();
-    fs.fork.forget(ino, 1);
+    fs.forget(ino, 1);
     assert_eq!(fs.fork.charged(), before);
     put(&fs, "again", &noise(900_000, 2));
 }

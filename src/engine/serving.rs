@@ -1,0 +1,232 @@
+//! Sessions: a fork, or folders of it that do not overlap, served to kernels.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::{Code, Engine, EngineError, Live, Result};
+use crate::fork::error::FsError;
+use crate::fs::{Caller, Fs, NewNode, Options, Ownership};
+use crate::mount::session;
+use crate::record::{Ino, Kind, ROOT};
+use crate::store::{ForkId, MountPoint};
+
+/// The sessions of a fork.
+#[derive(Debug)]
+pub(super) struct Sessions {
+    /// Their numbers, and the folder of the fork that each serves.
+    served: Vec<(u64, OsString)>,
+    /// When the last one ended, or the fork was opened.
+    since: Instant,
+}
+
+impl Default for Sessions {
+    fn default() -> Sessions {
+        Sessions {
+            served: Vec::new(),
+            since: Instant::now(),
+        }
+    }
+}
+
+impl Sessions {
+    /// How long there has been none.
+    pub(super) fn idle(&self) -> Option<Duration> {
+        self.served.is_empty().then(|| self.since.elapsed())
+    }
+}
+
+/// What is to be served, and where.
+#[derive(Clone, Debug)]
+pub struct Served {
+    /// The folder of the fork, relative to its root; empty for all of it.
+    pub folder: OsString,
+    pub mountpoint: OsString,
+    /// The device number of the mount.
+    pub dev: u64,
+    /// The mountpoint was made for the fork and goes with it.
+    pub created: bool,
+    /// Whose a folder is that has to be made.
+    pub owner: (u32, u32),
+}
+
+/// Whether one of two folders lies in the other.
+fn overlap(a: &OsStr, b: &OsStr) -> bool {
+    let parts = |path: &OsStr| -> Vec<Vec<u8>> { names(path).map(<[u8]>::to_vec).collect() };
+    let (a, b) = (parts(a), parts(b));
+    let common = a.len().min(b.len());
+    a[..common] == b[..common]
+}
+
+fn names(path: &OsStr) -> impl Iterator<Item = &[u8]> {
+    let parts = path.as_bytes().split(|byte| *byte == b'/');
+    parts.filter(|part| !part.is_empty() && *part != b".")
+}
+
+impl Live {
+    pub(super) fn is_served(&self) -> bool {
+        !self.sessions.lock().served.is_empty()
+    }
+
+    fn end_session(&self, epoch: u64) {
+        let mut sessions = self.sessions.lock();
+        let before = sessions.served.len();
+        sessions.served.retain(|(of, _)| *of != epoch);
+        if sessions.served.len() == before {
+            return;
+        }
+        sessions.since = Instant::now();
+        if let Some(fork) = &self.fork {
+            fork.end_session(epoch);
+        }
+    }
+}
+
+impl Engine {
+    /// A fork as a filesystem, for whoever uses it without a mount.
+    ///
+    /// # Errors
+    /// `NotFound`, or the fork is lost.
+    pub fn fs_of(&self, id: ForkId) -> Result<Fs> {
+        let live = self.live(id)?;
+        let options = live.record.lock().options.clone();
+        let ownership = match options.owner {
+            Some((uid, gid)) => Ownership::As { uid, gid },
+            None => Ownership::Keep,
+        };
+        let options = Options {
+            read_only: options.read_only,
+            ownership,
+            acl: options.acl,
+        };
+        Ok(Fs::new(live.fork()?.clone(), options))
+    }
+
+    /// Serves a fork on a connection to the kernel that its caller mounted; returns when it is usable.
+    ///
+    /// # Errors
+    /// `Busy` if what is to be served is served already, in whole or in part; `Policy` for a folder that cannot be one; `Failed` if
+    /// the descriptor is not of a mount.
+    pub fn serve(self: &Arc<Self>, id: ForkId, fd: OwnedFd, served: &Served) -> Result<()> {
+        let live = self.live(id)?;
+        let fs = self.fs_of(id)?;
+        let epoch = self.begin_session(&live, served)?;
+        let at = served.mountpoint.to_string_lossy();
+        let failed = |error: &dyn std::fmt::Display| {
+            live.end_session(epoch);
+            EngineError::new(
+                Code::Failed,
+                format!("fork {id} cannot be served at {at}: {error}"),
+            )
+        };
+        let fs = folder_of(&fs, served)
+            .and_then(|root| fs.for_session(epoch, root))
+            .map_err(|error| {
+                live.end_session(epoch);
+                explain(&served.folder, error)
+            })?;
+        let (engine, ended) = (Arc::downgrade(self), live.clone());
+        let (requests, wakeful) = (live.requests.clone(), self.wakeful.clone());
+        let result = session::serve(fs, fd, epoch, 2, requests, wakeful, move || {
+            ended.end_session(epoch);
+            if ended.over.load(Ordering::Acquire)
+                && !ended.is_served()
+                && let Some(engine) = engine.upgrade()
+            {
+                engine.remove_delta(&ended);
+            }
+        });
+        result.map_err(|error| failed(&error))
+    }
+
+    /// Gives a session its number and notes where it is.
+    fn begin_session(&self, live: &Live, served: &Served) -> Result<u64> {
+        let mut sessions = live.sessions.lock();
+        let mut record = live.record.lock();
+        let taken = |folder: &OsStr| overlap(folder, &served.folder);
+        if sessions.served.iter().any(|(_, folder)| taken(folder)) {
+            let mount = record.mounts.iter().find(|m| taken(&m.folder));
+            let at = mount.map_or_else(String::new, |m| m.path.to_string_lossy().into_owned());
+            return Err(EngineError::new(
+                Code::Busy,
+                format!("fork {} is mounted already, at {at}", live.id),
+            ));
+        }
+        let mut changed = record.clone();
+        let epoch = changed.next_epoch;
+        changed.next_epoch += 1;
+        changed.mounts.retain(|m| !taken(&m.folder));
+        changed.mounts.push(MountPoint {
+            path: served.mountpoint.clone(),
+            folder: served.folder.clone(),
+            dev: served.dev,
+            created: served.created,
+        });
+        self.store.put_fork(&changed)?;
+        *record = changed;
+        sessions.served.push((epoch, served.folder.clone()));
+        Ok(epoch)
+    }
+}
+
+fn explain(folder: &OsStr, error: FsError) -> EngineError {
+    let folder = folder.to_string_lossy();
+    match error {
+        FsError::NotDirectory => EngineError::new(
+            Code::Policy,
+            format!("{folder} is not a folder in the fork, so it cannot be mounted by itself"),
+        )
+        .hint("a path must be a folder that is reached without links"),
+        other => other.into(),
+    }
+}
+
+/// Finds the folder that is to be served, and makes what is missing of it.
+fn folder_of(fs: &Fs, served: &Served) -> std::result::Result<Ino, FsError> {
+    let mut at = ROOT;
+    for name in names(&served.folder) {
+        if name == b".." {
+            return Err(FsError::Invalid);
+        }
+        let found = match fs.lookup(at, name)? {
+            Some(found) => found,
+            None => {
+                let (uid, gid) = served.owner;
+                let caller = Caller {
+                    uid,
+                    gid,
+                    ..Caller::default()
+                };
+                fs.make(caller, at, name, NewNode::new(Kind::Directory, 0o755))?
+            }
+        };
+        fs.forget(found.ino, 1);
+        if found.attr.kind != Kind::Directory {
+            return Err(FsError::NotDirectory);
+        }
+        at = found.ino;
+    }
+    Ok(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_overlap_where_one_lies_in_the_other() {
+        for (a, b, together) in [
+            ("", "a", true),
+            ("a", "a/b", true),
+            ("a/b", "./a//b/", true),
+            ("a", "ab", false),
+            ("a/b", "a/c", false),
+        ] {
+            assert_eq!(overlap(a.as_ref(), b.as_ref()), together, "{a} {b}");
+            assert_eq!(overlap(b.as_ref(), a.as_ref()), together, "{b} {a}");
+        }
+    }
+}
