@@ -8,7 +8,7 @@ use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_ma
 use forkvol::engine::{CommitRequest, Engine, EngineConfig, ForkRequest, Owner, When};
 use forkvol::fs::{Caller, Fs, NewNode};
 use forkvol::record::{Ino, Kind, ROOT};
-use forkvol::store::ForkId;
+use forkvol::store::{ForkId, Verdict};
 
 fn fork(engine: &Arc<Engine>) -> ForkId {
     let request = ForkRequest {
@@ -28,6 +28,8 @@ fn fork(engine: &Arc<Engine>) -> ForkId {
         strict: false,
         job: None,
         uid_map: None,
+        verdict: Verdict::Off,
+        scope: String::new(),
         uid: 0,
         gid: 0,
     };

@@ -7,6 +7,7 @@ mod daemon;
 mod doctor;
 mod ending;
 mod exit;
+mod facts;
 mod forks;
 mod holders;
 mod job;
@@ -268,6 +269,15 @@ struct ForkOptions {
     /// Fail where the cache fails
     #[arg(long)]
     strict: bool,
+    /// The job is for a change from outside (default: from the variables of the CI host); believed only from agents
+    #[arg(long, value_name = "BOOL")]
+    foreign: Option<bool>,
+    /// The job's branch or tag is protected (default: likewise); believed only from agents
+    #[arg(long, value_name = "BOOL")]
+    protected: Option<bool>,
+    /// What its volumes are called by where it is not trusted (default: likewise); believed only from agents
+    #[arg(long, value_name = "NAME")]
+    scope: Option<String>,
 }
 
 #[derive(Clone, Debug, Args)]

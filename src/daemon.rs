@@ -29,10 +29,10 @@ use crate::protocol::{
 };
 use crate::sys;
 use crate::sys::process::{self, Signals};
-use crate::sys::socket::Peer;
+use access::Who;
 use socket::Listening;
 
-pub use crate::engine::{EngineConfig, Keep, Policy};
+pub use crate::engine::{EngineConfig, Keep, Policy, TrustPolicy};
 pub use socket::make_store_folder;
 
 /// A client says who it is within this time, or is sent away.
@@ -311,25 +311,22 @@ impl Drop for Client {
 
 impl Client {
     fn serve(self, stream: UnixStream) {
-        let peer = match sys::socket::peer(&stream) {
-            Ok(peer) => peer,
+        let who = match Who::of(&stream, self.shared.options.uid) {
+            Ok(who) => who,
             Err(error) => return ::log::error!("cannot tell who a client is: {error}"),
         };
         let mut connection = Connection::new(stream);
-        match self.converse(&mut connection, peer) {
+        match self.converse(&mut connection, &who) {
             Ok(()) | Err(FrameError::Closed) => {}
-            Err(error) => ::log::warn!("client {} of user {}: {error}", peer.pid, peer.uid),
+            Err(error) => {
+                ::log::warn!("client {} of user {}: {error}", who.peer.pid, who.peer.uid);
+            }
         }
     }
 
-    fn converse(&self, connection: &mut Connection, peer: Peer) -> Result<(), FrameError> {
+    fn converse(&self, connection: &mut Connection, who: &Who) -> Result<(), FrameError> {
         connection.set_write_timeout(Some(ANSWER_TIMEOUT))?;
-        let refused = access::admit(
-            peer,
-            self.shared.options.uid,
-            self.shared.options.shared_socket,
-        );
-        if let Err(failure) = refused {
+        if let Err(failure) = who.admit(self.shared.options.shared_socket) {
             return connection.send(&Answer::Error(failure));
         }
         let hello: Request = match connection.receive(MAX_REQUEST, Some(HELLO_TIMEOUT)) {
@@ -352,7 +349,7 @@ impl Client {
             let result = match &request {
                 Request::Hello(_) => Err(Failure::new(Code::Usage, "hello was said already")),
                 Request::Status => Ok(json!(self.shared.status())),
-                Request::Stop(stop) => match access::administer(peer, self.shared.options.uid) {
+                Request::Stop(stop) => match who.administer() {
                     Ok(()) => self.shared.stop(stop),
                     Err(failure) => Err(failure),
                 },
@@ -371,7 +368,7 @@ impl Client {
                     held.extend(fds);
                     Ok(json!({}))
                 }
-                _ => calls::answer(&self.shared, peer, connection, request, fds)?,
+                _ => calls::answer(&self.shared, who, connection, request, fds)?,
             };
             let stop = matches!(&result, Ok(value) if value.get("stopped").is_some());
             connection.send(&result.map_or_else(Answer::Error, Answer::Done))?;

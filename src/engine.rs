@@ -11,6 +11,7 @@ mod retention;
 mod serving;
 #[cfg(test)]
 mod tests;
+mod trust;
 mod upkeep;
 
 use std::collections::{BTreeMap, HashMap};
@@ -26,7 +27,7 @@ use crate::fork::error::FsError;
 use crate::fork::{Excludes, Fork, Origin, Private};
 use crate::mount::{Requests, Wakeful};
 use crate::store::{
-    self, ForkId, ForkOptions, Hit, Ingest, Store, StoreError, StoreOptions, VersionRef,
+    self, ForkId, ForkOptions, Hit, Ingest, Store, StoreError, StoreOptions, Verdict, VersionRef,
 };
 use crate::tree::NodeId;
 use crate::volume::{self, Found, VersionSpec};
@@ -39,6 +40,7 @@ pub use retention::{Collected, Keep, Policy};
 pub use serving::Served;
 use serving::Sessions;
 pub use store::{CheckReport, GcReport, LeftOut, Stats};
+pub use trust::{Asker, JobFacts, TrustPolicy};
 
 /// The kinds of failure, one per exit status of the command line.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -130,6 +132,8 @@ pub struct EngineConfig {
     /// Idle cores may be kept from sleeping while requests come in fast.
     pub wakeful: bool,
     pub retention: Policy,
+    /// None: all who may use the store are trusted.
+    pub trust: Option<TrustPolicy>,
 }
 
 impl Default for EngineConfig {
@@ -143,6 +147,7 @@ impl Default for EngineConfig {
             table: 64 << 20,
             wakeful: false,
             retention: Policy::default(),
+            trust: None,
         }
     }
 }
@@ -174,6 +179,9 @@ pub struct ForkRequest {
     pub job: Option<String>,
     /// How the user ids of who asks differ from the machine's.
     pub uid_map: Option<String>,
+    pub verdict: Verdict,
+    /// What the volumes of an untrusted job are called by.
+    pub scope: String,
     /// Who asks.
     pub uid: u32,
     pub gid: u32,
@@ -377,6 +385,8 @@ impl Engine {
             )
             .hint("remove volumes, unpin versions, or raise `limit`"));
         }
+        let request = trust::confine(self.config.trust.as_ref(), request.verdict, request)?;
+        volume::check_name(&request.volume).map_err(usage)?;
         let _stays = self.bases.read();
         loop {
             let base = self.choose_base(&request)?;
@@ -434,6 +444,7 @@ impl Engine {
             id,
             volume: volume.id,
             hit,
+            verdict: request.verdict,
             base: base.map(|(volume, version)| VersionRef {
                 volume: volume.id,
                 number: version.number,
@@ -484,6 +495,11 @@ impl Engine {
         Ok(info)
     }
 
+    /// What the administrator says of trust.
+    pub fn trust(&self) -> Option<&TrustPolicy> {
+        self.config.trust.as_ref()
+    }
+
     fn live(&self, id: ForkId) -> Result<Arc<Live>> {
         self.forks
             .lock()
@@ -528,12 +544,7 @@ impl Engine {
     pub fn abandon(&self, id: ForkId) -> Result<Vec<MountInfo>> {
         let live = self.live(id)?;
         let _one = live.alone();
-        let unused = live
-            .fork
-            .as_ref()
-            .map(|fork| fork.uncommitted_numbers())
-            .unwrap_or_default();
-        self.store.remove_fork(id, &unused)?;
+        self.store.remove_fork(id)?;
         self.counters.abandoned.fetch_add(1, Ordering::Relaxed);
         log::info!("fork {id} abandoned");
         Ok(self.finish(&live, None))

@@ -122,8 +122,6 @@ pub struct Fork {
 struct Numbers {
     left: Range<u64>,
     next_lease: u64,
-    /// Leased since the last commit that the fork outlived.
-    uncommitted: Vec<Range<u64>>,
 }
 
 /// What the delta of a fork amounts to.
@@ -233,7 +231,6 @@ impl Fork {
         let numbers = Numbers {
             left: 0..0,
             next_lease: LEASE.start,
-            uncommitted: Vec::new(),
         };
         Ok(Fork {
             id: origin.id,
@@ -410,7 +407,6 @@ impl Fork {
         if numbers.left.is_empty() {
             let lease = self.store.lease_inodes(self.id, numbers.next_lease)?;
             numbers.next_lease = (numbers.next_lease * 2).min(LEASE.end);
-            numbers.uncommitted.push(lease.clone());
             numbers.left = lease;
         }
         let ino = Ino(numbers.left.start);
@@ -418,14 +414,9 @@ impl Fork {
         Ok(ino)
     }
 
-    /// The inode numbers that nothing has if the fork goes without a commit.
-    pub fn uncommitted_numbers(&self) -> Vec<Range<u64>> {
-        std::mem::take(&mut self.numbers.lock().uncommitted)
-    }
-
-    /// The inode numbers that the fork did not use.
-    pub fn unused_numbers(&self) -> Vec<Range<u64>> {
-        vec![std::mem::take(&mut self.numbers.lock().left)]
+    /// The inode numbers that the fork has leased and not used.
+    pub fn numbers_left(&self) -> Range<u64> {
+        self.numbers.lock().left.clone()
     }
 
     /// Seconds since the fork was opened.

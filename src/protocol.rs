@@ -216,6 +216,20 @@ pub struct Fork {
     /// How the client's user ids differ from the machine's.
     #[serde(default)]
     pub uid_map: Option<String>,
+    #[serde(default)]
+    pub facts: Option<Facts>,
+}
+
+/// What an agent says of its job; nothing of it is believed from anybody else.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Facts {
+    /// It was made for a change from outside, such as a pull request of a repository's fork.
+    pub foreign: Option<bool>,
+    /// Its branch or tag is protected.
+    pub protected: Option<bool>,
+    /// What its volumes are called by where it is not trusted, such as `pr-12`.
+    pub scope: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -31,7 +31,8 @@ pub use check::{CheckReport, Problem};
 pub use gc::{GcReport, Stats, VolumeStats};
 pub use ingest::{ForkChange, Ingest, Publish};
 pub use meta::{
-    Fork, ForkId, ForkOptions, Hit, LeftOut, MountPoint, Moved, Totals, Version, VersionRef, Volume,
+    Fork, ForkId, ForkOptions, Hit, LeftOut, MountPoint, Moved, Totals, Verdict, Version,
+    VersionRef, Volume,
 };
 use meta::{Target, corrupt};
 

@@ -46,6 +46,26 @@ pub fn check_name(name: &str) -> Result<(), NameError> {
     }
 }
 
+/// Makes one part of a volume's name of what comes from outside, such as a branch: what is not legal becomes `-`, and then 8 hex
+/// digits of the hash of the whole are appended, so that two that differ stay two.
+pub fn legal_part(text: &str) -> String {
+    const LONGEST: usize = 48;
+    let keep = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    let made: String = text
+        .chars()
+        .map(|c| if keep(c) { c } else { '-' })
+        .take(LONGEST)
+        .collect();
+    let made = made.trim_matches(|c: char| !c.is_ascii_alphanumeric());
+    if made == text && !made.is_empty() {
+        return made.into();
+    }
+    let hash = blake3::hash(text.as_bytes()).to_hex();
+    format!("{made}-{}", &hash[..8])
+        .trim_start_matches('-')
+        .into()
+}
+
 impl std::str::FromStr for VersionSpec {
     type Err = NameError;
 
@@ -152,6 +172,35 @@ mod tests {
             "", "/a", "a/", "a//b", "a/./b", "a/../b", ".a", "a-", "a b", "ä", "a@1", &long,
         ] {
             assert!(check_name(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn parts_of_names_from_outside_are_made_legal_and_stay_apart() {
+        assert_eq!(legal_part("pr-12"), "pr-12");
+        let long = "a".repeat(200);
+        let texts = [
+            "feature/x",
+            "feature-x",
+            "feature x",
+            "",
+            "..",
+            "/",
+            "ä",
+            "-a",
+            "a-",
+            &long,
+            "a@1",
+        ];
+        let made: std::collections::HashSet<String> =
+            texts.iter().map(|text| legal_part(text)).collect();
+        assert_eq!(made.len(), texts.len(), "{made:?}");
+        for part in &made {
+            assert!(
+                check_name(&format!("shop/untrusted/{part}")).is_ok(),
+                "{part}"
+            );
+            assert!(!part.contains('/') && part.len() < 60);
         }
     }
 

@@ -9,8 +9,9 @@ use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 
 use super::values;
-use crate::daemon::{Keep, Policy};
+use crate::daemon::{Keep, Policy, TrustPolicy};
 use crate::protocol::{Code, Failure};
+use crate::sys::process;
 
 /// Where the service's configuration lies; where there is one, a user's own is not read.
 pub const SYSTEM_FILE: &str = "/etc/forkvol/config.toml";
@@ -39,6 +40,59 @@ struct File {
     min_free: Option<u64>,
     #[serde(default)]
     retention: Vec<Rule>,
+    trust: Option<Trust>,
+}
+
+/// Which jobs are trusted, and what the others may do.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Trust {
+    /// Users, by name or number, whose hooks are believed.
+    agents: Vec<String>,
+    /// Volumes that untrusted jobs may read.
+    #[serde(default)]
+    read: Vec<String>,
+    #[serde(default)]
+    protected_only: bool,
+    #[serde(default)]
+    commit: UntrustedCommit,
+    #[serde(default, deserialize_with = "size")]
+    limit: Option<u64>,
+}
+
+/// What the commit of an untrusted job moves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum UntrustedCommit {
+    #[default]
+    Nothing,
+    Scope,
+}
+
+impl Trust {
+    fn policy(&self) -> Result<TrustPolicy, String> {
+        let user = |name: &String| match name.parse() {
+            Ok(uid) => Ok(uid),
+            Err(_) => process::user_id(name).ok_or_else(|| format!("there is no user {name}")),
+        };
+        let mut policy = TrustPolicy::default();
+        policy.agents = self.agents.iter().map(user).collect::<Result<_, _>>()?;
+        policy.protected_only = self.protected_only;
+        policy.scopes = self.commit == UntrustedCommit::Scope;
+        policy.limit = self.limit.unwrap_or(policy.limit);
+        policy.set_readable(&self.read)?;
+        Ok(policy)
+    }
+
+    fn shown(&self, policy: &TrustPolicy) -> Value {
+        json!({
+            "agents": self.agents,
+            "read": self.read,
+            "protected-only": self.protected_only,
+            "commit": if policy.scopes { "scope" } else { "nothing" },
+            "limit": policy.limit,
+        })
+    }
 }
 
 /// How long versions of the volumes with such names stay; what it does not say is default.
@@ -105,6 +159,7 @@ pub struct Config {
     pub file: Option<PathBuf>,
     said: File,
     retention: Policy,
+    trust: Option<TrustPolicy>,
 }
 
 impl Config {
@@ -131,6 +186,7 @@ impl Config {
             file: None,
             said: File::default(),
             retention: Policy::default(),
+            trust: None,
         })
     }
 
@@ -149,10 +205,16 @@ impl Config {
             let message = format!("{}: retention: {why}", path.display());
             Failure::new(Code::Usage, message)
         })?;
+        let trust = said.trust.as_ref().map(Trust::policy).transpose();
+        let trust = trust.map_err(|why| {
+            let message = format!("{}: trust: {why}", path.display());
+            Failure::new(Code::Usage, message)
+        })?;
         Ok(Config {
             file: Some(path.into()),
             said,
             retention,
+            trust,
         })
     }
 
@@ -209,6 +271,11 @@ impl Config {
         &self.retention
     }
 
+    /// Which jobs are trusted; `None`: all who may use the store.
+    pub fn trust(&self) -> Option<&TrustPolicy> {
+        self.trust.as_ref()
+    }
+
     /// Each setting, its value, and where that came from.
     pub fn table(&self) -> Vec<(&'static str, Value, String)> {
         let file = self
@@ -259,6 +326,14 @@ impl Config {
                 "retention",
                 s.retention.iter().map(Rule::shown).collect(),
                 origin(!s.retention.is_empty()),
+            ),
+            (
+                "trust",
+                match (&s.trust, &self.trust) {
+                    (Some(trust), Some(policy)) => trust.shown(policy),
+                    _ => json!("off"),
+                },
+                origin(s.trust.is_some()),
             ),
         ]
     }
@@ -317,6 +392,35 @@ mod tests {
             wrong.starts_with("/c.toml: retention: the pattern"),
             "{wrong}"
         );
+    }
+
+    #[test]
+    fn the_trust_of_the_manual_is_understood() {
+        let text = include_str!("../../docs/trust.md");
+        let (_, text) = text.split_once("```toml\n").unwrap();
+        let config = parse(text.split("```").next().unwrap()).unwrap();
+        let policy = config.trust().unwrap();
+        assert_eq!(policy.agents, [0, 998]);
+        assert!(policy.scopes && policy.protected_only && policy.may_read("npm"));
+        assert!(parse("").unwrap().trust().is_none());
+        for (text, part) in [
+            ("[trust]\n", "/c.toml:1:1: missing field `agents`"),
+            (
+                "[trust]\nagents = [\"nobody-of-that-name\"]",
+                "/c.toml: trust: there is no user",
+            ),
+            (
+                "[trust]\nagents = []\nread = [\"a{\"]",
+                "/c.toml: trust: the pattern",
+            ),
+            (
+                "[trust]\nagents = []\ncommit = \"all\"",
+                "/c.toml:3:10: unknown variant `all`",
+            ),
+        ] {
+            let message = parse(text).unwrap_err();
+            assert!(message.contains(part), "{message}");
+        }
     }
 
     #[test]

@@ -143,6 +143,7 @@ fn run(
             orphan_after: config.orphan_after(),
             wakeful: config.wakeful(),
             retention: config.retention().clone(),
+            trust: config.trust().cloned(),
             ..EngineConfig::default()
         },
         announce,

@@ -120,7 +120,23 @@ fn examine(context: &Context) -> Vec<Finding> {
     findings.extend(cgroup(context));
     findings.extend(dead_mounts());
     findings.push(ids());
+    findings.push(trust(context));
     findings
+}
+
+fn trust(context: &Context) -> Finding {
+    let message = match context.config.trust() {
+        Some(policy) => format!(
+            "jobs are judged; untrusted ones commit {}",
+            if policy.scopes {
+                "to volumes of their own"
+            } else {
+                "nothing"
+            }
+        ),
+        None => "off: what any job of this store commits, the next one reads".into(),
+    };
+    Finding::ok("trust", message)
 }
 
 fn kernel_version() -> Finding {

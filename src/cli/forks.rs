@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::client::Client;
+use super::facts;
 use super::mounting::{self, By, Manner, Mountpoint};
 use super::output::{self, Shown};
 use super::values::{self, Owner};
@@ -27,6 +28,10 @@ pub struct ForkFacts {
     pub base_uid_map: Option<String>,
     /// exact, stale, fallback or empty.
     pub hit: String,
+    /// off, trusted or untrusted.
+    pub trust: String,
+    /// Why it will not be committed, as far as that is known.
+    pub refused: Option<String>,
     pub mounts: Vec<Mount>,
     pub read_only: bool,
     pub suid: bool,
@@ -72,6 +77,7 @@ pub fn make(
         strict: options.strict,
         job,
         uid_map: sys::namespace::uid_map(),
+        facts: facts::of_job(options),
     };
     let own = request.uid_map.clone();
     let answer = client.call(&Request::Fork(Box::new(request)))?;

@@ -305,6 +305,9 @@ fn explain_refusal(at: &Path, words: &str) -> Failure {
     if words.contains("/dev/fuse") || words.contains("fuse device") {
         return failure.hint("modprobe fuse; in a container, --device /dev/fuse");
     }
+    if words.contains("determine username") {
+        return failure.hint("this user id has no name in /etc/passwd, which fusermount3 needs");
+    }
     if words.contains("user_allow_other") {
         return failure.hint("set user_allow_other in /etc/fuse.conf");
     }

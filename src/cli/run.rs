@@ -477,6 +477,8 @@ mod tests {
         let (_, rest) = manual.split_once("```json run\n").unwrap();
         let example: Value = serde_json::from_str(rest.split("```").next().unwrap()).unwrap();
         let fork = ForkFacts {
+            trust: "off".into(),
+            refused: None,
             id: "f-0123456789ab".into(),
             volume: "npm".into(),
             state: "live".into(),

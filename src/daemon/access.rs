@@ -1,68 +1,128 @@
 //! Who may do what. Identity is what the kernel says of the socket's other end, never a field of a message.
 
+use std::cell::OnceCell;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use crate::engine::{Asker, JobFacts, TrustPolicy};
 use crate::protocol::{Code, Failure};
-use crate::sys::socket::Peer;
+use crate::sys::process;
+use crate::sys::socket::{self, Peer};
 
-/// A private socket is for root and the store's owner; who may open a shared one is said by its mode and group.
-pub fn admit(peer: Peer, daemon: u32, shared_socket: bool) -> Result<(), Failure> {
-    if shared_socket || is_administrator(peer, daemon) {
-        return Ok(());
-    }
-    Err(Failure::new(
-        Code::Policy,
-        format!("user {} may not use this store", peer.uid),
-    )
-    .hint("use a store of your own, or the service"))
+/// Who is at the other end of a connection.
+pub struct Who {
+    pub peer: Peer,
+    process: Option<OwnedFd>,
+    /// The user that the daemon runs as.
+    daemon: u32,
+    is_local: OnceCell<bool>,
 }
 
-/// What concerns the whole store is for root and its owner.
-pub fn administer(peer: Peer, daemon: u32) -> Result<(), Failure> {
-    if is_administrator(peer, daemon) {
-        return Ok(());
+impl Who {
+    pub fn of(stream: &UnixStream, daemon: u32) -> std::io::Result<Who> {
+        Ok(Who {
+            peer: socket::peer(stream)?,
+            process: socket::peer_process(stream),
+            daemon,
+            is_local: OnceCell::new(),
+        })
     }
-    Err(Failure::new(
-        Code::Policy,
-        format!("user {} does not own the store", peer.uid),
-    )
-    .hint(format!("ask root or user {daemon}")))
-}
 
-/// A fork is for who made it, beside root and the store's owner.
-pub fn use_fork(peer: Peer, daemon: u32, owner: u32, fork: &str) -> Result<(), Failure> {
-    if peer.uid == owner || is_administrator(peer, daemon) {
-        return Ok(());
+    fn owns_the_store(&self) -> bool {
+        self.peer.uid == 0 || self.peer.uid == self.daemon
     }
-    Err(Failure::new(
-        Code::Policy,
-        format!("fork {fork} belongs to user {owner}"),
-    ))
-}
 
-/// Files with a suid bit may only come from a store that root alone may use.
-pub fn mount_suid(peer: Peer, daemon: u32, shared_socket: bool) -> Result<(), Failure> {
-    if peer.uid == 0 && daemon == 0 && !shared_socket {
-        return Ok(());
+    /// A process in a container may have the uid of anybody: it has the rights of a job.
+    fn is_local(&self) -> bool {
+        let look =
+            || process::shares_pid_namespace(self.peer.pid, self.process.as_ref().map(AsFd::as_fd));
+        *self.is_local.get_or_init(look)
     }
-    Err(Failure::new(
-        Code::Policy,
-        "--suid and --dev need a store that root alone may use",
-    )
-    .hint("leave them out, or run as root with a store of root's own"))
-}
 
-fn is_administrator(peer: Peer, daemon: u32) -> bool {
-    peer.uid == 0 || peer.uid == daemon
+    /// A private socket is for root and the store's owner; who may open a shared one is said by its mode and group.
+    pub fn admit(&self, shared_socket: bool) -> Result<(), Failure> {
+        if shared_socket || self.owns_the_store() {
+            return Ok(());
+        }
+        Err(Failure::new(
+            Code::Policy,
+            format!("user {} may not use this store", self.peer.uid),
+        )
+        .hint("use a store of your own, or the service"))
+    }
+
+    /// What concerns the whole store is for root and its owner.
+    pub fn administer(&self) -> Result<(), Failure> {
+        if !self.owns_the_store() {
+            return Err(Failure::new(
+                Code::Policy,
+                format!("user {} does not own the store", self.peer.uid),
+            )
+            .hint(format!("ask root or user {}", self.daemon)));
+        }
+        if !self.is_local() {
+            return Err(Failure::new(
+                Code::Policy,
+                "from inside a container only forks can be made and ended",
+            )
+            .hint("run it where the daemon runs"));
+        }
+        Ok(())
+    }
+
+    /// A fork is for who made it, beside root and the store's owner.
+    pub fn use_fork(&self, owner: u32, fork: &str) -> Result<(), Failure> {
+        if self.peer.uid == owner || self.owns_the_store() {
+            return Ok(());
+        }
+        Err(Failure::new(
+            Code::Policy,
+            format!("fork {fork} belongs to user {owner}"),
+        ))
+    }
+
+    /// Files with a suid bit may only come from a store that root alone may use.
+    pub fn mount_suid(&self, shared_socket: bool) -> Result<(), Failure> {
+        if self.peer.uid == 0 && self.daemon == 0 && !shared_socket {
+            return Ok(());
+        }
+        Err(Failure::new(
+            Code::Policy,
+            "--suid and --dev need a store that root alone may use",
+        )
+        .hint("leave them out, or run as root with a store of root's own"))
+    }
+
+    /// Who asks, as far as trust is concerned. What is said of a job counts only where an agent says it.
+    pub fn asker(&self, policy: &TrustPolicy, said: Option<JobFacts>) -> Asker {
+        if !self.is_local() {
+            return Asker::User(self.peer.uid);
+        }
+        let believed = self.owns_the_store() || policy.agents.contains(&self.peer.uid);
+        match said {
+            Some(facts) if believed => Asker::Agent(facts),
+            _ if self.owns_the_store() => Asker::Administrator,
+            None if believed => Asker::Agent(JobFacts::default()),
+            _ => Asker::User(self.peer.uid),
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn peer(uid: u32) -> Peer {
-        Peer {
+    fn who(uid: u32, daemon: u32) -> Who {
+        let peer = Peer {
             uid,
             gid: uid,
-            pid: 1,
+            pid: std::process::id().cast_signed(),
+        };
+        Who {
+            peer,
+            process: None,
+            daemon,
+            is_local: OnceCell::new(),
         }
     }
 
@@ -74,18 +134,13 @@ mod tests {
             (8, false, false),
             (8, true, true),
         ] {
-            assert_eq!(
-                admit(peer(uid), 7, shared).is_ok(),
-                admitted,
-                "{uid} {shared}"
-            );
+            let who = who(uid, 7);
+            assert_eq!(who.admit(shared).is_ok(), admitted, "{uid} {shared}");
         }
-        assert!(administer(peer(8), 7).is_err());
-        assert!(use_fork(peer(8), 7, 8, "f-a").is_ok());
-        assert_eq!(
-            use_fork(peer(9), 7, 8, "f-a").unwrap_err().code,
-            Code::Policy
-        );
+        assert!(who(8, 7).administer().is_err());
+        assert!(who(7, 7).administer().is_ok());
+        assert!(who(8, 7).use_fork(8, "f-a").is_ok());
+        assert_eq!(who(9, 7).use_fork(8, "f-a").unwrap_err().code, Code::Policy);
     }
 
     #[test]
@@ -96,7 +151,42 @@ mod tests {
             (0, 7, false, false),
             (7, 7, false, false),
         ] {
-            assert_eq!(mount_suid(peer(uid), daemon, shared).is_ok(), allowed);
+            assert_eq!(who(uid, daemon).mount_suid(shared).is_ok(), allowed);
+        }
+    }
+
+    #[test]
+    fn who_is_not_seen_in_the_own_pid_namespace_has_the_rights_of_a_job() {
+        let mut who = who(0, 0);
+        who.peer.pid = 0;
+        let failure = who.administer().unwrap_err();
+        assert!(failure.message.contains("container"), "{failure}");
+        let policy = TrustPolicy::default();
+        assert_eq!(who.asker(&policy, None), Asker::User(0));
+        let said = Some(JobFacts {
+            foreign: Some(false),
+            protected: Some(true),
+        });
+        assert_eq!(who.asker(&policy, said), Asker::User(0));
+    }
+
+    #[test]
+    fn only_agents_are_believed() {
+        let mut policy = TrustPolicy::default();
+        policy.agents = vec![8];
+        let facts = JobFacts {
+            foreign: Some(false),
+            protected: None,
+        };
+        for (uid, said, asker) in [
+            (7, None, Asker::Administrator),
+            (7, Some(facts), Asker::Agent(facts)),
+            (8, Some(facts), Asker::Agent(facts)),
+            (8, None, Asker::Agent(JobFacts::default())),
+            (9, Some(facts), Asker::User(9)),
+            (9, None, Asker::User(9)),
+        ] {
+            assert_eq!(who(uid, 7).asker(&policy, said), asker, "{uid}");
         }
     }
 }

@@ -8,20 +8,21 @@ use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 
-use super::{Shared, access, documents, failure};
-use crate::engine::{self, CommitRequest, Engine, ForkInfo, ForkRequest, Served};
+use super::access::Who;
+use super::{Shared, documents, failure};
+use crate::engine::{self, Asker, CommitRequest, Engine, ForkInfo, ForkRequest, JobFacts, Served};
 use crate::protocol::{
-    Answer, Code, Commit, Connection, Failure, Fork, FrameError, Incoming, Outgoing, Owner,
+    Answer, Code, Commit, Connection, Facts, Failure, Fork, FrameError, Incoming, Outgoing, Owner,
     Request, Serve, When,
 };
-use crate::store::ForkId;
+use crate::store::{ForkId, Verdict};
 use crate::sys::mount;
-use crate::sys::socket::Peer;
+use crate::volume;
 
 /// Answers a request. The outer error ends the connection; the inner one is told to the client.
 pub fn answer(
     shared: &Shared,
-    peer: Peer,
+    who: &Who,
     connection: &mut Connection,
     request: Request,
     fds: Vec<OwnedFd>,
@@ -35,11 +36,14 @@ pub fn answer(
     let call = Call {
         shared,
         engine: &shared.engine,
-        peer,
+        who,
     };
     Ok(match request {
         Request::Serve(serve) => call.serve(&serve, fds),
         Request::Cat { version, path } => {
+            if let Err(failure) = call.may_read(&version) {
+                return Ok(Err(failure));
+            }
             connection.send(&Answer::Content)?;
             let mut out = Outgoing::new(connection);
             let result = call.engine.cat(&version, &path.0, &mut out);
@@ -47,6 +51,9 @@ pub fn answer(
             result.map(|()| json!({})).map_err(failure)
         }
         Request::Export { version } => {
+            if let Err(failure) = call.may_read(&version) {
+                return Ok(Err(failure));
+            }
             connection.send(&Answer::Content)?;
             let mut out = Outgoing::new(connection);
             let result = call.engine.export(&version, &mut out);
@@ -56,11 +63,14 @@ pub fn answer(
                 .map_err(failure)
         }
         Request::Import { volume } => {
+            if let Err(failure) = who.administer() {
+                return Ok(Err(failure));
+            }
             connection.send(&Answer::Send)?;
             let mut content = Incoming::new(connection);
             let result = call
                 .engine
-                .import(&volume, &mut content, (peer.uid, peer.gid));
+                .import(&volume, &mut content, (who.peer.uid, who.peer.gid));
             // What the client still sends is read, so that it comes to the answer.
             if std::io::copy(&mut content, &mut std::io::sink()).is_err() || !content.is_ended() {
                 return Err(FrameError::Closed);
@@ -89,7 +99,7 @@ pub fn live_fork_names(engine: &Engine) -> Vec<String> {
 struct Call<'a> {
     shared: &'a Shared,
     engine: &'a Arc<Engine>,
-    peer: Peer,
+    who: &'a Who,
 }
 
 impl Call<'_> {
@@ -116,37 +126,47 @@ impl Call<'_> {
                 json!({"volumes": documents::list(&volumes, documents::volume)})
             }
             Request::Volume { name } => {
+                self.may_read(&name)?;
                 json!({"volume": documents::volume(&engine.volume(&name).map_err(failure)?)})
             }
             Request::RemoveVolume { name, force } => {
+                self.administer()?;
                 let mounts = engine.remove_volume(&name, force).map_err(failure)?;
                 json!({"removed": name, "mounts": documents::mounts(&mounts)})
             }
             Request::RenameVolume { old, new } => {
+                self.administer()?;
                 engine.rename_volume(&old, &new).map_err(failure)?;
                 json!({"renamed": old, "to": new})
             }
             Request::ResetVolume { name } => {
+                self.administer()?;
                 engine.reset_volume(&name).map_err(failure)?;
                 json!({"reset": name})
             }
             Request::Log { volume } => {
+                self.may_read(&volume)?;
                 let versions = engine.log(&volume).map_err(failure)?;
                 json!({"volume": volume, "versions": documents::list(&versions, documents::version)})
             }
             Request::Rollback { volume, version } => {
+                self.administer()?;
                 let version = engine.rollback(&volume, &version).map_err(failure)?;
                 json!({"version": documents::version(&version)})
             }
             Request::Pin { version, pinned } => {
+                self.administer()?;
                 let version = engine.pin(&version, pinned).map_err(failure)?;
                 json!({"version": documents::version(&version)})
             }
             Request::Diff { a, b } => {
+                self.may_read(&a)?;
+                self.may_read(&b)?;
                 let changes = engine.diff(&a, &b).map_err(failure)?;
                 json!({"a": a, "b": b, "changes": documents::list(&changes, documents::change)})
             }
             Request::List { version, path } => {
+                self.may_read(&version)?;
                 let entries = engine.ls(&version, &path.0).map_err(failure)?;
                 json!({"version": version, "path": path, "entries": documents::list(&entries, documents::entry)})
             }
@@ -180,13 +200,53 @@ impl Call<'_> {
     }
 
     fn administer(&self) -> Result<(), Failure> {
-        access::administer(self.peer, self.shared.options.uid)
+        self.who.administer()
+    }
+
+    /// What the client's jobs may do, and the name of their scope where they are untrusted.
+    fn judge(&self, said: Option<&Facts>) -> (Verdict, String) {
+        let Some(policy) = self.engine.trust() else {
+            return (Verdict::Off, String::new());
+        };
+        let facts = said.map(|said| JobFacts {
+            foreign: said.foreign,
+            protected: said.protected,
+        });
+        let asker = self.who.asker(policy, facts);
+        let scope = match (&asker, said.and_then(|said| said.scope.as_deref())) {
+            (Asker::User(uid), _) => format!("uid-{uid}"),
+            (_, Some(scope)) => volume::legal_part(scope),
+            (_, None) => "unknown".into(),
+        };
+        (policy.judge(&asker), scope)
+    }
+
+    /// Fails where a version, or a fork, is not the client's to read.
+    fn may_read(&self, text: &str) -> Result<(), Failure> {
+        let Some(policy) = self.engine.trust() else {
+            return Ok(());
+        };
+        let Asker::User(uid) = self.who.asker(policy, None) else {
+            return Ok(());
+        };
+        if text.parse::<ForkId>().is_ok() {
+            return self.own(text).map(drop);
+        }
+        let volume = text.split('@').next().unwrap_or_default();
+        if policy.may_read(volume) || volume.ends_with(&format!("/untrusted/uid-{uid}")) {
+            return Ok(());
+        }
+        Err(
+            Failure::new(Code::Policy, format!("user {uid} may not read {volume}")).hint(
+                "the owner of the store says in [trust] which volumes untrusted jobs may read",
+            ),
+        )
     }
 
     /// Finds a fork that the client may change.
     fn own(&self, fork: &str) -> Result<(ForkId, ForkInfo), Failure> {
         let info = self.engine.find_fork(fork).map_err(failure)?;
-        access::use_fork(self.peer, self.shared.options.uid, info.uid, fork)?;
+        self.who.use_fork(info.uid, fork)?;
         let id = info
             .id
             .parse()
@@ -202,9 +262,9 @@ impl Call<'_> {
             ));
         }
         if fork.suid || fork.dev {
-            let facts = &self.shared.options;
-            access::mount_suid(self.peer, facts.uid, facts.shared_socket)?;
+            self.who.mount_suid(self.shared.options.shared_socket)?;
         }
+        let (verdict, scope) = self.judge(fork.facts.as_ref());
         let info = self
             .engine
             .fork(ForkRequest {
@@ -227,8 +287,10 @@ impl Call<'_> {
                 strict: fork.strict,
                 job: fork.job,
                 uid_map: fork.uid_map,
-                uid: self.peer.uid,
-                gid: self.peer.gid,
+                verdict,
+                scope,
+                uid: self.who.peer.uid,
+                gid: self.who.peer.gid,
             })
             .map_err(failure)?;
         Ok(json!({"fork": documents::fork(&info)}))
@@ -253,7 +315,7 @@ impl Call<'_> {
             mountpoint: OsString::from_vec(serve.mountpoint.0.clone()),
             dev: serve.device,
             created: serve.created,
-            owner: (self.peer.uid, self.peer.gid),
+            owner: (self.who.peer.uid, self.who.peer.gid),
         };
         self.engine.serve(id, fd, &served).map_err(failure)?;
         Ok(json!({}))

@@ -8,6 +8,7 @@ use crate::engine::{
     Committed, DiffEntry, DiffKind, ForkInfo, ListEntry, MountInfo, VersionInfo, VolumeInfo,
 };
 use crate::protocol::{Bytes, Mount};
+use crate::store::Verdict;
 
 /// A time in nanoseconds since 1970.
 fn time(nanos: i64) -> Value {
@@ -77,6 +78,12 @@ pub fn fork(fork: &ForkInfo) -> Value {
         "base": fork.base,
         "base_uid_map": fork.base_uid_map,
         "hit": fork.hit,
+        "trust": match fork.verdict {
+            Verdict::Off => "off",
+            Verdict::Trusted => "trusted",
+            Verdict::Nothing | Verdict::Scope => "untrusted",
+        },
+        "refused": fork.refused,
         "mount": fork.mounts.first().map(mount),
         "mounts": mounts(&fork.mounts),
         "job": fork.job,
@@ -212,6 +219,8 @@ mod tests {
             base: None,
             base_uid_map: None,
             hit: crate::store::Hit::Exact,
+            verdict: Verdict::Off,
+            refused: None,
             mounts: vec![the_mount.clone()],
             job: None,
             created: 0,

@@ -13,6 +13,7 @@ use crate::fork::error::FsError;
 use crate::fork::view;
 use crate::fs::{Caller, Entry, Fs, NewNode, Options, Ownership, SetAttr, XattrMode};
 use crate::record::{self, Attr, Ino, Key, Kind, ROOT, Value};
+use crate::store::Verdict;
 use crate::tree;
 
 /// What an export has written so far.
@@ -248,6 +249,8 @@ impl Engine {
             strict: false,
             job: None,
             uid_map: None,
+            verdict: Verdict::Off,
+            scope: String::new(),
             uid,
             gid,
         };

@@ -91,6 +91,7 @@ impl Engine {
             if record.options.ephemeral {
                 return refuse("is ephemeral and never commits");
             }
+            self.check_verdict(&record)?;
         }
         self.check_heads(lives, request)?;
         let mut prepared: Vec<(usize, Ingested)> = Vec::new();
@@ -189,7 +190,7 @@ impl Engine {
                 made.push(*index);
             }
             if !request.keep {
-                let unused = done.fork.unused_numbers();
+                let unused = done.fork.numbers_left();
                 publish.forks.push(ForkChange::Remove(live.id, unused));
             }
         }
@@ -361,12 +362,14 @@ impl Engine {
                     volume: version.volume,
                     number: version.number,
                 });
-                records.push((held, record));
+                records.push((held, record, done.fork.numbers_left()));
             }
-            let put = |(_, record): &(_, store::Fork)| ForkChange::Put(Box::new(record.clone()));
-            records.iter().map(put).collect()
+            let changes = records.iter();
+            changes
+                .map(|(_, record, left)| ForkChange::Rebase(Box::new(record.clone()), left.clone()))
+                .collect()
         })?;
-        for (mut held, record) in records {
+        for (mut held, record, _) in records {
             *held = record;
         }
         Ok(published)

@@ -77,6 +77,9 @@ pub struct ForkInfo {
     /// Under which map of user ids the base was written.
     pub base_uid_map: Option<String>,
     pub hit: store::Hit,
+    pub verdict: store::Verdict,
+    /// Why it will not be committed, as far as that is known.
+    pub refused: Option<String>,
     pub mounts: Vec<MountInfo>,
     pub job: Option<String>,
     pub created: i64,
@@ -133,6 +136,14 @@ impl Engine {
                 None => None,
             },
             hit: record.hit,
+            verdict: record.verdict,
+            refused: if record.options.read_only {
+                Some("it is read-only".into())
+            } else if record.options.ephemeral {
+                Some("it is ephemeral".into())
+            } else {
+                self.check_verdict(&record).err().map(|error| error.message)
+            },
             mounts: record.mounts.into_iter().map(MountInfo::from).collect(),
             job: record.options.job,
             created: record.created,

@@ -117,6 +117,8 @@ fn fork_request(volume: &str) -> ForkRequest {
         strict: false,
         job: None,
         uid_map: None,
+        verdict: Verdict::Off,
+        scope: String::new(),
         uid: 0,
         gid: 0,
     }

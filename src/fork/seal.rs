@@ -197,10 +197,6 @@ impl Fork {
             }
         }
         drop(layers);
-        if private.is_none() {
-            let mut numbers = self.numbers.lock();
-            numbers.uncommitted = vec![numbers.left.clone()];
-        }
         for cell in frozen.inodes.values() {
             let mut inode = cell.state.write();
             gone.extend(inode.content.extents.iter());

@@ -267,8 +267,10 @@ impl Drop for Ingest {
 #[derive(Clone, Debug)]
 pub enum ForkChange {
     /// It is over; these inode numbers were never used.
-    Remove(ForkId, Vec<Range<u64>>),
-    /// It goes on, on top of its new version.
+    Remove(ForkId, Range<u64>),
+    /// It goes on, on top of its new version, with these inode numbers left.
+    Rebase(Box<Fork>, Range<u64>),
+    /// It goes on, and its version is the one it had.
     Put(Box<Fork>),
 }
 
@@ -352,9 +354,14 @@ impl Store {
             match change {
                 ForkChange::Remove(id, unused) => {
                     self.delete(&mut batch, Target::Meta, &keys::one(keys::FORK, id.0))?;
-                    self.free_inodes(&mut batch, unused)?;
+                    self.end_leases(&mut batch, *id)?;
+                    self.free_inodes(&mut batch, std::slice::from_ref(unused))?;
                 }
-                ForkChange::Put(fork) => {
+                ForkChange::Put(fork) | ForkChange::Rebase(fork, _) => {
+                    if let ForkChange::Rebase(_, left) = change {
+                        self.end_leases(&mut batch, fork.id)?;
+                        self.put_lease(&mut batch, fork.id, left)?;
+                    }
                     self.put(
                         &mut batch,
                         Target::Meta,

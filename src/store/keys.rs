@@ -9,6 +9,7 @@
 //! 'd' ‖ volume id ‖ number    the version was set aside as damaged (why)
 //! 'p' ‖ volume id ‖ number    the version is pinned
 //! 'f' ‖ fork id               fork record (JSON)
+//! 'l' ‖ fork id ‖ number      inode numbers that a fork took since its last commit: how many, u64
 //! 'u' ‖ first number          free inode numbers: how many, u64
 //! ```
 
@@ -22,6 +23,7 @@ pub const VERSION: u8 = b'r';
 pub const DAMAGED: u8 = b'd';
 pub const PIN: u8 = b'p';
 pub const FORK: u8 = b'f';
+pub const LEASE: u8 = b'l';
 pub const FREE: u8 = b'u';
 
 /// Returns the key of a record named by one number.
@@ -29,9 +31,9 @@ pub fn one(kind: u8, id: u64) -> Vec<u8> {
     [&[kind][..], &id.to_be_bytes()].concat()
 }
 
-/// Returns the key of a record of a version.
-pub fn two(kind: u8, volume: u64, number: u64) -> Vec<u8> {
-    [&[kind][..], &volume.to_be_bytes(), &number.to_be_bytes()].concat()
+/// Returns the key of a record named by two numbers, such as a version's.
+pub fn two(kind: u8, first: u64, second: u64) -> Vec<u8> {
+    [&[kind][..], &first.to_be_bytes(), &second.to_be_bytes()].concat()
 }
 
 /// Returns the key of the index entry of a volume's name.
@@ -42,4 +44,9 @@ pub fn name(name: &str) -> Vec<u8> {
 /// Reads a number behind the first byte of a key.
 pub fn number(key: &[u8]) -> Option<u64> {
     Some(u64::from_be_bytes(key.get(1..9)?.try_into().ok()?))
+}
+
+/// Reads the second number of a key of two.
+pub fn second_number(key: &[u8]) -> Option<u64> {
+    Some(u64::from_be_bytes(key.get(9..17)?.try_into().ok()?))
 }

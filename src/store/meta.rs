@@ -211,6 +211,20 @@ pub enum Hit {
     Empty,
 }
 
+/// What was judged of a fork's job when the fork was made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// Nothing is judged in this store.
+    #[default]
+    Off,
+    Trusted,
+    /// Untrusted: it commits nothing.
+    Nothing,
+    /// Untrusted: its volume is one of its own scope.
+    Scope,
+}
+
 /// A private, writable view of a version.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Fork {
@@ -219,6 +233,8 @@ pub struct Fork {
     pub base: Option<VersionRef>,
     #[serde(default)]
     pub hit: Hit,
+    #[serde(default)]
+    pub verdict: Verdict,
     /// The base's root, or the fork's private one.
     pub root: NodeId,
     /// None while the root is the base's.
@@ -439,11 +455,45 @@ impl Store {
     }
 
     /// Removes a fork's record, and gives its unused inode numbers back.
-    pub fn remove_fork(&self, id: ForkId, unused: &[Range<u64>]) -> Result<(), StoreError> {
+    pub fn remove_fork(&self, id: ForkId) -> Result<(), StoreError> {
+        let _serial = self.numbering.lock();
         let mut batch = WriteBatch::default();
         self.delete(&mut batch, Target::Meta, &keys::one(keys::FORK, id.0))?;
-        self.free_inodes(&mut batch, unused)?;
+        let leased = self.end_leases(&mut batch, id)?;
+        self.free_inodes(&mut batch, &leased)?;
         self.write_unsynced(batch)
+    }
+
+    /// Ends the leases of a fork on inode numbers; returns what it had leased.
+    pub(super) fn end_leases(
+        &self,
+        batch: &mut WriteBatch,
+        id: ForkId,
+    ) -> Result<Vec<Range<u64>>, StoreError> {
+        let mut leased = Vec::new();
+        for (key, len) in self.entries(Target::Meta, &keys::one(keys::LEASE, id.0))? {
+            let wrong = || corrupt("the leases of inode numbers");
+            let start = keys::second_number(&key).ok_or_else(wrong)?;
+            let len = u64_of(&len, "the leases of inode numbers")?;
+            leased.push(start..start.checked_add(len).ok_or_else(wrong)?);
+            self.delete(batch, Target::Meta, &key)?;
+        }
+        Ok(leased)
+    }
+
+    /// Notes that a fork has these inode numbers, which no version holds.
+    pub(super) fn put_lease(
+        &self,
+        batch: &mut WriteBatch,
+        id: ForkId,
+        lease: &Range<u64>,
+    ) -> Result<(), StoreError> {
+        if lease.is_empty() {
+            return Ok(());
+        }
+        let count = (lease.end - lease.start).to_be_bytes();
+        let key = keys::two(keys::LEASE, id.0, lease.start);
+        self.put(batch, Target::Meta, &key, &count)
     }
 
     /// Adds inode numbers that no version holds to the free ones.
@@ -465,7 +515,7 @@ impl Store {
     }
 
     /// Gives a fork up to `count` inode numbers that nobody has.
-    pub fn lease_inodes(&self, _fork: ForkId, count: u64) -> Result<Range<u64>, StoreError> {
+    pub fn lease_inodes(&self, fork: ForkId, count: u64) -> Result<Range<u64>, StoreError> {
         let _serial = self.numbering.lock();
         let mut batch = WriteBatch::default();
         let free = self.first(&[keys::FREE])?;
@@ -493,6 +543,7 @@ impl Store {
             )?;
             next..next + count
         };
+        self.put_lease(&mut batch, fork, &lease)?;
         self.write_unsynced(batch)?;
         Ok(lease)
     }

@@ -125,10 +125,17 @@ fn inode_numbers_are_given_once_and_again_when_nothing_has_them() {
     let id = ForkId(1);
     assert_eq!(store.lease_inodes(id, 64).unwrap(), 2..66);
     assert_eq!(store.lease_inodes(id, 128).unwrap(), 66..194);
-    let unused = 70..194;
-    store
-        .remove_fork(id, std::slice::from_ref(&unused))
-        .unwrap();
+    let over = Publish {
+        forks: vec![ForkChange::Remove(id, 70..194)],
+        ..Publish::default()
+    };
+    store.publish(&[], over).unwrap();
+    // The next fork is abandoned by a process that never knew what it had leased.
+    let id = ForkId(2);
+    assert_eq!(store.lease_inodes(id, 64).unwrap(), 70..134);
+    drop(store);
+    let store = open(dir.path()).unwrap();
+    store.remove_fork(id).unwrap();
     assert_eq!(store.lease_inodes(id, 64).unwrap(), 70..134);
     assert_eq!(store.lease_inodes(id, 1000).unwrap(), 134..194);
     assert_eq!(store.lease_inodes(id, 64).unwrap(), 194..258);

@@ -9,6 +9,34 @@ use std::time::Duration;
 
 use super::check;
 
+/// Whether a process that this one sees as `pid` lives in the same pid namespace. `process` makes sure that the number still means
+/// it. On doubt it does not.
+pub fn shares_pid_namespace(pid: i32, process: Option<BorrowedFd<'_>>) -> bool {
+    // The numbers of a process, from the namespace of /proc inwards: one in a deeper namespace has more.
+    let depth = |who: &str| -> Option<usize> {
+        let status = std::fs::read_to_string(format!("/proc/{who}/status")).ok()?;
+        let numbers = status
+            .lines()
+            .find_map(|line| line.strip_prefix("NSpid:"))?;
+        Some(numbers.split_whitespace().count())
+    };
+    if pid <= 0 {
+        return false;
+    }
+    let same = matches!((depth("self"), depth(&pid.to_string())), (Some(own), Some(other)) if own == other);
+    same && process.is_none_or(is_alive)
+}
+
+fn is_alive(process: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd {
+        fd: process.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one pollfd is passed, which is valid for the call.
+    unsafe { libc::poll(&raw mut poll, 1, 0) == 0 }
+}
+
 /// A signal that was sent to this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Signal {
@@ -226,9 +254,19 @@ pub fn group_name(id: u32) -> Option<String> {
     find_group(|_, found| found == id).map(|(name, _)| name)
 }
 
+/// Returns the id of the user `name`, or `None` if there is none.
+pub fn user_id(name: &str) -> Option<u32> {
+    find("/etc/passwd", |found, _| found == name).map(|(_, id)| id)
+}
+
 fn find_group(wanted: impl Fn(&str, u32) -> bool) -> Option<(String, u32)> {
-    let groups = std::fs::read_to_string("/etc/group").ok()?;
-    groups.lines().find_map(|line| {
+    find("/etc/group", wanted)
+}
+
+/// Looks into a table of names and ids: the first field and the third.
+fn find(table: &str, wanted: impl Fn(&str, u32) -> bool) -> Option<(String, u32)> {
+    let table = std::fs::read_to_string(table).ok()?;
+    table.lines().find_map(|line| {
         let mut fields = line.split(':');
         let (name, id) = (fields.next()?, fields.nth(1)?.parse().ok()?);
         wanted(name, id).then(|| (name.to_owned(), id))

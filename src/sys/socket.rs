@@ -46,6 +46,26 @@ pub fn peer(socket: &UnixStream) -> io::Result<Peer> {
     })
 }
 
+/// Returns a descriptor of the process at the other end, which stands for it even when its number is given to another; `None` where
+/// the kernel has no such thing.
+pub fn peer_process(socket: &UnixStream) -> Option<OwnedFd> {
+    const SO_PEERPIDFD: libc::c_int = 77;
+    let mut fd: libc::c_int = -1;
+    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: `fd` and `length` are writable and `length` is the size of `fd`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERPIDFD,
+            (&raw mut fd).cast(),
+            &raw mut length,
+        )
+    };
+    // SAFETY: the kernel has just made this descriptor for us.
+    (result == 0 && fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Runs `f` on a name for `path` that is short enough for a socket's address, by way of the folder's descriptor.
 fn with_short<T>(path: &Path, f: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
     if path.as_os_str().len() <= MAX_PATH {

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 mod docker;
 mod jobs;
+mod trust;
+mod unprivileged;
 
 /// A store of its own with its daemon, which ends with the test.
 struct Cli {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use forkvol::engine::{CommitRequest, Engine, EngineConfig, ForkRequest, Owner, Served, When};
-use forkvol::store::ForkId;
+use forkvol::store::{ForkId, Verdict};
 use forkvol::sys::mount;
 
 pub struct TestStore {
@@ -77,6 +77,8 @@ impl TestStore {
             strict: false,
             job: None,
             uid_map: None,
+            verdict: Verdict::Off,
+            scope: String::new(),
             uid: 0,
             gid: 0,
         };

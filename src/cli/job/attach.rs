@@ -57,10 +57,11 @@ pub fn attach(
     }
     let names: Vec<&str> = job.volumes.iter().map(|v| v.volume.as_str()).collect();
     output::note(&format!(
-        "job {} has {}: {} hit, {:.0} ms",
+        "job {} has {}: {} hit, trust {}, {:.0} ms",
         job.job,
         names.join(", "),
         job.hit(),
+        job.trust(),
         begun.elapsed().as_secs_f64() * 1e3
     ));
     tell(context, &options, &job)
@@ -71,6 +72,7 @@ fn document(job: &Job) -> Value {
         "job": job.job,
         "hit": job.hit(),
         "volumes": job.volumes,
+        "trust": job.trust(),
         "degraded": job.volumes.iter().any(|v| v.degraded.is_some()),
     })
 }
@@ -125,6 +127,7 @@ fn empty(name: &str) -> Volume {
         paths: Vec::new(),
         degraded: None,
         refused: None,
+        trust: "off".into(),
     }
 }
 
@@ -247,12 +250,8 @@ impl Work<'_> {
         volume.fork = Some(fork.id.clone());
         volume.base = fork.base.clone();
         volume.hit = fork.hit.clone();
-        let options = &self.options.options;
-        volume.refused = match (options.read_only, options.ephemeral) {
-            (true, _) => Some("it is read-only".into()),
-            (_, true) => Some("it is ephemeral".into()),
-            _ => None,
-        };
+        volume.refused = fork.refused.clone();
+        volume.trust = fork.trust.clone();
         self.jobs.save(job)?;
 
         let manner = fork.manner(self.by);

@@ -64,6 +64,9 @@ pub struct Volume {
     pub degraded: Option<String>,
     /// Why it will not be committed, if that is known already.
     pub refused: Option<String>,
+    /// What the daemon judged of the job: off, trusted or untrusted.
+    #[serde(default)]
+    pub trust: String,
 }
 
 /// A path of a job.
@@ -122,6 +125,13 @@ impl Job {
                 .unwrap_or(order.len() - 1)
         };
         order[self.volumes.iter().map(rank).max().unwrap_or(0)]
+    }
+
+    /// What was judged of it: off, trusted or untrusted.
+    pub fn trust(&self) -> &str {
+        let volumes = self.volumes.iter();
+        let known = volumes.map(|v| v.trust.as_str()).filter(|t| !t.is_empty());
+        known.max().unwrap_or("off")
     }
 
     /// Whether its agent, its boot or its mounts are gone. The daemon says which forks are live: what this process sees of mounts
@@ -401,6 +411,7 @@ mod tests {
 
     fn volume(hit: &str) -> Volume {
         Volume {
+            trust: String::new(),
             volume: "v".into(),
             fork: None,
             base: None,

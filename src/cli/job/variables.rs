@@ -47,6 +47,7 @@ pub fn of(job: &Job, document: &Value) -> Vec<(String, String)> {
     let mut out = vec![
         ("FORKVOL_JOB".into(), job.job.clone()),
         ("FORKVOL_HIT".into(), job.hit().into()),
+        ("FORKVOL_TRUST".into(), job.trust().into()),
         ("FORKVOL_JSON".into(), document.to_string()),
     ];
     for volume in &job.volumes {

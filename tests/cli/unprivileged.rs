@@ -1,0 +1,107 @@
+//! An ordinary user, who mounts through fusermount3 and may bind nothing.
+
+use std::os::unix::fs::PermissionsExt;
+
+use super::*;
+
+/// Opens the FUSE device to everybody, in a mount namespace of the test's own, and goes on as an ordinary user.
+const AS_USER: &str = r#"
+    mknod "$WORK/fuse" c 10 229
+    chmod 666 "$WORK/fuse"
+    mount --bind "$WORK/fuse" /dev/fuse
+    exec setpriv --reuid 65534 --regid 65534 --clear-groups bash -euo pipefail -c "$SCRIPT"
+"#;
+
+/// Runs a script as a user with a home and a store of its own; `forkvol` is in its PATH.
+fn as_user(script: &str) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::create_dir_all(at("bin")).unwrap();
+    fs::copy(env!("CARGO_BIN_EXE_forkvol"), at("bin/forkvol")).unwrap();
+    for folder in ["home", "run"] {
+        fs::create_dir(at(folder)).unwrap();
+        std::os::unix::fs::chown(at(folder), Some(65534), Some(65534)).unwrap();
+        fs::set_permissions(at(folder), fs::Permissions::from_mode(0o700)).unwrap();
+    }
+    let path = std::env::var("PATH").unwrap();
+    let all = format!("trap 'forkvol daemon stop --force' EXIT\ncd ~\n{script}");
+    let output = Command::new("unshare")
+        .args([
+            "--mount",
+            "--propagation",
+            "private",
+            "bash",
+            "-euc",
+            AS_USER,
+        ])
+        .env("WORK", dir.path())
+        .env("SCRIPT", all)
+        .env("HOME", at("home"))
+        .env("XDG_RUNTIME_DIR", at("run"))
+        .env("FORKVOL_STORE", at("home/store"))
+        .env("PATH", format!("{}:{path}", at("bin").display()))
+        .env_remove("XDG_CONFIG_HOME")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{script}\n{out}{err}");
+    out
+}
+
+#[test]
+fn a_fork_is_mounted_committed_and_abandoned_without_any_privilege() {
+    let out = as_user(
+        "forkvol --quiet fork v m > id
+         echo data > m/file
+         forkvol --quiet commit ./m
+         test ! -e m
+         forkvol --quiet fork v m > id
+         cat m/file
+         stat -c %u m/file
+         rm m/file
+         forkvol --quiet abandon \"$(cat id)\" > abandoned
+         forkvol cat v:file",
+    );
+    assert_eq!(out, "v@1\ndata\n65534\ndata\n");
+}
+
+#[test]
+fn a_job_gets_a_mount_for_each_of_its_paths_and_commits_them_as_one() {
+    let out = as_user(
+        "attach() { forkvol --quiet attach --job \"$1\" --env-file env -v v -p ~/.cache/a -p work/b; }
+         attach 1
+         echo one > ~/.cache/a/f
+         echo two > work/b/f
+         mv work/b/f work/b/g
+         forkvol --quiet finish --job 1 --status 0
+         test ! -e work && test ! -e ~/.cache/a/f
+         attach 2
+         cat ~/.cache/a/f work/b/g
+         . ./env
+         echo \"$FORKVOL_HIT\"
+         findmnt -t fuse.forkvol -n -o TARGET | awk -v h=$HOME 'index($0, h)' | wc -l
+         rm work/b/g
+         forkvol --quiet finish --job 2 --status 1
+         forkvol ls v | awk '{print $NF}'
+         findmnt -t fuse.forkvol -n -o TARGET | awk -v h=$HOME 'index($0, h)' | wc -l",
+    );
+    assert_eq!(out, "one\ntwo\nexact\n2\n.cache__a\nwork__b\n0\n");
+}
+
+#[test]
+fn run_gives_two_jobs_of_one_user_their_own_view_of_one_path() {
+    let out = as_user(
+        "mkdir .npm
+         job() { forkvol --quiet run -v npm -p ~/.npm -- bash -c \"$1\"; }
+         job 'echo a > ~/.npm/a; for n in {1..200}; do test -e ~/seen && break; sleep 0.05; done; ls ~/.npm' &
+         for n in {1..200}; do forkvol forks --json | grep -q live && break; sleep 0.05; done
+         job 'ls ~/.npm; echo b > ~/.npm/b; touch ~/seen'
+         wait
+         ls .npm
+         forkvol ls npm | awk '{print $NF}'",
+    );
+    assert_eq!(out, "a\na\n");
+}
