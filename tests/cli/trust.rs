@@ -61,6 +61,7 @@ fn service(trust: &str, script: &str) -> String {
         .unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let (out, err) = (text(&output.stdout), text(&output.stderr));
+    eprintln!("{err}");
     assert!(output.status.success(), "{script}\n{out}{err}");
     out
 }
@@ -194,9 +195,9 @@ fn a_container_with_the_socket_has_the_rights_of_a_job_and_one_without_has_none(
             refused contained forkvol volume rm shop --force
             refused contained forkvol cat secret:f
             contained $inside forkvol --quiet run -v shop -p $WORK/c -- bash -c "echo evil > $WORK/c/f"
-            as 1 $WORK/agent $inside forkvol --quiet attach --job 1 -v shop -p cache
-            unshare --mount bash -c "mount -t tmpfs none /run; setpriv --reuid 1 --regid 65534 --clear-groups bash -c 'echo work > $WORK/agent/cache/g'; ! forkvol --store $WORK/store forks"
-            agent forkvol --quiet finish --job 1 --status 0
+            as 1 $WORK/agent $inside forkvol attach --job 1 -v shop -p cache
+            unshare --mount bash -c "mount -t tmpfs none /run; setpriv --reuid 1 --regid 65534 --clear-groups bash -c 'echo work > $WORK/agent/cache/g'; ! test -e /run/forkvol"
+            agent forkvol finish --job 1 --status 0
             forkvol ls shop | awk '{{print $NF}}'
             forkvol cat shop:f"#
         )
