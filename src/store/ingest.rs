@@ -277,6 +277,8 @@ pub enum ForkChange {
 pub struct Publish {
     /// New heads; number, previous head are given when they are published.
     pub versions: Vec<Version>,
+    /// Volumes of which the versions between this number and the new one are taken back.
+    pub takes_back: Vec<(u64, u64)>,
     pub forks: Vec<ForkChange>,
 }
 
@@ -332,6 +334,11 @@ impl Store {
             let mut volume = volume.ok_or_else(missing)?;
             version.number = volume.next;
             version.previous = volume.head;
+            for (_, kept) in publish.takes_back.iter().filter(|(id, _)| *id == volume.id) {
+                if kept + 1 < volume.next {
+                    volume.taken_back.push((kept + 1, volume.next - 1));
+                }
+            }
             volume.head = volume.next;
             volume.next += 1;
             volume.used = version.time;
