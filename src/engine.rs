@@ -27,7 +27,8 @@ use crate::fork::{Excludes, Fork, Origin, Private};
 use crate::fs::{Fs, Options, Ownership};
 use crate::mount::{Requests, Wakeful, session};
 use crate::store::{
-    self, ForkId, ForkOptions, Hit, Ingest, MountPoint, Store, StoreError, StoreOptions, VersionRef,
+    self, ForkId, ForkOptions, Hit, Ingest, MountPoint, Step, Store, StoreError, StoreOptions,
+    VersionRef,
 };
 use crate::tree::NodeId;
 use crate::volume::{self, Found, VersionSpec};
@@ -475,6 +476,7 @@ impl Engine {
             root_owner,
             now(),
         )?;
+        self.store.reach(Step::DeltaMade)?;
         self.store.put_fork(&record)?;
         let live = Arc::new(Live::new(record, Ok(Arc::new(fork))));
         self.forks.lock().insert(id, live.clone());

@@ -13,6 +13,7 @@ use crate::fork::error::FsError;
 use crate::fork::view;
 use crate::fs::{Caller, Entry, Fs, NewNode, Options, Ownership, SetAttr, XattrMode};
 use crate::record::{self, Attr, Ino, Key, Kind, ROOT, Value};
+use crate::store::Step;
 use crate::tree;
 
 /// What an export has written so far.
@@ -263,7 +264,11 @@ impl Engine {
             fs: Fs::new(Arc::clone(&fork), options),
             warnings: Vec::new(),
         }
-        .run(input);
+        .run(input)
+        .and_then(|warnings| {
+            self.store.reach(Step::Unpacked)?;
+            Ok(warnings)
+        });
         fork.end_session();
         let commit = CommitRequest {
             keep: false,

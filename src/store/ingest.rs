@@ -12,7 +12,9 @@ use parking_lot::{Mutex, MutexGuard};
 use rocksdb::{WriteBatch, WriteOptions};
 
 use super::meta::json;
-use super::{Fork, ForkId, Prefixes, Store, StoreError, Target, Version, family, keys, prefix_of};
+use super::{
+    Fork, ForkId, Prefixes, Step, Store, StoreError, Target, Version, family, keys, prefix_of,
+};
 use crate::chunk::{self, ChunkId, varint};
 use crate::tree::{self, Node, NodeId};
 
@@ -190,6 +192,7 @@ impl Ingest {
             .store
             .with(|db| Ok(db.get_pinned_cf(family(db, family_of)?, id)?.is_some()))?;
         drop(shard);
+        self.store.reach(Step::Taken)?;
         Ok(!there || self.store.unflushed.lock().contains(prefix))
     }
 
@@ -223,6 +226,7 @@ impl Ingest {
             .unflushed
             .lock()
             .add(items.iter().map(|(_, id, ..)| prefix_of(id)));
+        self.store.reach(Step::Spilling)?;
         let mut batch = WriteBatch::default();
         self.store.put_items(&mut batch, &items)?;
         let mut options = WriteOptions::default();
@@ -317,6 +321,7 @@ impl Store {
                 self.put_items(&mut batch, &items)?;
             }
         }
+        self.reach(Step::Gathered)?;
         if spilled {
             self.flush()?;
         }
@@ -371,6 +376,7 @@ impl Store {
                 }
             }
         }
+        self.reach(Step::Publishing)?;
         self.write_synced(batch)?;
         Ok(versions)
     }
