@@ -37,6 +37,8 @@ pub use meta::{
 };
 use meta::{Target, corrupt};
 pub use steps::Step;
+#[cfg(test)]
+pub use steps::copy_folder;
 
 /// The format that this program writes; a store of a newer one is refused.
 const FORMAT: u32 = 1;

@@ -91,6 +91,9 @@ pub struct Unflushed {
     written: HashMap<u64, u64>,
 }
 
+/// The epoch of what is about to be written: no flush that began before it is known to be written covers it.
+const ON_ITS_WAY: u64 = u64::MAX;
+
 impl Unflushed {
     pub fn clear(&mut self) {
         self.written.clear();
@@ -108,7 +111,14 @@ impl Unflushed {
         }
     }
 
-    fn add(&mut self, prefixes: impl Iterator<Item = u64>) {
+    /// Notes what is about to be written.
+    fn begin_write(&mut self, prefixes: impl Iterator<Item = u64>) {
+        let on_its_way = prefixes.map(|prefix| (prefix, ON_ITS_WAY));
+        self.written.extend(on_its_way);
+    }
+
+    /// Notes that it is written: a flush that begins from now on covers it.
+    fn end_write(&mut self, prefixes: impl Iterator<Item = u64>) {
         let epoch = self.epoch;
         self.written.extend(prefixes.map(|prefix| (prefix, epoch)));
     }
@@ -222,16 +232,16 @@ impl Ingest {
 
     /// Writes content ahead, without WAL.
     fn spill(&self, items: Vec<Item>) -> Result<(), StoreError> {
-        self.store
-            .unflushed
-            .lock()
-            .add(items.iter().map(|(_, id, ..)| prefix_of(id)));
+        let prefixes = || items.iter().map(|(_, id, ..)| prefix_of(id));
+        self.store.unflushed.lock().begin_write(prefixes());
         self.store.reach(Step::Spilling)?;
         let mut batch = WriteBatch::default();
         self.store.put_items(&mut batch, &items)?;
         let mut options = WriteOptions::default();
         options.disable_wal(true);
-        self.store.write(batch, &options)
+        self.store.write(batch, &options)?;
+        self.store.unflushed.lock().end_write(prefixes());
+        Ok(())
     }
 }
 

@@ -1,4 +1,4 @@
-//! The steps of whatever changes a store, where a test ends it as a killed process ends.
+//! The steps of whatever changes a store, where a test ends it as a killed process ends, or lets something else happen.
 //!
 //! Each store has its own, so that tests run side by side. Outside of tests [`Store::reach`] is nothing at all.
 
@@ -85,18 +85,23 @@ impl Store {
 }
 
 #[cfg(test)]
-pub use watch::Steps;
+pub use watch::{Steps, copy_folder};
 
 #[cfg(test)]
 mod watch {
     use std::collections::BTreeMap;
+    use std::fs;
     use std::io;
+    use std::path::Path;
+    use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use parking_lot::Mutex;
 
     use super::Step;
     use crate::store::{Store, StoreError};
+
+    type Meanwhile = Arc<dyn Fn(Step) + Send + Sync>;
 
     /// What the steps of a store lead to.
     #[derive(Default)]
@@ -110,6 +115,7 @@ mod watch {
     struct State {
         seen: BTreeMap<Step, usize>,
         cut: Option<(Step, usize)>,
+        meanwhile: Option<Meanwhile>,
     }
 
     impl Steps {
@@ -124,6 +130,11 @@ mod watch {
                 cut: Some((step, nth)),
                 ..State::default()
             };
+        }
+
+        /// Calls something at each step from now on, before it goes on.
+        pub fn meanwhile(&self, call: impl Fn(Step) + Send + Sync + 'static) {
+            self.state.lock().meanwhile = Some(Arc::new(call));
         }
 
         /// Forgets what was asked for.
@@ -146,7 +157,7 @@ mod watch {
                 what: format!("cut off by a test at {step:?}"),
                 source: io::ErrorKind::Interrupted.into(),
             };
-            {
+            let meanwhile = {
                 let mut state = self.state.lock();
                 let count = state.seen.entry(step).or_default();
                 *count += 1;
@@ -154,21 +165,66 @@ mod watch {
                 if state.cut == Some(reached) {
                     self.dead.store(true, Ordering::Release);
                 }
-            }
+                state.meanwhile.clone()
+            };
             if self.is_dead() {
                 return Err(cut_off());
+            }
+            if let Some(meanwhile) = meanwhile {
+                meanwhile(step);
             }
             Ok(())
         }
     }
 
     impl Store {
-        /// Runs `f` while no file of the database goes.
-        pub fn while_files_stay<T>(&self, f: impl FnOnce() -> T) -> T {
+        /// Copies the store as it lies on the disk while it is open. The segments of the WAL come first, then what says which
+        /// files count, then the others, of which none goes meanwhile: so nothing is in the copy without what was written
+        /// before it.
+        pub fn copy_as_it_lies(&self, to: &Path) {
+            let (from, to_db) = (self.dir().join("db"), to.join("db"));
+            fs::create_dir_all(&to_db).unwrap();
             self.with(|db| Ok(db.disable_file_deletions()?)).unwrap();
-            let result = f();
+            let parts = [".log", "CURRENT", "MANIFEST", ""];
+            for part in parts {
+                for entry in fs::read_dir(&from).unwrap() {
+                    let name = entry.unwrap().file_name();
+                    let text = name.to_str().unwrap();
+                    let belongs = parts.iter().find(|part| text.contains(**part));
+                    if belongs == Some(&part) && text != "LOCK" {
+                        copy_file(&from.join(&name), &to_db.join(&name));
+                    }
+                }
+            }
             self.with(|db| Ok(db.enable_file_deletions()?)).unwrap();
-            result
+            for folder in ["forks", "log"] {
+                copy_folder(&self.dir().join(folder), &to.join(folder));
+            }
+            copy_file(&self.dir().join("state"), &to.join("state"));
+        }
+    }
+
+    /// Copies a folder; what goes meanwhile is left out.
+    pub fn copy_folder(from: &Path, to: &Path) {
+        fs::create_dir_all(to).unwrap();
+        let Ok(entries) = fs::read_dir(from) else {
+            return;
+        };
+        for entry in entries {
+            let path = entry.unwrap().path();
+            let to = to.join(path.file_name().unwrap());
+            if path.is_dir() {
+                copy_folder(&path, &to);
+            } else {
+                copy_file(&path, &to);
+            }
+        }
+    }
+
+    fn copy_file(from: &Path, to: &Path) {
+        match fs::copy(from, to) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            copied => drop(copied.unwrap()),
         }
     }
 }

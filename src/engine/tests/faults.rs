@@ -5,74 +5,28 @@
 //! as it lies there when everything has been cut off, and the copy is opened in its place.
 
 use std::fs;
-use std::io;
 use std::path::Path;
 
 use super::private_root::{folder, view};
 use super::*;
-use crate::store::Step;
+use crate::store::{Step, copy_folder};
 
 type View = BTreeMap<String, (Option<Vec<u8>>, u16, u32)>;
 
-/// Copies a store that is open. The segments of the WAL come first, then what says which files count, then the others, of which
-/// none goes meanwhile: so nothing is in the copy without what had been written before it.
-pub(super) fn copy_open(engine: &Engine, to: &Path) {
-    let from = engine.store.dir();
-    fs::create_dir_all(to.join("db")).unwrap();
-    engine.store.while_files_stay(|| {
-        let parts = [".log", "CURRENT", "MANIFEST", ""];
-        for part in parts {
-            for entry in fs::read_dir(from.join("db")).unwrap() {
-                let name = entry.unwrap().file_name();
-                let text = name.to_str().unwrap();
-                let first = parts.iter().find(|part| text.contains(**part)).unwrap();
-                if *first == part && text != "LOCK" {
-                    copy_file(&from.join("db").join(&name), &to.join("db").join(&name));
-                }
-            }
-        }
-    });
-    for folder in ["forks", "log"] {
-        copy_folder(&from.join(folder), &to.join(folder));
-    }
-    copy_file(&from.join("state"), &to.join("state"));
-}
-
-/// Copies a folder; what goes meanwhile is left out.
-pub(super) fn copy_folder(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    let Ok(entries) = fs::read_dir(from) else {
-        return;
-    };
-    for entry in entries {
-        let path = entry.unwrap().path();
-        let to = to.join(path.file_name().unwrap());
-        if path.is_dir() {
-            copy_folder(&path, &to);
-        } else {
-            copy_file(&path, &to);
-        }
-    }
-}
-
-fn copy_file(from: &Path, to: &Path) {
-    match fs::copy(from, to) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        copied => drop(copied.unwrap()),
-    }
-}
-
 /// The process ends without a word, and a new one opens what it left.
-fn kill(bench: &mut Bench) {
+pub(super) fn kill(bench: &mut Bench) {
     let left = format!("{}-left", bench.place);
-    copy_open(bench.engine(), &bench.dir.path().join(&left));
+    bench
+        .engine()
+        .store
+        .copy_as_it_lies(&bench.dir.path().join(&left));
     bench.close();
     bench.place = left;
     bench.reopen();
 }
 
 /// A bench on a copy of a store that nobody has open.
-fn bench_on(store: &Path, retention: &Policy) -> Bench {
+pub(super) fn bench_on(store: &Path, retention: &Policy) -> Bench {
     let dir = tempfile::tempdir().unwrap();
     copy_folder(store, &dir.path().join("store"));
     let mut bench = Bench {
@@ -88,7 +42,7 @@ fn bench_on(store: &Path, retention: &Policy) -> Bench {
     bench
 }
 
-fn fork_of(bench: &Bench, volume: &str) -> Option<ForkId> {
+pub(super) fn fork_of(bench: &Bench, volume: &str) -> Option<ForkId> {
     let forks = bench.engine().forks().unwrap();
     let found = forks.iter().find(|fork| fork.volume == volume);
     found.map(|fork| fork.id.parse().unwrap())
@@ -245,7 +199,7 @@ const IMPORT: &[Step] = &[
 ];
 
 /// Two volumes with a fork that changed something of each.
-fn furnish(bench: &Bench) {
+pub(super) fn furnish(bench: &Bench) {
     for (seed, volume) in [(1, "v"), (2, "w")] {
         let id = bench.fork(volume);
         let fs = bench.fs(id);
@@ -313,14 +267,7 @@ impl Operation {
 
         let mut seed = u64::from(std::process::id()) | 1;
         for (step, count) in reached {
-            let mut cuts = vec![1, 2, count - count / 3, count];
-            if count > 4 {
-                seed = u64::from_le_bytes(noise(8, seed).try_into().unwrap());
-                cuts.push(1 + seed as usize % count);
-            }
-            cuts.sort_unstable();
-            cuts.dedup();
-            for nth in cuts.into_iter().filter(|nth| *nth <= count) {
+            for nth in some_of(count, &mut seed) {
                 println!("cut off at {step:?}, {nth} of {count}");
                 let mut bench = open();
                 assert_eq!(State::of(&bench, self.timed).volumes, before.volumes);
@@ -381,6 +328,16 @@ impl Operation {
         check(bench);
         no_strays(bench);
     }
+}
+
+/// The first times of so many, the last, and some between them.
+pub(super) fn some_of(count: usize, seed: &mut u64) -> Vec<usize> {
+    *seed = u64::from_le_bytes(noise(8, *seed).try_into().unwrap());
+    let other = 1 + *seed as usize % count;
+    let mut some = vec![1, 2.min(count), count - count / 3, other, count];
+    some.sort_unstable();
+    some.dedup();
+    some
 }
 
 /// In the end there is a folder for each fork and no other.
