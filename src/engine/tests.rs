@@ -9,7 +9,9 @@ mod beside;
 mod content;
 mod exclude;
 mod faults;
+mod meanwhile;
 mod model;
+mod power;
 mod private_root;
 mod retention;
 
