@@ -15,7 +15,7 @@ use crate::fork::extent::{PAGE, pages};
 use crate::fork::{Fork, Sealed};
 use crate::record::Value;
 use crate::record::{Attr, Key, Kind};
-use crate::store::{Ingest, Totals};
+use crate::store::{Ingest, Step, Totals};
 use crate::tree::{self, NodeId};
 
 pub use ingest::ahead;
@@ -46,7 +46,13 @@ pub enum Changed {
 pub fn prepare(fork: &Arc<Fork>, keep: bool, threads: usize) -> Result<Ingested, FsError> {
     let sealed = fork.seal(keep)?;
     let ingest = Arc::new(fork.store.ingest());
-    match ingest::run(fork, &sealed, &ingest, threads) {
+    let ingested = fork.store.reach(Step::Sealed).map_err(FsError::from);
+    let ingested = ingested.and_then(|()| {
+        let done = ingest::run(fork, &sealed, &ingest, threads)?;
+        fork.store.reach(Step::Ingested)?;
+        Ok(done)
+    });
+    match ingested {
         Ok((root, change)) => Ok(Ingested {
             fork: fork.clone(),
             sealed,

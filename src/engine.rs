@@ -27,7 +27,8 @@ use crate::fork::error::FsError;
 use crate::fork::{Excludes, Fork, Origin, Private};
 use crate::mount::{Requests, Wakeful};
 use crate::store::{
-    self, ForkId, ForkOptions, Hit, Ingest, Store, StoreError, StoreOptions, Verdict, VersionRef,
+    self, ForkId, ForkOptions, Hit, Ingest, Step, Store, StoreError, StoreOptions, Verdict,
+    VersionRef,
 };
 use crate::tree::NodeId;
 use crate::volume::{self, Found, VersionSpec};
@@ -482,6 +483,7 @@ impl Engine {
             root_owner,
             now(),
         )?;
+        self.store.reach(Step::DeltaMade)?;
         self.store.put_fork(&record)?;
         let live = Arc::new(Live::new(record, Ok(Arc::new(fork))));
         self.forks.lock().insert(id, live.clone());

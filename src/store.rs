@@ -8,8 +8,10 @@ mod gc;
 mod ingest;
 mod keys;
 mod meta;
+mod steps;
 #[cfg(test)]
 mod tests;
+mod write;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
@@ -21,7 +23,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Mutex, RwLock};
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, IteratorMode, Options,
-    WriteBatch, WriteBufferManager, WriteOptions,
+    WriteBatch, WriteBufferManager,
 };
 use serde::de::DeserializeOwned;
 
@@ -35,6 +37,9 @@ pub use meta::{
     VersionRef, Volume,
 };
 use meta::{Target, corrupt};
+pub use steps::Step;
+#[cfg(test)]
+pub use steps::copy_folder;
 
 /// The format that this program writes; a store of a newer one is refused.
 const FORMAT: u32 = 1;
@@ -146,6 +151,8 @@ pub struct Store {
     hands: ingest::Hands,
     unflushed: Mutex<ingest::Unflushed>,
     space: Mutex<Option<(Instant, u64)>>,
+    #[cfg(test)]
+    pub(crate) steps: steps::Steps,
     _lock: File,
 }
 
@@ -243,6 +250,8 @@ impl Store {
             hands: ingest::Hands::default(),
             unflushed: Mutex::default(),
             space: Mutex::default(),
+            #[cfg(test)]
+            steps: steps::Steps::default(),
             _lock: lock,
         };
         store.check_format(has_db)?;
@@ -407,73 +416,6 @@ impl Store {
         })
     }
 
-    fn put(
-        &self,
-        batch: &mut WriteBatch,
-        target: Target,
-        key: &[u8],
-        value: &[u8],
-    ) -> Result<(), StoreError> {
-        self.with(|db| {
-            batch.put_cf(family(db, target)?, key, value);
-            Ok(())
-        })
-    }
-
-    fn delete(&self, batch: &mut WriteBatch, target: Target, key: &[u8]) -> Result<(), StoreError> {
-        self.with(|db| {
-            batch.delete_cf(family(db, target)?, key);
-            Ok(())
-        })
-    }
-
-    fn write_unsynced(&self, batch: WriteBatch) -> Result<(), StoreError> {
-        self.write(batch, &WriteOptions::default())
-    }
-
-    fn write_synced(&self, batch: WriteBatch) -> Result<(), StoreError> {
-        let mut options = WriteOptions::default();
-        options.set_sync(true);
-        self.write(batch, &options)
-    }
-
-    fn write(&self, batch: WriteBatch, options: &WriteOptions) -> Result<(), StoreError> {
-        self.heal()?;
-        let result = self.with(|db| Ok(db.write_opt(batch, options)?));
-        self.poison_on_error(result)
-    }
-
-    fn poison_on_error<T>(&self, result: Result<T, StoreError>) -> Result<T, StoreError> {
-        if matches!(result, Err(StoreError::NoSpace | StoreError::Database(_))) {
-            *self.poisoned.lock() = true;
-        }
-        result
-    }
-
-    /// Opens the database again after a failed write, if there is room to write again.
-    fn heal(&self) -> Result<(), StoreError> {
-        let mut poisoned = self.poisoned.lock();
-        if !*poisoned {
-            return Ok(());
-        }
-        let free = free_space(&self.dir);
-        if free < (80 << 20) {
-            return Err(StoreError::NoSpace);
-        }
-        let mut db = self.db.write();
-        drop(db.take());
-        *db = Some(open_db(&self.dir)?);
-        drop(db);
-        // What was written without the WAL and not flushed is gone.
-        self.unflushed.lock().clear();
-        *poisoned = false;
-        log::warn!(
-            "{}: opened the database again after a failed write",
-            self.dir.display()
-        );
-        Ok(())
-    }
-
     /// Bytes of the store's disk that are free, and all there are; none of either if the disk does not say.
     pub fn disk(&self) -> (u64, u64) {
         disk_space(&self.dir)
@@ -496,21 +438,6 @@ impl Store {
         let room = free.saturating_sub(reserve);
         *space = Some((Instant::now(), room));
         room
-    }
-
-    /// Flushes everything to disk; for an idle moment and a clean end.
-    pub fn flush(&self) -> Result<(), StoreError> {
-        let flushing = self.unflushed.lock().begin_flush();
-        let result = self.with(|db| {
-            let families = [Target::Meta, Target::Nodes, Target::Chunks, Target::Sizes];
-            let families: Result<Vec<&ColumnFamily>, StoreError> = families
-                .into_iter()
-                .map(|target| family(db, target))
-                .collect();
-            Ok(db.flush_cfs_opt(&families?, &rocksdb::FlushOptions::default())?)
-        });
-        self.unflushed.lock().end_flush(flushing, result.is_ok());
-        self.poison_on_error(result)
     }
 }
 

@@ -13,7 +13,7 @@ use crate::fork::error::FsError;
 use crate::fork::view;
 use crate::fs::{Caller, Entry, Fs, NewNode, Options, Ownership, SetAttr, XattrMode};
 use crate::record::{self, Attr, Ino, Key, Kind, ROOT, Value};
-use crate::store::Verdict;
+use crate::store::{Step, Verdict};
 use crate::tree;
 
 /// What an export has written so far.
@@ -266,7 +266,11 @@ impl Engine {
             fs: Fs::new(Arc::clone(&fork), options),
             warnings: Vec::new(),
         }
-        .run(input);
+        .run(input)
+        .and_then(|warnings| {
+            self.store.reach(Step::Unpacked)?;
+            Ok(warnings)
+        });
         fork.end_session(0);
         let commit = CommitRequest {
             keep: false,

@@ -463,17 +463,13 @@ impl Engine {
             &[],
             Publish {
                 versions: vec![again],
+                takes_back: vec![(volume.id, version.number)],
                 forks: Vec::new(),
             },
         )?;
         let made = made
             .first()
             .ok_or_else(|| EngineError::new(Code::Failed, "nothing was published"))?;
-        let (first, last) = (version.number + 1, made.number - 1);
-        if first <= last {
-            self.store
-                .update_volume(volume.id, |volume| volume.taken_back.push((first, last)))?;
-        }
         log::info!(
             "{name} rolled back to {} as {}",
             version.number,

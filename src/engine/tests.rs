@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use super::*;
 use crate::fork::log::Request;
@@ -8,7 +9,10 @@ use crate::record::{Ino, Kind, ROOT};
 mod beside;
 mod content;
 mod exclude;
+mod faults;
+mod meanwhile;
 mod model;
+mod power;
 mod private_root;
 mod retention;
 
@@ -26,6 +30,9 @@ struct Bench {
     engine: Option<Arc<Engine>>,
     table: u64,
     retention: Policy,
+    /// Where in `dir` the store lies.
+    place: String,
+    threads: Option<usize>,
 }
 
 impl Bench {
@@ -40,6 +47,8 @@ impl Bench {
             table,
             // What the disk of the tests has free is not theirs.
             retention: Policy::new(None, Some(0)),
+            place: "store".into(),
+            threads: None,
         };
         bench.reopen();
         bench
@@ -51,6 +60,23 @@ impl Bench {
 
     /// What a new daemon does after the old one was killed: nothing is flushed or ended in between.
     fn reopen(&mut self) {
+        self.close();
+        let config = EngineConfig {
+            reserve: Some(0),
+            table: self.table,
+            retention: self.retention.clone(),
+            threads: self.threads,
+            ..EngineConfig::default()
+        };
+        self.engine = Some(Engine::open(&self.path(), config).unwrap());
+    }
+
+    fn path(&self) -> std::path::PathBuf {
+        self.dir.path().join(&self.place)
+    }
+
+    /// Lets go of the engine without a word.
+    fn close(&mut self) {
         if let Some(engine) = self.engine.take() {
             engine.drain();
             for thread in std::mem::take(&mut *engine.upkeep.lock()) {
@@ -58,13 +84,6 @@ impl Bench {
                 thread.join().unwrap();
             }
         }
-        let config = EngineConfig {
-            reserve: Some(0),
-            table: self.table,
-            retention: self.retention.clone(),
-            ..EngineConfig::default()
-        };
-        self.engine = Some(Engine::open(&self.dir.path().join("store"), config).unwrap());
     }
 
     fn fork(&self, volume: &str) -> ForkId {
@@ -94,7 +113,9 @@ impl Bench {
 impl Drop for Bench {
     fn drop(&mut self) {
         if let Some(engine) = self.engine.take() {
-            engine.shutdown(true).unwrap();
+            let ended = engine.shutdown(true);
+            // What fails a test must not be hidden by what it leaves behind.
+            assert!(ended.is_ok() || std::thread::panicking(), "{ended:?}");
         }
     }
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::{Code, Engine, EngineError, Live, Result};
 use crate::commit;
+use crate::store::Step;
 
 /// How many times longer than its table, or than the limit of one, a log may be.
 const LOG_FACTOR: u64 = 4;
@@ -238,13 +239,18 @@ impl Engine {
         }
         let dir = self.fork_dir(live.id);
         let aside = dir.with_extension("gone");
+        if self.store.reach(Step::Ending).is_err() {
+            return;
+        }
         if let Err(error) = fs::rename(&dir, &aside) {
             if error.kind() != std::io::ErrorKind::NotFound {
                 log::warn!("{}: {error}", dir.display());
             }
             return;
         }
-        remove_in_background(aside.as_path());
+        if self.store.reach(Step::Aside).is_ok() {
+            remove_in_background(aside.as_path());
+        }
     }
 
     /// Removes folders that no fork's record names.

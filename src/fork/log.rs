@@ -73,7 +73,11 @@ impl Log {
         let mut header = MAGIC.to_vec();
         header.extend_from_slice(&fork.to_le_bytes());
         header.extend_from_slice(&number.to_le_bytes());
-        file.write_all_at(&header, 0)?;
+        if let Err(error) = file.write_all_at(&header, 0) {
+            // The segment before it is the last one still, whose last record may be torn.
+            fs::remove_file(&path)?;
+            return Err(error);
+        }
         Ok(Log {
             dir: dir.into(),
             fork,
@@ -102,6 +106,11 @@ impl Log {
         loop {
             let path = segment(dir, number);
             let last = !segment(dir, number + 1).exists();
+            if last && number > first && is_unfinished(&path) {
+                let mut log = Log::create(dir, fork, number).map_err(|e| LogError::Io(path, e))?;
+                log.before = before;
+                return Ok(log);
+            }
             let end = read_segment(&path, fork, number, last, &mut apply)?;
             if last {
                 let io = |e| LogError::Io(path.clone(), e);
@@ -187,6 +196,11 @@ impl Log {
     pub fn begins_here(&mut self) {
         self.before = 0;
     }
+}
+
+/// Whether the process ended while it began a segment: it has no record then, and the log goes on in it.
+fn is_unfinished(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|meta| meta.len() < HEADER)
 }
 
 /// Removes the segments of `dir` before `first`.
@@ -372,6 +386,29 @@ mod tests {
                 [seen, vec![9]].concat(),
                 "{end} bytes"
             );
+        }
+    }
+
+    #[test]
+    fn a_segment_whose_making_was_cut_off_is_begun_again() {
+        for len in 0..HEADER {
+            let dir = tempfile::tempdir().unwrap();
+            written(dir.path(), 3).next_segment().unwrap();
+            let next = File::options()
+                .write(true)
+                .open(segment(dir.path(), 2))
+                .unwrap();
+            next.set_len(len).unwrap();
+            let (seen, mut log) = replayed(dir.path()).unwrap();
+            assert_eq!(seen, [1, 2, 3], "{len} bytes");
+            let four = Request {
+                epoch: 1,
+                unique: 4,
+            };
+            log.append(four, &edits(4)).unwrap();
+            assert_eq!(replayed(dir.path()).unwrap().0, [1, 2, 3, 4]);
+            fs::remove_file(segment(dir.path(), 1)).unwrap();
+            assert_eq!(log.number, 2);
         }
     }
 

@@ -13,7 +13,7 @@ use super::log::{self, Request};
 use super::table::{Cell, Edit, Inode, Name, Table};
 use super::{Fork, Gate, Layers, Private, Root, view};
 use crate::record::Ino;
-use crate::store::LeftOut;
+use crate::store::{LeftOut, Step};
 use crate::tree::NodeId;
 
 /// The point in time of a commit.
@@ -75,9 +75,11 @@ impl Fork {
         let segment = {
             let mut log = self.log.lock();
             let segment = log.next_segment()?;
+            self.store.reach(Step::SegmentBegun)?;
             for cell in &carried {
                 let edits = self.carry(layers, cell)?;
                 log.append(Request::default(), &edits)?;
+                self.store.reach(Step::Carried)?;
                 live.inodes.insert(cell.ino, cell.clone());
                 for edit in edits.iter().filter(|e| matches!(e, Edit::Xattr { .. })) {
                     live.apply(edit);
@@ -85,6 +87,7 @@ impl Fork {
             }
             for edit in names {
                 log.append(Request::default(), [edit])?;
+                self.store.reach(Step::Carried)?;
                 live.apply(edit);
             }
             segment
@@ -208,7 +211,10 @@ impl Fork {
             }
         }
         self.spool.release(gone);
-        if let Err(error) = log::remove_before(&self.dir, first_segment) {
+        let trimmed = self.store.reach(Step::Rebased).map_err(FsError::from);
+        let trimmed = trimmed.and_then(|()| Ok(log::remove_before(&self.dir, first_segment)?));
+        let trimmed = trimmed.and_then(|()| Ok(self.store.reach(Step::Trimmed)?));
+        if let Err(error) = trimmed {
             ::log::warn!(
                 "{}: old segments of the log stay: {error}",
                 self.dir.display()

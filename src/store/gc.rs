@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use rocksdb::{IteratorMode, ReadOptions};
 
-use super::{NodeId, Prefixes, Store, StoreError, Target, family, prefix_of, stored_len};
+use super::{NodeId, Prefixes, Step, Store, StoreError, Target, family, prefix_of, stored_len};
 use crate::chunk::ChunkId;
 use crate::record;
 use crate::tree;
@@ -99,6 +99,7 @@ impl Store {
                 }
             }
         }
+        self.reach(Step::Marked)?;
         let before = self.disk_bytes();
         let mut report = GcReport {
             dry_run,
@@ -106,6 +107,7 @@ impl Store {
         };
         for (target, marked) in [(Target::Nodes, &nodes), (Target::Sizes, &chunks)] {
             self.sweep(target, marked, &mut report)?;
+            self.reach(Step::Swept)?;
         }
         if !dry_run {
             self.compact(&report)?;
@@ -224,6 +226,7 @@ impl Store {
             db.set_options_cf(chunks, &all)?;
             for target in [Target::Chunks, Target::Nodes, Target::Sizes] {
                 db.compact_range_cf(family(db, target)?, None::<&[u8]>, None::<&[u8]>);
+                self.reach(Step::Compacted)?;
             }
             let usual = [
                 ("blob_garbage_collection_age_cutoff", "0.25"),

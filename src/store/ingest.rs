@@ -12,7 +12,9 @@ use parking_lot::{Mutex, MutexGuard};
 use rocksdb::{WriteBatch, WriteOptions};
 
 use super::meta::json;
-use super::{Fork, ForkId, Prefixes, Store, StoreError, Target, Version, family, keys, prefix_of};
+use super::{
+    Fork, ForkId, Prefixes, Step, Store, StoreError, Target, Version, family, keys, prefix_of,
+};
 use crate::chunk::{self, ChunkId, varint};
 use crate::tree::{self, Node, NodeId};
 
@@ -89,6 +91,9 @@ pub struct Unflushed {
     written: HashMap<u64, u64>,
 }
 
+/// The epoch of what is about to be written: no flush that began before it is known to be written covers it.
+const ON_ITS_WAY: u64 = u64::MAX;
+
 impl Unflushed {
     pub fn clear(&mut self) {
         self.written.clear();
@@ -106,7 +111,14 @@ impl Unflushed {
         }
     }
 
-    fn add(&mut self, prefixes: impl Iterator<Item = u64>) {
+    /// Notes what is about to be written.
+    fn begin_write(&mut self, prefixes: impl Iterator<Item = u64>) {
+        let on_its_way = prefixes.map(|prefix| (prefix, ON_ITS_WAY));
+        self.written.extend(on_its_way);
+    }
+
+    /// Notes that it is written: a flush that begins from now on covers it.
+    fn end_write(&mut self, prefixes: impl Iterator<Item = u64>) {
         let epoch = self.epoch;
         self.written.extend(prefixes.map(|prefix| (prefix, epoch)));
     }
@@ -190,6 +202,7 @@ impl Ingest {
             .store
             .with(|db| Ok(db.get_pinned_cf(family(db, family_of)?, id)?.is_some()))?;
         drop(shard);
+        self.store.reach(Step::Taken)?;
         Ok(!there || self.store.unflushed.lock().contains(prefix))
     }
 
@@ -219,15 +232,16 @@ impl Ingest {
 
     /// Writes content ahead, without WAL.
     fn spill(&self, items: Vec<Item>) -> Result<(), StoreError> {
-        self.store
-            .unflushed
-            .lock()
-            .add(items.iter().map(|(_, id, ..)| prefix_of(id)));
+        let prefixes = || items.iter().map(|(_, id, ..)| prefix_of(id));
+        self.store.unflushed.lock().begin_write(prefixes());
+        self.store.reach(Step::Spilling)?;
         let mut batch = WriteBatch::default();
         self.store.put_items(&mut batch, &items)?;
         let mut options = WriteOptions::default();
         options.disable_wal(true);
-        self.store.write(batch, &options)
+        self.store.write(batch, &options)?;
+        self.store.unflushed.lock().end_write(prefixes());
+        Ok(())
     }
 }
 
@@ -279,6 +293,8 @@ pub enum ForkChange {
 pub struct Publish {
     /// New heads; number, previous head are given when they are published.
     pub versions: Vec<Version>,
+    /// Volumes of which the versions between this number and the new one are taken back.
+    pub takes_back: Vec<(u64, u64)>,
     pub forks: Vec<ForkChange>,
 }
 
@@ -317,6 +333,7 @@ impl Store {
                 self.put_items(&mut batch, &items)?;
             }
         }
+        self.reach(Step::Gathered)?;
         if spilled {
             self.flush()?;
         }
@@ -334,6 +351,11 @@ impl Store {
             let mut volume = volume.ok_or_else(missing)?;
             version.number = volume.next;
             version.previous = volume.head;
+            for (_, kept) in publish.takes_back.iter().filter(|(id, _)| *id == volume.id) {
+                if kept + 1 < volume.next {
+                    volume.taken_back.push((kept + 1, volume.next - 1));
+                }
+            }
             volume.head = volume.next;
             volume.next += 1;
             volume.used = version.time;
@@ -371,6 +393,7 @@ impl Store {
                 }
             }
         }
+        self.reach(Step::Publishing)?;
         self.write_synced(batch)?;
         Ok(versions)
     }

@@ -140,3 +140,33 @@ fn inode_numbers_are_given_once_and_again_when_nothing_has_them() {
     assert_eq!(store.lease_inodes(id, 1000).unwrap(), 134..194);
     assert_eq!(store.lease_inodes(id, 64).unwrap(), 194..258);
 }
+
+#[test]
+fn what_another_ingest_has_not_flushed_yet_is_written_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir.path().join("store")).unwrap();
+    let chunk = |n: u64| -> Vec<u8> {
+        let words =
+            (0..25_000).map(|at| blake3::hash(&[n.to_le_bytes(), u64::to_le_bytes(at)].concat()));
+        words
+            .flat_map(|hash| hash.as_bytes()[..8].to_vec())
+            .collect()
+    };
+    // A flush begins when the content is known to be on its way and not written yet.
+    let (flushing, once) = (store.clone(), std::sync::Once::new());
+    store.steps.meanwhile(move |step| {
+        if step == Step::Spilling {
+            once.call_once(|| flushing.flush().unwrap());
+        }
+    });
+    let first = store.ingest();
+    let ids: Vec<ChunkId> = (0..60).map(|n| first.chunk(&chunk(n)).unwrap()).collect();
+    store.steps.over();
+    let second = Arc::new(store.ingest());
+    assert_eq!(second.chunk(&chunk(0)).unwrap(), ids[0]);
+    store.publish(&[second], Publish::default()).unwrap();
+    store.copy_as_it_lies(&dir.path().join("left"));
+    let left = open(&dir.path().join("left")).unwrap();
+    assert!(left.chunk(ids[1]).is_err(), "it was never flushed");
+    assert_eq!(&*left.chunk(ids[0]).unwrap(), &chunk(0)[..]);
+}

@@ -57,10 +57,10 @@ fn shown(fs: &Fs) -> BTreeMap<String, (File, u32)> {
     out.into_iter().map(of).collect()
 }
 
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
+    pub(super) fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;

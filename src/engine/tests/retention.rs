@@ -1,7 +1,6 @@
 //! What goes by itself, and what never does.
 
 use super::*;
-use std::time::Instant;
 
 const DAY: i64 = 24 * 3600 * 1_000_000_000;
 
