@@ -77,7 +77,7 @@ impl Fork {
             let segment = log.next_segment()?;
             for cell in &carried {
                 let edits = self.carry(layers, cell)?;
-                log.append(Request::default(), &edits)?;
+                log.append_in_parts(&edits)?;
                 live.inodes.insert(cell.ino, cell.clone());
                 for edit in edits.iter().filter(|e| matches!(e, Edit::Xattr { .. })) {
                     live.apply(edit);
