@@ -5,6 +5,7 @@ use crate::fork::log::Request;
 use crate::fs::{Caller, NewNode, RenameMode, SetAttr, XattrMode};
 use crate::record::{Ino, Kind, ROOT};
 
+mod archive;
 mod beside;
 mod content;
 mod exclude;
