@@ -127,7 +127,8 @@ impl Connection {
         timeout: Option<Duration>,
     ) -> Result<Vec<u8>, FrameError> {
         self.fds.clear();
-        let deadline = timeout.map(|t| Instant::now() + t);
+        // A time that no clock can show is none.
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut header = [0; 4];
         self.fill(&mut header, deadline)?;
         let length = u32::from_be_bytes(header) as usize;
@@ -162,7 +163,11 @@ impl Connection {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::hostile;
     use std::io::Write;
     use std::os::fd::AsFd;
 
@@ -209,6 +214,45 @@ mod tests {
             .receive::<i32>(100, Some(Duration::from_millis(20)))
             .unwrap_err();
         assert!(matches!(error, FrameError::TimedOut), "{error}");
+    }
+
+    #[test]
+    fn a_patience_without_end_is_no_deadline() {
+        let (mut a, mut b) = pair();
+        a.send(&1).unwrap();
+        assert_eq!(b.receive::<i32>(100, Some(Duration::MAX)).unwrap(), 1);
+    }
+
+    /// Frames as a client may send them.
+    fn frames() -> impl Strategy<Value = Vec<u8>> + Clone {
+        let content = vec(any::<u8>(), 0..80);
+        vec(content, 1..4).prop_map(|contents| {
+            let frame =
+                |content: Vec<u8>| [&(content.len() as u32).to_be_bytes()[..], &content].concat();
+            contents.into_iter().flat_map(frame).collect()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_frames_are_read_up_to_a_bound_or_refused(bytes in hostile::bytes(frames())) {
+            let (a, mut b) = pair();
+            (&a.stream).write_all(&bytes).unwrap();
+            drop(a);
+            let mut read = 0;
+            let error = loop {
+                match b.receive_content(100, SOON) {
+                    Ok(frame) => {
+                        prop_assert!(frame.len() <= 100 && frame.capacity() <= 1 << 20);
+                        let from = read + 4;
+                        read = from + frame.len();
+                        prop_assert_eq!(Some(&frame[..]), bytes.get(from..read));
+                    }
+                    Err(error) => break error,
+                }
+            };
+            prop_assert!(matches!(error, FrameError::Closed | FrameError::TooLong { .. }), "{}", error);
+        }
     }
 
     #[test]

@@ -372,3 +372,51 @@ fn the_format_of_entries_and_values_is_kept() {
         assert_eq!(Value::decode(&hex(digits)), Some(value));
     }
 }
+
+#[test]
+fn a_fixed_state_has_a_fixed_root() {
+    let (file, time) = (Ino(2), EPOCH_2020 + 5);
+    let folder = Attr {
+        kind: Kind::Directory,
+        mode: 0o755,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        nlink: 2,
+        size: 0,
+        blocks: 0,
+        atime: time,
+        mtime: time,
+        ctime: time,
+        btime: time,
+        parent: ROOT,
+    };
+    let attr = Attr {
+        kind: Kind::File,
+        mode: 0o644,
+        nlink: 1,
+        size: 5,
+        blocks: 8,
+        parent: Ino(0),
+        ..folder.clone()
+    };
+    let inline = |bytes: &[u8]| Value::Inline(bytes.to_vec()).encode();
+    let entries = [
+        (attr_key(ROOT), folder.encode()),
+        (
+            entry_key(ROOT, hash56(b"f"), b"f"),
+            encode_entry(file, Kind::File),
+        ),
+        (attr_key(file), attr.encode()),
+        (xattr_key(file, b"user.k"), inline(b"v")),
+        (backref_key(file, ROOT, b"f"), Vec::new()),
+        (content_key(file, 0), inline(b"hello")),
+    ];
+    let mut node = crate::tree::Node::new(0);
+    assert!(entries.is_sorted());
+    entries
+        .iter()
+        .for_each(|(key, value)| node.push(key, value));
+    let root = crate::tree::NodeId::of(&node.encode());
+    assert_format("the root of a small volume", &root.0, "22fbc94dc6e0c124257deab861747031981fa3a2983fb6d7a12b56bfc1122395");
+}
