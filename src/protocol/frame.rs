@@ -21,6 +21,8 @@ pub enum FrameError {
     TooLong { length: usize, limit: usize },
     #[error("a message is not what the protocol says: {0}")]
     Garbage(#[from] serde_json::Error),
+    #[error("a message came with more descriptors than the {0} allowed")]
+    TooManyFds(usize),
     #[error("the connection failed: {0}")]
     Io(io::Error),
 }
@@ -34,6 +36,9 @@ impl From<io::Error> for FrameError {
         }
     }
 }
+
+/// The most descriptors that may come with a frame. Each piece of one may bring some, and each takes a place in a short table.
+const FDS_MAX: usize = 4;
 
 /// One end of a connection.
 #[derive(Debug)]
@@ -154,6 +159,10 @@ impl Connection {
             self.stream.set_read_timeout(left)?;
             match socket::receive_with_fds(&self.stream, buffer, &mut self.fds)? {
                 0 => return Err(FrameError::Closed),
+                _ if self.fds.len() > FDS_MAX => {
+                    self.fds.clear();
+                    return Err(FrameError::TooManyFds(FDS_MAX));
+                }
                 n => buffer = buffer.get_mut(n..).unwrap_or_default(),
             }
         }
@@ -214,6 +223,18 @@ mod tests {
             .receive::<i32>(100, Some(Duration::from_millis(20)))
             .unwrap_err();
         assert!(matches!(error, FrameError::TimedOut), "{error}");
+    }
+
+    #[test]
+    fn a_frame_in_many_pieces_brings_no_more_descriptors_than_one() {
+        let (a, mut b) = pair();
+        let (pipe, _writer) = io::pipe().unwrap();
+        for piece in [0, 0, 0, 9, b'1', b'2', b'3'] {
+            socket::send_with_fd(&a.stream, &[piece], Some(pipe.as_fd())).unwrap();
+        }
+        let error = b.receive::<i32>(100, SOON).unwrap_err();
+        assert!(matches!(error, FrameError::TooManyFds(_)), "{error}");
+        assert!(b.take_fds().is_empty());
     }
 
     #[test]
