@@ -11,6 +11,7 @@ mod content;
 mod exclude;
 mod model;
 mod private_root;
+mod replay;
 mod retention;
 
 const ME: Caller = Caller {

@@ -378,4 +378,4 @@ fn decode(mut body: &[u8]) -> Option<(Request, Vec<Edit>)> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -322,9 +322,12 @@ fn take_ino(bytes: &mut &[u8]) -> Option<Ino> {
     Ino::of(varint::take(bytes)?)
 }
 
-/// Takes the number of a page, or of pages: far above any file, and low enough that no sum overflows.
+/// No file has so many pages, and the bytes of two of them can still be counted.
+const PAGES_MAX: u64 = 1 << 51;
+
+/// Takes the number of a page, or of pages.
 fn take_page(bytes: &mut &[u8]) -> Option<u64> {
-    varint::take(bytes).filter(|page| *page < 1 << 52)
+    varint::take(bytes).filter(|page| *page < PAGES_MAX)
 }
 
 fn take_name(bytes: &mut &[u8]) -> Option<Name> {

@@ -418,5 +418,9 @@ fn a_fixed_state_has_a_fixed_root() {
         .iter()
         .for_each(|(key, value)| node.push(key, value));
     let root = crate::tree::NodeId::of(&node.encode());
-    assert_format("the root of a small volume", &root.0, "22fbc94dc6e0c124257deab861747031981fa3a2983fb6d7a12b56bfc1122395");
+    assert_format(
+        "the root of a small volume",
+        &root.0,
+        "22fbc94dc6e0c124257deab861747031981fa3a2983fb6d7a12b56bfc1122395",
+    );
 }

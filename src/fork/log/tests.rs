@@ -120,8 +120,8 @@ fn damage_before_the_last_record_is_reported_and_never_cut() {
 }
 
 /// Any edit that a fork may log.
-fn any_edit() -> impl Strategy<Value = Edit> + Clone {
-    let page = || 0_u64..1 << 52;
+pub(crate) fn any_edit() -> impl Strategy<Value = Edit> + Clone {
+    let page = || 0_u64..1 << 51;
     let value = prop::option::of(vec(any::<u8>(), 0..20));
     let origin = prop_oneof![
         (page(), any::<bool>()).prop_map(|(at, owned)| Origin::Spool { at, owned }),
@@ -147,7 +147,7 @@ fn any_edit() -> impl Strategy<Value = Edit> + Clone {
             parent,
             name: name.into()
         }),
-        (inos(), page(), 1_u64..1 << 52, origin).prop_map(|(ino, page, pages, origin)| {
+        (inos(), page(), 1_u64..1 << 51, origin).prop_map(|(ino, page, pages, origin)| {
             let extent = Extent {
                 page,
                 pages,
