@@ -14,6 +14,7 @@
 use std::fmt;
 
 use crate::chunk::{self, ChunkId, varint};
+use crate::tree::TreeError;
 
 /// The number of an inode: unique in its store, never 0.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -470,13 +471,17 @@ impl Value {
 }
 
 /// Returns the chunk that an entry of the tree names, if it names one: what gc must keep and check must find.
-pub fn chunk_refs(key: &[u8], value: &[u8]) -> Option<ChunkId> {
-    match Key::parse(key)? {
-        Key::Xattr { .. } | Key::Content { .. } => match Value::decode(value)? {
-            Value::Chunk { id, .. } => Some(id),
-            Value::Inline(_) => None,
+///
+/// # Errors
+/// The entry cannot be read: what it names is not known, and so nothing may be taken for unused.
+pub fn chunk_refs(key: &[u8], value: &[u8]) -> Result<Option<ChunkId>, TreeError> {
+    let unreadable = TreeError("an entry cannot be read");
+    match Key::parse(key).ok_or(unreadable)? {
+        Key::Xattr { .. } | Key::Content { .. } => match Value::decode(value).ok_or(unreadable)? {
+            Value::Chunk { id, .. } => Ok(Some(id)),
+            Value::Inline(_) => Ok(None),
         },
-        Key::Attr(_) | Key::Entry { .. } | Key::Backref { .. } => None,
+        Key::Attr(_) | Key::Entry { .. } | Key::Backref { .. } => Ok(None),
     }
 }
 

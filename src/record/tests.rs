@@ -82,10 +82,13 @@ fn keys_come_back_as_they_were_and_sort_by_inode() {
 fn only_values_in_chunks_name_one() {
     let id = ChunkId([7; 32]);
     let value = Value::Chunk { len: 2000, id }.encode();
-    assert_eq!(chunk_refs(&content_key(Ino(2), 0), &value), Some(id));
-    assert_eq!(chunk_refs(&attr_key(Ino(2)), &value), None);
+    assert_eq!(chunk_refs(&content_key(Ino(2), 0), &value), Ok(Some(id)));
+    assert_eq!(chunk_refs(&attr_key(Ino(2)), &value), Ok(None));
     let inline = Value::Inline(vec![1; 40]);
-    assert_eq!(chunk_refs(&content_key(Ino(2), 0), &inline.encode()), None);
+    let refs = chunk_refs(&content_key(Ino(2), 0), &inline.encode());
+    assert_eq!(refs, Ok(None));
+    assert!(chunk_refs(b"no key", &value).is_err());
+    assert!(chunk_refs(&content_key(Ino(2), 0), b"\x07").is_err());
     assert_eq!(Value::decode(&inline.encode()), Some(inline));
 }
 

@@ -168,7 +168,7 @@ impl Walk<'_> {
             );
             return Ok(false);
         }
-        match record::chunk_refs(key, value) {
+        match record::chunk_refs(key, value)? {
             Some(id) => self.chunk(id, key),
             None => Ok(true),
         }
