@@ -384,7 +384,10 @@ impl Client {
 
     /// Tells a client what was wrong with its message, where it can still be told, and gives it up.
     fn complain(connection: &mut Connection, error: FrameError) -> Result<(), FrameError> {
-        if matches!(error, FrameError::Garbage(_) | FrameError::TooLong { .. }) {
+        if matches!(
+            error,
+            FrameError::Garbage(_) | FrameError::TooLong { .. } | FrameError::TooManyFds(_)
+        ) {
             connection.send(&Answer::Error(Failure::new(Code::Usage, error.to_string())))?;
         }
         Err(error)

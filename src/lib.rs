@@ -20,6 +20,8 @@ pub mod daemon;
 pub mod engine;
 pub mod fork;
 pub mod fs;
+#[cfg(test)]
+mod hostile;
 pub mod mount;
 pub mod protocol;
 pub mod record;

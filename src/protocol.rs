@@ -355,8 +355,13 @@ pub struct Mount {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use proptest::collection::{btree_map, vec};
+    use proptest::option::of;
+    use proptest::prelude::*;
     use serde_json::json;
+
+    use super::*;
+    use crate::hostile;
 
     #[test]
     fn bytes_are_text_where_they_can_be() {
@@ -407,5 +412,103 @@ mod tests {
         assert!(serde_json::from_value::<Request>(unknown).is_err());
         let code: Code = serde_json::from_value(json!("of_the_future")).unwrap();
         assert_eq!(code, Code::Unknown);
+    }
+
+    fn requests() -> impl Strategy<Value = Request> + Clone {
+        let text = || ".{0,12}";
+        let bytes = || vec(any::<u8>(), 0..12).prop_map(Bytes);
+        let labels = || btree_map(text(), text(), 0..3);
+        let fork = (
+            text(),
+            of(text()),
+            vec(text(), 0..3),
+            labels(),
+            any::<u64>(),
+            of(any::<u32>()),
+        );
+        prop_oneof![
+            fork.prop_map(|(volume, from, excludes, labels, size, gid)| {
+                Request::Fork(Box::new(Fork {
+                    volume,
+                    job: from.clone(),
+                    uid_map: from.clone(),
+                    from,
+                    parents: excludes.clone(),
+                    read_only: size % 2 == 0,
+                    ephemeral: size % 3 == 0,
+                    size,
+                    labels,
+                    excludes,
+                    default_excludes: size % 5 == 0,
+                    owner: gid.map_or(Owner::Keep, |id| Owner::Ids(id, gid)),
+                    acl: true,
+                    suid: false,
+                    dev: false,
+                    strict: true,
+                    facts: (size % 7 == 0).then(|| Facts {
+                        foreign: Some(size % 2 == 0),
+                        protected: None,
+                        scope: Some("pr-1".into()),
+                    }),
+                }))
+            }),
+            (text(), bytes(), any::<u64>()).prop_map(|(fork, mountpoint, device)| {
+                Request::Serve(Serve {
+                    fork,
+                    folder: mountpoint.clone(),
+                    mountpoint,
+                    device,
+                    created: device % 2 == 0,
+                })
+            }),
+            (vec(text(), 0..3), labels(), of(text())).prop_map(|(forks, labels, message)| {
+                Request::Commit(Commit {
+                    labels,
+                    message,
+                    ..Commit::of(forks, When::OnChange)
+                })
+            }),
+            (any::<bool>(), of(0.0_f64..1e9))
+                .prop_map(|(force, drain)| Request::Stop(Stop { force, drain })),
+            (text(), bytes()).prop_map(|(version, path)| Request::Cat { version, path }),
+            Just(Request::Gc { dry_run: true }),
+        ]
+    }
+
+    fn encode(message: &impl Serialize) -> Vec<u8> {
+        serde_json::to_vec(message).unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn requests_come_back_as_they_were(request in requests()) {
+            prop_assert_eq!(serde_json::from_slice::<Request>(&encode(&request)).unwrap(), request);
+        }
+
+        #[test]
+        fn hostile_requests_are_refused_or_mean_one_thing(bytes in hostile::bytes(requests().prop_map(|r| encode(&r)))) {
+            if let Ok(request) = serde_json::from_slice::<Request>(&bytes) {
+                prop_assert_eq!(serde_json::from_slice::<Request>(&encode(&request)).unwrap(), request);
+            }
+            if let Ok(answer) = serde_json::from_slice::<Answer>(&bytes) {
+                prop_assert_eq!(serde_json::from_slice::<Answer>(&encode(&answer)).unwrap(), answer);
+            }
+        }
+
+        #[test]
+        fn any_bytes_survive(bytes: Vec<u8>) {
+            let bytes = Bytes(bytes);
+            prop_assert_eq!(serde_json::from_slice::<Bytes>(&encode(&bytes)).unwrap(), bytes);
+        }
+    }
+
+    #[test]
+    fn nesting_without_end_is_refused() {
+        for open in ["[", "{\"done\":", "{\"fork\":{\"labels\":"] {
+            let deep = open.repeat(MAX_REQUEST / open.len());
+            assert!(serde_json::from_str::<Request>(&deep).is_err());
+            assert!(serde_json::from_str::<Answer>(&deep).is_err());
+            assert!(serde_json::from_str::<Bytes>(&deep).is_err());
+        }
     }
 }

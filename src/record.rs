@@ -13,11 +13,22 @@
 
 use std::fmt;
 
-use crate::chunk::{ChunkId, varint};
+use crate::chunk::{self, ChunkId, varint};
+use crate::tree::TreeError;
 
 /// The number of an inode: unique in its store, never 0.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Ino(pub u64);
+
+impl Ino {
+    /// The inode of a number that was read; `None` if none has it. The highest numbers are left out, so that there is always a
+    /// next one.
+    pub fn of(number: u64) -> Option<Ino> {
+        (1..=i64::MAX as u64)
+            .contains(&number)
+            .then_some(Ino(number))
+    }
+}
 
 /// The root directory of every volume.
 pub const ROOT: Ino = Ino(1);
@@ -30,6 +41,21 @@ impl fmt::Display for Ino {
 
 /// The largest length of a name, in bytes.
 pub const NAME_MAX: usize = 255;
+
+/// The largest size of a file and the largest offset of content: what the kernel can ask for.
+pub const SIZE_MAX: u64 = i64::MAX as u64;
+
+/// Whether bytes may be a name in a directory: nothing else is one, for a name leads to one place everywhere.
+pub fn is_name(name: &[u8]) -> bool {
+    !matches!(name, b"" | b"." | b"..")
+        && name.len() <= NAME_MAX
+        && !name.iter().any(|b| matches!(b, b'/' | 0))
+}
+
+/// Whether bytes may be the name of an extended attribute.
+pub fn is_xattr_name(name: &[u8]) -> bool {
+    !name.is_empty() && name.len() <= NAME_MAX && !name.contains(&0)
+}
 
 /// Nanoseconds since 1970, UTC; may lie before.
 pub type Nanos = i64;
@@ -170,16 +196,15 @@ impl Attr {
         let gid = u32::try_from(varint::take(bytes)?).ok()?;
         let rdev = u32::try_from(varint::take(bytes)?).ok()?;
         let nlink = u32::try_from(varint::take(bytes)?).ok()?;
-        let size = varint::take(bytes)?;
+        let size = varint::take(bytes).filter(|size| *size <= SIZE_MAX)?;
         let blocks = varint::take(bytes)?;
         let mtime = unzigzag(varint::take(bytes)?).wrapping_add(EPOCH_2020);
         let ctime = unzigzag(varint::take(bytes)?).wrapping_add(mtime);
         let btime = unzigzag(varint::take(bytes)?).wrapping_add(ctime);
         let atime = unzigzag(varint::take(bytes)?).wrapping_add(btime);
-        let parent = if kind == Kind::Directory {
-            varint::take(bytes)?
-        } else {
-            0
+        let parent = match kind {
+            Kind::Directory => Ino::of(varint::take(bytes)?)?,
+            _ => Ino(0),
         };
         Some(Attr {
             kind,
@@ -194,7 +219,7 @@ impl Attr {
             mtime,
             ctime,
             btime,
-            parent: Ino(parent),
+            parent,
         })
     }
 }
@@ -330,13 +355,11 @@ impl<'a> Key<'a> {
     pub fn parse(key: &'a [u8]) -> Option<Key<'a>> {
         let (&range, rest) = key.split_first()?;
         let (ino, rest) = take_u64(rest)?;
-        let ino = Ino(ino);
-        if ino.0 == 0 {
-            return None;
-        }
+        let ino = Ino::of(ino)?;
         if range == CONTENT {
             let (offset, rest) = take_u64(rest)?;
-            return rest.is_empty().then_some(Key::Content { ino, offset });
+            let valid = rest.is_empty() && offset <= SIZE_MAX;
+            return valid.then_some(Key::Content { ino, offset });
         }
         if range != META {
             return None;
@@ -348,20 +371,18 @@ impl<'a> Key<'a> {
                 let (hash, name) = rest.split_at(7);
                 let mut first = [0; 8];
                 first[1..].copy_from_slice(hash);
-                Some(Key::Entry {
+                let hash = u64::from_be_bytes(first);
+                (hash != 0 && is_name(name)).then_some(Key::Entry {
                     dir: ino,
-                    hash: u64::from_be_bytes(first),
+                    hash,
                     name,
                 })
             }
-            XATTR if !rest.is_empty() => Some(Key::Xattr { ino, name: rest }),
+            XATTR if is_xattr_name(rest) => Some(Key::Xattr { ino, name: rest }),
             BACKREF => {
                 let (parent, name) = take_u64(rest)?;
-                (!name.is_empty()).then_some(Key::Backref {
-                    ino,
-                    parent: Ino(parent),
-                    name,
-                })
+                let parent = Ino::of(parent)?;
+                is_name(name).then_some(Key::Backref { ino, parent, name })
             }
             _ => None,
         }
@@ -383,8 +404,8 @@ pub fn encode_entry(child: Ino, kind: Kind) -> Vec<u8> {
 /// Reads the value of a directory entry.
 pub fn decode_entry(value: &[u8]) -> Option<(Ino, Kind)> {
     let (&kind, mut rest) = value.split_first()?;
-    let child = Ino(varint::take(&mut rest)?);
-    (rest.is_empty() && child.0 != 0).then_some((child, Kind::from_u8(kind)?))
+    let child = Ino::of(varint::take(&mut rest)?)?;
+    rest.is_empty().then_some((child, Kind::from_u8(kind)?))
 }
 
 /// Bytes of a file, a link target or an extended attribute, as the tree holds them.
@@ -417,13 +438,15 @@ impl Value {
         }
     }
 
-    /// Reads a value; `None` if the bytes are not the one encoding of any.
+    /// Reads a value; `None` if the bytes are not the one encoding of any, or it is longer than any of its kind: whoever looks
+    /// for the value that covers an offset relies on that.
     pub fn decode(bytes: &[u8]) -> Option<Value> {
         let (&tag, mut rest) = bytes.split_first()?;
         match tag {
-            TAG_INLINE => Some(Value::Inline(rest.to_vec())),
+            TAG_INLINE => (rest.len() <= chunk::INLINE_MAX).then(|| Value::Inline(rest.to_vec())),
             TAG_CHUNK => {
-                let len = varint::take(&mut rest)?;
+                let len =
+                    varint::take(&mut rest).filter(|len| (1..=chunk::MAX as u64).contains(len))?;
                 Some(Value::Chunk {
                     len,
                     id: ChunkId(rest.try_into().ok()?),
@@ -448,102 +471,19 @@ impl Value {
 }
 
 /// Returns the chunk that an entry of the tree names, if it names one: what gc must keep and check must find.
-pub fn chunk_refs(key: &[u8], value: &[u8]) -> Option<ChunkId> {
-    match Key::parse(key)? {
-        Key::Xattr { .. } | Key::Content { .. } => match Value::decode(value)? {
-            Value::Chunk { id, .. } => Some(id),
-            Value::Inline(_) => None,
+///
+/// # Errors
+/// The entry cannot be read: what it names is not known, and so nothing may be taken for unused.
+pub fn chunk_refs(key: &[u8], value: &[u8]) -> Result<Option<ChunkId>, TreeError> {
+    let unreadable = TreeError("an entry cannot be read");
+    match Key::parse(key).ok_or(unreadable)? {
+        Key::Xattr { .. } | Key::Content { .. } => match Value::decode(value).ok_or(unreadable)? {
+            Value::Chunk { id, .. } => Ok(Some(id)),
+            Value::Inline(_) => Ok(None),
         },
-        Key::Attr(_) | Key::Entry { .. } | Key::Backref { .. } => None,
+        Key::Attr(_) | Key::Entry { .. } | Key::Backref { .. } => Ok(None),
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn attr() -> Attr {
-        Attr {
-            kind: Kind::Directory,
-            mode: 0o1755,
-            uid: 1000,
-            gid: 100,
-            rdev: 0,
-            nlink: 3,
-            size: 0,
-            blocks: 0,
-            atime: -5,
-            mtime: EPOCH_2020 + 123_456_789,
-            ctime: EPOCH_2020 + 987_654_321,
-            btime: i64::MIN,
-            parent: Ino(7),
-        }
-    }
-
-    #[test]
-    fn attributes_come_back_as_they_were() {
-        assert_eq!(Attr::decode(&attr().encode()), Some(attr()));
-        let file = Attr {
-            kind: Kind::File,
-            parent: Ino(0),
-            size: u64::MAX,
-            ..attr()
-        };
-        assert_eq!(Attr::decode(&file.encode()), Some(file));
-    }
-
-    #[test]
-    fn cut_or_lengthened_attributes_are_refused() {
-        let bytes = attr().encode();
-        for end in 0..bytes.len() {
-            assert_eq!(Attr::decode(&bytes[..end]), None, "{end} bytes");
-        }
-        assert_eq!(Attr::decode(&[bytes, vec![0]].concat()), None);
-    }
-
-    #[test]
-    fn keys_come_back_as_they_were_and_sort_by_inode() {
-        let name = b"a name".as_slice();
-        let (ino, dir) = (Ino(5), Ino(3));
-        assert_eq!(Key::parse(&attr_key(ino)), Some(Key::Attr(ino)));
-        let entry = entry_key(dir, hash56(name), name);
-        assert_eq!(
-            Key::parse(&entry),
-            Some(Key::Entry {
-                dir,
-                hash: hash56(name),
-                name
-            })
-        );
-        assert_eq!(
-            Key::parse(&xattr_key(ino, name)),
-            Some(Key::Xattr { ino, name })
-        );
-        let backref = backref_key(ino, dir, name);
-        assert_eq!(
-            Key::parse(&backref),
-            Some(Key::Backref {
-                ino,
-                parent: dir,
-                name
-            })
-        );
-        assert_eq!(
-            Key::parse(&content_key(ino, 9)),
-            Some(Key::Content { ino, offset: 9 })
-        );
-        assert!(attr_key(Ino(255)) < attr_key(Ino(256)) && backref < content_key(Ino(1), 0));
-        assert_eq!(Key::parse(&[0; 10]), None);
-    }
-
-    #[test]
-    fn only_values_in_chunks_name_one() {
-        let id = ChunkId([7; 32]);
-        let value = Value::Chunk { len: 2000, id }.encode();
-        assert_eq!(chunk_refs(&content_key(Ino(2), 0), &value), Some(id));
-        assert_eq!(chunk_refs(&attr_key(Ino(2)), &value), None);
-        let inline = Value::Inline(vec![1; 40]);
-        assert_eq!(chunk_refs(&content_key(Ino(2), 0), &inline.encode()), None);
-        assert_eq!(Value::decode(&inline.encode()), Some(inline));
-    }
-}
+pub(crate) mod tests;

@@ -69,16 +69,29 @@ pub fn get<S: Source>(source: &S, root: NodeId, key: &[u8]) -> Result<Option<Vec
             return Ok((node.key(at) == key).then(|| node.value(at).to_vec()));
         }
         let child = source.node(node.child(at)?)?;
-        check_level(&node, &child)?;
+        check_child(&node, at, &child)?;
         node = child;
     }
 }
 
-fn check_level(parent: &Node, child: &Node) -> Result<(), TreeError> {
-    if child.level() + 1 == parent.level() {
+/// Checks that a node is where entry `at` of its parent says: a level lower, and with the keys behind the entry before, up to
+/// this one. So whatever stands in the nodes, a way down ends, and keys ascend across nodes too.
+pub(crate) fn check_child(parent: &Node, at: usize, child: &Node) -> Result<(), TreeError> {
+    if Some(child.level()) != parent.level().checked_sub(1) {
+        return Err(TreeError("a node is at the wrong level"));
+    }
+    let last = child.len().checked_sub(1);
+    let ends = last.is_some_and(|last| child.key(last) == parent.key(at));
+    let begins = ends
+        && at
+            .checked_sub(1)
+            .is_none_or(|before| child.key(0) > parent.key(before));
+    if begins {
         Ok(())
     } else {
-        Err(TreeError("a node is at the wrong level"))
+        Err(TreeError(
+            "a node does not hold the keys that it stands for",
+        ))
     }
 }
 
@@ -179,21 +192,34 @@ impl<S: Source> Iterator for Range<'_, S> {
     }
 }
 
-/// Visits the nodes of a tree from the root down; `descend` says whether to go below a node, which it sees but once a call.
+/// Visits the nodes of a tree from the root down; `enter` says whether to go below a node, which it sees but once a call.
 pub fn walk<S: Source>(
     source: &S,
     root: NodeId,
     enter: &mut dyn FnMut(NodeId) -> bool,
     visit: &mut dyn FnMut(&Node) -> Result<(), S::Error>,
 ) -> Result<(), S::Error> {
-    if !enter(root) {
+    walk_below(source, None, root, enter, visit)
+}
+
+fn walk_below<S: Source>(
+    source: &S,
+    parent: Option<(&Node, usize)>,
+    id: NodeId,
+    enter: &mut dyn FnMut(NodeId) -> bool,
+    visit: &mut dyn FnMut(&Node) -> Result<(), S::Error>,
+) -> Result<(), S::Error> {
+    if !enter(id) {
         return Ok(());
     }
-    let node = source.node(root)?;
+    let node = source.node(id)?;
+    if let Some((parent, at)) = parent {
+        check_child(parent, at, &node)?;
+    }
     visit(&node)?;
     if node.level() > 0 {
         for at in 0..node.len() {
-            walk(source, node.child(at)?, enter, visit)?;
+            walk_below(source, Some((&node, at)), node.child(at)?, enter, visit)?;
         }
     }
     Ok(())

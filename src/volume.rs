@@ -222,4 +222,26 @@ mod tests {
             assert_eq!(parse(bad), None, "{bad}");
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_names_a_version_or_is_named_in_one_line(text in crate::hostile::text("[a-z/]{1,6}(@(head|[0-9]{1,21}|x[0-9a-fA-F]{4,66}))?")) {
+            match text.parse::<VersionSpec>() {
+                Ok(spec) => {
+                    check_name(&spec.volume).unwrap();
+                    let which = match &spec.which {
+                        Which::Head => "head".to_owned(),
+                        Which::Number(number) => number.to_string(),
+                        Which::Hex(digits) => format!("x{digits}"),
+                    };
+                    let again = format!("{}@{which}", spec.volume).parse::<VersionSpec>();
+                    assert_eq!(again.ok(), Some(spec));
+                }
+                Err(error) => {
+                    let error = error.to_string();
+                    assert!(!error.contains(char::is_control), "{error}");
+                }
+            }
+        }
+    }
 }

@@ -439,4 +439,47 @@ mod tests {
             assert!(!message.contains('\n'), "{message}");
         }
     }
+
+    const ALL: &str = r#"
+store = "/s"
+group = "ci"
+idle = "30s"
+orphan_after = "1h"
+cache = "1g"
+reserve = "10g"
+size = "20g"
+threads = 3
+wakeful = false
+limit = "1t"
+min-free = "20g"
+[[retention]]
+volumes = "shop/branch/**"
+keep-versions = 2
+keep-for = "1.5h"
+unused-for = "3d"
+"#;
+
+    proptest::proptest! {
+        #[test]
+        fn a_hostile_file_is_read_or_named_in_one_line(text in crate::hostile::text(proptest::prelude::Just(ALL.to_owned()))) {
+            match Config::parse(&text, Path::new("/c.toml")) {
+                // Whatever it says can be shown, and every time in it can be waited for.
+                Ok(config) => {
+                    config.table();
+                    let _ = (config.idle(), config.orphan_after(), config.size(), config.retention());
+                }
+                Err(failure) => {
+                    let line = crate::cli::exit::line(&failure);
+                    assert!(line.starts_with("/c.toml:") && !line.contains(char::is_control), "{line}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn everything_that_a_file_may_say_is_read() {
+        let table = parse(ALL).unwrap().table();
+        let default = table.iter().find(|(_, _, origin)| origin == "default");
+        assert_eq!(default, None);
+    }
 }

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use serde_json::json;
 
+use super::output;
 use crate::protocol::{Code, Failure};
 
 /// `run`'s own failures before its command.
@@ -52,7 +53,7 @@ pub fn line(failure: &Failure) -> String {
         line.push_str("; ");
         line.push_str(hint);
     }
-    line.replace(['\n', '\r'], " ")
+    output::one_line(&line)
 }
 
 #[cfg(test)]
@@ -61,7 +62,7 @@ mod tests {
 
     #[test]
     fn an_error_is_one_line_with_its_remedy() {
-        let failure = Failure::new(Code::Busy, "the\nstore is busy").hint("wait");
+        let failure = Failure::new(Code::Busy, "the\nstore\u{1b}is busy").hint("wait");
         assert_eq!(line(&failure), "the store is busy; wait");
     }
 

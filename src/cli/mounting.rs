@@ -339,17 +339,18 @@ fn read_ahead(device: u64) {
 
 /// Waits, or fails, where the caller wants no busy mount to be taken away. Called before a commit.
 pub fn respect_busy(mount: &Mount, busy: Busy) -> Result<(), Failure> {
-    let deadline = match busy {
+    let begun = Instant::now();
+    let patience = match busy {
         Busy::Detach => return Ok(()),
-        Busy::Fail => Instant::now(),
-        Busy::Wait(time) => Instant::now() + time,
+        Busy::Fail => Duration::ZERO,
+        Busy::Wait(time) => time,
     };
     loop {
         let holders = holders::of(mount);
         if holders.is_empty() {
             return Ok(());
         }
-        if Instant::now() >= deadline {
+        if begun.elapsed() >= patience {
             let message = format!(
                 "{} is in use by {}",
                 mount_path(mount).display(),

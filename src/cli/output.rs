@@ -15,17 +15,22 @@ pub fn be_quiet() {
     QUIET.store(true, Ordering::Relaxed);
 }
 
+/// A message as it may go to a terminal: names in it come from anywhere, and no byte of them is to move the cursor.
+pub fn one_line(message: &str) -> String {
+    message.replace(char::is_control, " ")
+}
+
 /// Says something that is no failure, in one line.
 pub fn warn(message: &str) {
     if !QUIET.load(Ordering::Relaxed) {
-        eprintln!("forkvol: warning: {}", message.replace(['\n', '\r'], " "));
+        eprintln!("forkvol: warning: {}", one_line(message));
     }
 }
 
 /// Says what goes on.
 pub fn note(message: &str) {
     if !QUIET.load(Ordering::Relaxed) {
-        eprintln!("forkvol: {message}");
+        eprintln!("forkvol: {}", one_line(message));
     }
 }
 

@@ -222,4 +222,39 @@ mod tests {
         assert_eq!(busy("wait=2s"), Ok(Busy::Wait(Duration::from_secs(2))));
         assert!(busy("wait").is_err());
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_is_a_value_or_is_named_in_one_line(text in crate::hostile::text("[0-9.]{1,20}(ms|s|m|h|d|k|kib|g|tb)?|wait=[0-9]{1,20}d|[0-9]{1,11}:[0-9]{1,11}|a/b=c")) {
+            let errors = [
+                size(&text).err(),
+                duration(&text).err(),
+                label(&text).err(),
+                volume(&text).err(),
+                owner(&text).err(),
+                busy(&text).err(),
+            ];
+            for error in errors.into_iter().flatten() {
+                assert!(!error.contains(char::is_control), "{error}");
+            }
+            home_path(&text).ok();
+            if let Ok((key, value)) = label(&text) {
+                assert_eq!(format!("{key}={value}"), text);
+            }
+        }
+
+        #[test]
+        fn every_number_of_bytes_is_a_size(bytes: u64, shift in 0_u32..5) {
+            assert_eq!(size(&bytes.to_string()), Ok(bytes));
+            let unit = ["", "k", "m", "g", "t"][shift as usize];
+            let whole = bytes >> (10 * shift);
+            assert_eq!(size(&format!("{whole}{unit}")), Ok(whole << (10 * shift)));
+        }
+
+        /// Client and daemon take the same names.
+        #[test]
+        fn a_name_is_one_on_both_sides(text in crate::hostile::text("[a-z0-9._/-]{1,8}")) {
+            assert_eq!(volume(&text).is_ok(), crate::volume::check_name(&text).is_ok(), "{text:?}");
+        }
+    }
 }

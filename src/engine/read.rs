@@ -9,6 +9,9 @@ use crate::record::{self, Attr, Ino, Key, Kind, ROOT};
 use crate::store::{CheckReport, Lease, Stats};
 use crate::tree::{self, NodeId};
 
+/// The longest target of a symbolic link, as the kernel has it.
+const LINK_MAX: u64 = 4095;
+
 /// An entry of a directory of a version.
 #[derive(Clone, PartialEq, Debug)]
 pub struct ListEntry {
@@ -122,16 +125,23 @@ impl Engine {
         let mut out = BTreeMap::new();
         for item in tree::prefix(&*self.store, root, &record::entries_prefix(dir)) {
             let (key, value) = item?;
-            if let (Some(Key::Entry { name, .. }), Some(child)) =
+            let (Some(Key::Entry { name, .. }), Some(child)) =
                 (Key::parse(&key), record::decode_entry(&value))
-            {
-                out.insert(name.to_vec(), child);
-            }
+            else {
+                let message = format!("an entry of folder {dir} cannot be read");
+                return Err(EngineError::new(Code::Damaged, message));
+            };
+            out.insert(name.to_vec(), child);
         }
         Ok(out)
     }
 
-    pub(super) fn bytes(&self, root: NodeId, ino: Ino, size: u64) -> Result<Vec<u8>> {
+    /// Returns the target of a symbolic link.
+    pub(super) fn target(&self, root: NodeId, ino: Ino, size: u64) -> Result<Vec<u8>> {
+        if size > LINK_MAX {
+            let message = format!("the link of inode {ino} is longer than any can be");
+            return Err(EngineError::new(Code::Damaged, message));
+        }
         let mut bytes = vec![0; size as usize];
         view::read_base(&self.store, root, ino, 0, &mut bytes)?;
         Ok(bytes)
@@ -145,7 +155,7 @@ impl Engine {
             let attr = self.attr(held.root, ino)?;
             let is_link = attr.kind == Kind::Symlink;
             let target = is_link
-                .then(|| self.bytes(held.root, ino, attr.size))
+                .then(|| self.target(held.root, ino, attr.size))
                 .transpose()?;
             Ok(ListEntry {
                 name,
@@ -214,7 +224,8 @@ impl Engine {
         {
             // No common ancestor, so inode numbers say nothing: paths are compared.
             let mut out = Vec::new();
-            self.diff_dirs((old, ROOT), (new, ROOT), b"", &mut out)?;
+            self.diff_dirs((old, ROOT), (new, ROOT), &mut out)?;
+            out.sort_by(|x, y| (&x.path, x.kind).cmp(&(&y.path, y.kind)));
             return Ok(out);
         }
         let mut inodes: BTreeSet<Ino> = BTreeSet::new();
@@ -240,31 +251,35 @@ impl Engine {
         Ok(out)
     }
 
-    /// Compares two directories by the paths below them.
+    /// Compares two directories by the paths below them. Folders may lie deeper than a stack goes, so those still to be
+    /// compared are kept in a list.
     fn diff_dirs(
         &self,
         old: (NodeId, Ino),
         new: (NodeId, Ino),
-        path: &[u8],
         out: &mut Vec<DiffEntry>,
     ) -> Result<()> {
-        let (was, is) = (self.children(old.0, old.1)?, self.children(new.0, new.1)?);
-        let names: BTreeSet<&Vec<u8>> = was.keys().chain(is.keys()).collect();
-        for name in names {
-            let path = [path, b"/", name].concat();
-            match (was.get(name), is.get(name)) {
-                (Some((a, x)), Some((b, y))) if x == y => {
-                    self.diff_one((old.0, *a), (new.0, *b), &path, out)?;
-                    if *x == Kind::Directory {
-                        self.diff_dirs((old.0, *a), (new.0, *b), &path, out)?;
+        let mut pairs = vec![(old, new, Vec::new())];
+        while let Some((old, new, path)) = pairs.pop() {
+            let (was, is) = (self.children(old.0, old.1)?, self.children(new.0, new.1)?);
+            let names: BTreeSet<&Vec<u8>> = was.keys().chain(is.keys()).collect();
+            for name in names {
+                let path = [&path[..], b"/", name].concat();
+                match (was.get(name), is.get(name)) {
+                    (Some((a, x)), Some((b, y))) if x == y => {
+                        let (old, new) = ((old.0, *a), (new.0, *b));
+                        self.diff_one(old, new, &path, out)?;
+                        if *x == Kind::Directory {
+                            pairs.push((old, new, path));
+                        }
                     }
-                }
-                (a, b) => {
-                    if let Some(child) = a {
-                        self.diff_whole(old.0, *child, DiffKind::Removed, &path, out)?;
-                    }
-                    if let Some(child) = b {
-                        self.diff_whole(new.0, *child, DiffKind::Added, &path, out)?;
+                    (a, b) => {
+                        if let Some(child) = a {
+                            self.diff_whole(old.0, *child, DiffKind::Removed, &path, out)?;
+                        }
+                        if let Some(child) = b {
+                            self.diff_whole(new.0, *child, DiffKind::Added, &path, out)?;
+                        }
                     }
                 }
             }
@@ -276,28 +291,31 @@ impl Engine {
     fn diff_whole(
         &self,
         root: NodeId,
-        (ino, kind): (Ino, Kind),
+        child: (Ino, Kind),
         how: DiffKind,
         path: &[u8],
         out: &mut Vec<DiffEntry>,
     ) -> Result<()> {
-        let size = self.attr(root, ino)?.size;
-        let (old_size, new_size) = if how == DiffKind::Removed {
-            (size, 0)
-        } else {
-            (0, size)
-        };
-        out.push(DiffEntry {
-            kind: how,
-            path: path.to_vec(),
-            from: None,
-            old_size,
-            new_size,
-        });
-        if kind == Kind::Directory {
-            for (name, child) in self.children(root, ino)? {
-                self.diff_whole(root, child, how, &[path, b"/", &name].concat(), out)?;
+        let mut below = vec![(child, path.to_vec())];
+        while let Some(((ino, kind), path)) = below.pop() {
+            let size = self.attr(root, ino)?.size;
+            let (old_size, new_size) = if how == DiffKind::Removed {
+                (size, 0)
+            } else {
+                (0, size)
+            };
+            if kind == Kind::Directory {
+                for (name, child) in self.children(root, ino)? {
+                    below.push((child, [&path[..], b"/", &name].concat()));
+                }
             }
+            out.push(DiffEntry {
+                kind: how,
+                path,
+                from: None,
+                old_size,
+                new_size,
+            });
         }
         Ok(())
     }

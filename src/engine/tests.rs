@@ -6,6 +6,7 @@ use crate::fork::log::Request;
 use crate::fs::{Caller, Fs, NewNode, RenameMode, SetAttr, XattrMode};
 use crate::record::{Ino, Kind, ROOT};
 
+mod archive;
 mod beside;
 mod content;
 mod exclude;
@@ -14,6 +15,7 @@ mod meanwhile;
 mod model;
 mod power;
 mod private_root;
+mod replay;
 mod retention;
 
 const ME: Caller = Caller {

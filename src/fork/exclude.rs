@@ -59,6 +59,10 @@ const DEFAULT: &[&str] = &[
     "/.m2/settings-security.xml",
     "/.terraform.d/credentials.tfrc.json",
 ];
+/// The longest pattern: as long as a path may be.
+const PATTERN_MAX: usize = 4096;
+/// How deep the braces of a pattern may lie in each other. Each depth takes of the stack of whoever reads it.
+const BRACES_MAX: usize = 32;
 /// Paths that a version's record names; more are only counted.
 const NAMED: usize = 100;
 
@@ -94,10 +98,16 @@ impl Excludes {
             .copied()
             .chain(patterns.iter().map(String::as_str))
         {
+            if line.len() > PATTERN_MAX || depth(line) > BRACES_MAX {
+                let start: String = line.chars().take(40).collect();
+                return Err(format!(
+                    "the pattern {start:?}… is longer or deeper than {PATTERN_MAX} bytes and {BRACES_MAX} braces"
+                ));
+            }
             let added = builder.add_line(None, line);
-            added.map_err(|error| format!("the pattern {line:?}: {error}"))?;
+            added.map_err(|error| format!("the pattern {line:?}: {}", why(&error)))?;
         }
-        let built = builder.build().map_err(|e| e.to_string())?;
+        let built = builder.build().map_err(|e| format!("the patterns: {e}"))?;
         Ok(Excludes(Arc::new(built)))
     }
 
@@ -106,6 +116,29 @@ impl Excludes {
         let path = Path::new(OsStr::from_bytes(path));
         self.0.matched(path, is_dir).is_ignore()
     }
+}
+
+/// How deep braces lie in each other.
+fn depth(pattern: &str) -> usize {
+    let (mut depth, mut most) = (0_usize, 0);
+    for byte in pattern.bytes() {
+        match byte {
+            b'{' => depth += 1,
+            b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        most = most.max(depth);
+    }
+    most
+}
+
+/// Why a pattern is none, without the pattern as it is: that may hold any byte.
+fn why(error: &ignore::Error) -> String {
+    let text = match error {
+        ignore::Error::Glob { err, .. } => err.clone(),
+        other => other.to_string(),
+    };
+    text.escape_debug().to_string()
 }
 
 /// The live table of a fork taken apart.

@@ -19,8 +19,10 @@ use crate::chunk::varint;
 
 const MAGIC: &[u8; 8] = b"FVLOG\0\0\x01";
 const HEADER: u64 = 24;
-/// The largest body that is believed: a bit more than the largest extended attribute needs.
+/// The largest body that is written, and so that is believed: far more than any one change needs.
 const BODY_MAX: usize = 16 << 20;
+/// What is logged as several records is begun anew in the next one behind this.
+const BODY_FULL: usize = 1 << 20;
 
 /// Names a request of the kernel: the number of the session and the kernel's own number; (0, 0) for the daemon's own edits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -70,10 +72,7 @@ impl Log {
             .create(true)
             .truncate(true)
             .open(&path)?;
-        let mut header = MAGIC.to_vec();
-        header.extend_from_slice(&fork.to_le_bytes());
-        header.extend_from_slice(&number.to_le_bytes());
-        if let Err(error) = file.write_all_at(&header, 0) {
+        if let Err(error) = file.write_all_at(&header(fork, number), 0) {
             // The segment before it is the last one still, whose last record may be torn.
             fs::remove_file(&path)?;
             return Err(error);
@@ -91,6 +90,9 @@ impl Log {
     }
 
     /// Replays all segments from `first` on through `apply`, cuts a torn last record off, and goes on behind it.
+    ///
+    /// # Errors
+    /// `Damaged` for everything that is not as it was written: nothing is cut off then, and nothing passed over.
     pub fn replay(
         dir: &Path,
         fork: u64,
@@ -99,17 +101,17 @@ impl Log {
     ) -> Result<Log, LogError> {
         let mut number = first;
         let mut before = 0;
-        if !segment(dir, first).exists() {
-            let path = segment(dir, first);
-            return Log::create(dir, fork, first).map_err(|e| LogError::Io(path, e));
-        }
+        let newest = newest(dir)?;
         loop {
             let path = segment(dir, number);
-            let last = !segment(dir, number + 1).exists();
-            if last && number > first && is_unfinished(&path) {
-                let mut log = Log::create(dir, fork, number).map_err(|e| LogError::Io(path, e))?;
-                log.before = before;
-                return Ok(log);
+            if newest.is_none_or(|newest| newest < number) || !path.exists() {
+                let why = "the segment is missing";
+                return Err(LogError::Damaged { path, at: 0, why });
+            }
+            let last = newest == Some(number);
+            if last && number > first && is_begun(&path, fork, number)? {
+                let log = Log::create(dir, fork, number).map_err(|e| LogError::Io(path, e))?;
+                return Ok(Log { before, ..log });
             }
             let end = read_segment(&path, fork, number, last, &mut apply)?;
             if last {
@@ -136,25 +138,65 @@ impl Log {
     /// Appends one record.
     ///
     /// # Errors
-    /// What the write failed with; the log is then as it was before, or refuses everything from now on.
+    /// What the write failed with; the log is then as it was before, or refuses everything from now on. A record longer than a
+    /// replay takes is refused likewise.
     pub fn append<'a>(
         &mut self,
         request: Request,
         edits: impl IntoIterator<Item = &'a Edit>,
     ) -> io::Result<()> {
+        self.begin(request);
+        for edit in edits {
+            edit.encode_to(&mut self.buffer);
+        }
+        self.write()
+    }
+
+    /// Appends edits that need not be replayed all or none, however many: as records of the daemon's own.
+    ///
+    /// # Errors
+    /// As [`Log::append`]; some of the edits may be in the log then.
+    pub fn append_in_parts<'a>(
+        &mut self,
+        edits: impl IntoIterator<Item = &'a Edit>,
+    ) -> io::Result<()> {
+        self.begin(Request::default());
+        let empty = self.buffer.len();
+        for edit in edits {
+            edit.encode_to(&mut self.buffer);
+            if self.buffer.len() > BODY_FULL {
+                self.write()?;
+                self.begin(Request::default());
+            }
+        }
+        if self.buffer.len() > empty {
+            self.write()?;
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self, request: Request) {
+        self.buffer.clear();
+        self.buffer.resize(8, 0);
+        varint::put(&mut self.buffer, request.epoch);
+        varint::put(&mut self.buffer, request.unique);
+    }
+
+    /// Writes the record that the buffer holds.
+    fn write(&mut self) -> io::Result<()> {
         if self.broken {
             return Err(io::Error::other(
                 "the log of the fork could not be repaired after a failed write",
             ));
         }
-        self.buffer.clear();
-        self.buffer.resize(8, 0);
-        varint::put(&mut self.buffer, request.epoch);
-        varint::put(&mut self.buffer, request.unique);
-        for edit in edits {
-            edit.encode_to(&mut self.buffer);
-        }
         let body = &self.buffer[8..];
+        if body.len() > BODY_MAX {
+            let why = format!(
+                "a change of {} bytes is longer than the log of a fork takes",
+                body.len()
+            );
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
         let (len, crc) = (body.len() as u32, crc32fast::hash(body));
         self.buffer[..4].copy_from_slice(&len.to_le_bytes());
         self.buffer[4..8].copy_from_slice(&crc.to_le_bytes());
@@ -198,21 +240,43 @@ impl Log {
     }
 }
 
-/// Whether the process ended while it began a segment: it has no record then, and the log goes on in it.
-fn is_unfinished(path: &Path) -> bool {
-    fs::metadata(path).is_ok_and(|meta| meta.len() < HEADER)
+/// What a segment begins with.
+fn header(fork: u64, number: u64) -> Vec<u8> {
+    [&MAGIC[..], &fork.to_le_bytes(), &number.to_le_bytes()].concat()
+}
+
+/// Whether a segment has no more than the beginning of its header: the daemon ended while it made it.
+fn is_begun(path: &Path, fork: u64, number: u64) -> Result<bool, LogError> {
+    let io = |e| LogError::Io(path.into(), e);
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(io)?;
+    file.take(HEADER).read_to_end(&mut bytes).map_err(io)?;
+    let header = header(fork, number);
+    Ok(bytes.len() < header.len() && header.starts_with(&bytes))
+}
+
+/// The number of the segment that a file is.
+fn number_of(entry: &fs::DirEntry) -> Option<u64> {
+    let name = entry.file_name();
+    let number = name.to_str()?.strip_prefix("log-")?.parse().ok()?;
+    (*name == *segment(Path::new(""), number)).then_some(number)
+}
+
+/// The number of the last segment that there is.
+fn newest(dir: &Path) -> Result<Option<u64>, LogError> {
+    let io = |e| LogError::Io(dir.into(), e);
+    let mut newest = None;
+    for entry in fs::read_dir(dir).map_err(io)? {
+        newest = newest.max(number_of(&entry.map_err(io)?));
+    }
+    Ok(newest)
 }
 
 /// Removes the segments of `dir` before `first`.
 pub fn remove_before(dir: &Path, first: u64) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
-        let name = entry.file_name();
-        let number = name
-            .to_str()
-            .and_then(|n| n.strip_prefix("log-"))
-            .and_then(|n| n.parse::<u64>().ok());
-        if number.is_some_and(|n| n < first) {
+        if number_of(&entry).is_some_and(|n| n < first) {
             fs::remove_file(entry.path())?;
         }
     }
@@ -236,13 +300,12 @@ fn read_segment(
     let file = File::open(path).map_err(io)?;
     let len = file.metadata().map_err(io)?.len();
     let mut reader = io::BufReader::with_capacity(1 << 20, file);
-    let mut header = [0; HEADER as usize];
     if len < HEADER {
         return Err(damaged(0, "its header is cut off"));
     }
+    let mut header = [0; HEADER as usize];
     reader.read_exact(&mut header).map_err(io)?;
-    let ours = [&MAGIC[..], &fork.to_le_bytes(), &number.to_le_bytes()].concat();
-    if header[..] != ours[..] {
+    if header[..] != self::header(fork, number)[..] {
         return Err(damaged(
             0,
             "its header is not that of this fork and segment",
@@ -268,16 +331,25 @@ fn read_segment(
         let size = u32::from_le_bytes(size.try_into().expect("four bytes")) as usize;
         let crc = u32::from_le_bytes(crc.try_into().expect("four bytes"));
         let end = at + 8 + size as u64;
-        if end > len {
-            return torn_or(end, "a record is cut off");
-        }
         if size > BODY_MAX {
             return Err(damaged(at, "a record is longer than any can be"));
         }
-        body.resize(size, 0);
-        reader.read_exact(&mut body).map_err(io)?;
-        if crc32fast::hash(&body) != crc {
-            return torn_or(end, "the checksum of a record is wrong");
+        body.clear();
+        let here = (len - at - 8).min(size as u64);
+        (&mut reader)
+            .take(here)
+            .read_to_end(&mut body)
+            .map_err(io)?;
+        if end > len || crc32fast::hash(&body) != crc {
+            if holds_record(&body, crc) {
+                return Err(damaged(at, "the length of a record is wrong"));
+            }
+            let why = if end > len {
+                "a record is cut off"
+            } else {
+                "the checksum of a record is wrong"
+            };
+            return torn_or(end, why);
         }
         let (request, edits) =
             decode(&body).ok_or_else(|| damaged(at, "a record cannot be read"))?;
@@ -285,6 +357,16 @@ fn read_segment(
         at = end;
     }
     Ok(at)
+}
+
+/// Whether a whole record begins here that is shorter than is said of it. A torn record is the beginning of one and holds none;
+/// a damaged length is not to take all records behind it along.
+fn holds_record(bytes: &[u8], crc: u32) -> bool {
+    let mut hash = crc32fast::Hasher::new();
+    bytes.iter().enumerate().any(|(at, byte)| {
+        hash.update(std::slice::from_ref(byte));
+        hash.clone().finalize() == crc && decode(&bytes[..=at]).is_some()
+    })
 }
 
 fn decode(mut body: &[u8]) -> Option<(Request, Vec<Edit>)> {
@@ -300,133 +382,4 @@ fn decode(mut body: &[u8]) -> Option<(Request, Vec<Edit>)> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::record::Ino;
-
-    fn edits(n: u64) -> Vec<Edit> {
-        vec![
-            Edit::Truncate {
-                ino: Ino(n),
-                page: n,
-            },
-            Edit::Orphan { ino: Ino(n) },
-        ]
-    }
-
-    fn written(dir: &Path, records: u64) -> Log {
-        let mut log = Log::create(dir, 7, 1).unwrap();
-        for n in 1..=records {
-            log.append(
-                Request {
-                    epoch: 1,
-                    unique: n,
-                },
-                &edits(n),
-            )
-            .unwrap();
-        }
-        log
-    }
-
-    fn replayed(dir: &Path) -> Result<(Vec<u64>, Log), LogError> {
-        let mut seen = Vec::new();
-        let log = Log::replay(dir, 7, 1, |request, found| {
-            assert_eq!(found, edits(request.unique));
-            seen.push(request.unique);
-        })?;
-        Ok((seen, log))
-    }
-
-    #[test]
-    fn replay_gives_back_every_record_of_every_segment_in_order() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut log = written(dir.path(), 3);
-        assert_eq!(log.next_segment().unwrap(), 2);
-        log.append(
-            Request {
-                epoch: 1,
-                unique: 4,
-            },
-            &edits(4),
-        )
-        .unwrap();
-        let (seen, mut log) = replayed(dir.path()).unwrap();
-        assert_eq!(seen, [1, 2, 3, 4]);
-        log.append(
-            Request {
-                epoch: 2,
-                unique: 5,
-            },
-            &edits(5),
-        )
-        .unwrap();
-        assert_eq!(replayed(dir.path()).unwrap().0, [1, 2, 3, 4, 5]);
-    }
-
-    #[test]
-    fn a_log_cut_anywhere_keeps_every_whole_record_and_goes_on() {
-        let dir = tempfile::tempdir().unwrap();
-        written(dir.path(), 3);
-        let path = segment(dir.path(), 1);
-        let whole = fs::read(&path).unwrap();
-        for end in HEADER as usize..whole.len() {
-            fs::write(&path, &whole[..end]).unwrap();
-            let (seen, mut log) = replayed(dir.path()).unwrap();
-            log.append(
-                Request {
-                    epoch: 1,
-                    unique: 9,
-                },
-                &edits(9),
-            )
-            .unwrap();
-            assert_eq!(
-                replayed(dir.path()).unwrap().0,
-                [seen, vec![9]].concat(),
-                "{end} bytes"
-            );
-        }
-    }
-
-    #[test]
-    fn a_segment_whose_making_was_cut_off_is_begun_again() {
-        for len in 0..HEADER {
-            let dir = tempfile::tempdir().unwrap();
-            written(dir.path(), 3).next_segment().unwrap();
-            let next = File::options()
-                .write(true)
-                .open(segment(dir.path(), 2))
-                .unwrap();
-            next.set_len(len).unwrap();
-            let (seen, mut log) = replayed(dir.path()).unwrap();
-            assert_eq!(seen, [1, 2, 3], "{len} bytes");
-            let four = Request {
-                epoch: 1,
-                unique: 4,
-            };
-            log.append(four, &edits(4)).unwrap();
-            assert_eq!(replayed(dir.path()).unwrap().0, [1, 2, 3, 4]);
-            fs::remove_file(segment(dir.path(), 1)).unwrap();
-            assert_eq!(log.number, 2);
-        }
-    }
-
-    #[test]
-    fn damage_before_the_last_record_is_reported_and_never_cut() {
-        let dir = tempfile::tempdir().unwrap();
-        written(dir.path(), 3);
-        let path = segment(dir.path(), 1);
-        let whole = fs::read(&path).unwrap();
-        for at in [0, 9, 17, HEADER as usize + 4, HEADER as usize + 9] {
-            let mut bytes = whole.clone();
-            bytes[at] ^= 1;
-            fs::write(&path, &bytes).unwrap();
-            assert!(
-                matches!(replayed(dir.path()), Err(LogError::Damaged { .. })),
-                "byte {at}"
-            );
-            assert_eq!(fs::read(&path).unwrap(), bytes);
-        }
-    }
-}
+pub(crate) mod tests;

@@ -78,7 +78,7 @@ impl Fork {
             self.store.reach(Step::SegmentBegun)?;
             for cell in &carried {
                 let edits = self.carry(layers, cell)?;
-                log.append(Request::default(), &edits)?;
+                log.append_in_parts(&edits)?;
                 self.store.reach(Step::Carried)?;
                 live.inodes.insert(cell.ino, cell.clone());
                 for edit in edits.iter().filter(|e| matches!(e, Edit::Xattr { .. })) {

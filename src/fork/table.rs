@@ -10,7 +10,7 @@ use parking_lot::RwLock;
 
 use super::extent::{Content, Extent, Origin};
 use crate::chunk::varint;
-use crate::record::{Attr, Ino, Kind, Value};
+use crate::record::{self, Attr, Ino, Kind, Value};
 use crate::tree::NodeId;
 
 /// An inode that the fork changed or made.
@@ -222,18 +222,18 @@ impl Edit {
     /// Takes one edit from the front of `bytes`; `None` if there is no valid one.
     pub fn take(bytes: &mut &[u8]) -> Option<Edit> {
         let tag = take_byte(bytes)?;
-        let ino = Ino(varint::take(bytes)?);
+        let ino = take_ino(bytes)?;
         Some(match tag {
             1 => Edit::Attr {
                 ino,
                 attr: Attr::take(bytes)?,
             },
             2 => {
-                let hash = varint::take(bytes)?;
-                let name = take_bytes(bytes)?.into();
+                let hash = varint::take(bytes).filter(|hash| (1..1 << 56).contains(hash))?;
+                let name = take_name(bytes)?;
                 let child = match varint::take(bytes)? {
                     0 => None,
-                    child => Some((Ino(child), Kind::from_u8(take_byte(bytes)?)?)),
+                    child => Some((Ino::of(child)?, Kind::from_u8(take_byte(bytes)?)?)),
                 };
                 Edit::Entry {
                     dir: ino,
@@ -243,7 +243,8 @@ impl Edit {
                 }
             }
             3 => {
-                let name = take_bytes(bytes)?.into();
+                let name = take_bytes(bytes).filter(|name| record::is_xattr_name(name))?;
+                let name = name.into();
                 let value = match take_byte(bytes)? {
                     0 => None,
                     1 => Some(take_bytes(bytes)?.into()),
@@ -253,39 +254,35 @@ impl Edit {
             }
             4 => Edit::Unlinked {
                 ino,
-                parent: Ino(varint::take(bytes)?),
-                name: take_bytes(bytes)?.into(),
+                parent: take_ino(bytes)?,
+                name: take_name(bytes)?,
             },
             5 => {
-                let page = varint::take(bytes)?;
-                let pages = varint::take(bytes)?;
+                let page = take_page(bytes)?;
+                let pages = take_page(bytes).filter(|pages| *pages > 0)?;
                 let origin = match take_byte(bytes)? {
                     owned @ (0 | 1) => Origin::Spool {
-                        at: varint::take(bytes)?,
+                        at: take_page(bytes)?,
                         owned: owned == 1,
                     },
                     2 => Origin::Base {
-                        ino: Ino(varint::take(bytes)?),
-                        page: varint::take(bytes)?,
+                        ino: take_ino(bytes)?,
+                        page: take_page(bytes)?,
                     },
                     3 => Origin::Hole { reserved: false },
                     4 => Origin::Hole { reserved: true },
                     _ => return None,
                 };
-                // Far above any file, and low enough that no sum overflows.
-                let limit = 1 << 52;
-                (pages > 0 && page < limit && pages < limit).then_some(Edit::Extent {
-                    ino,
-                    extent: Extent {
-                        page,
-                        pages,
-                        origin,
-                    },
-                })?
+                let extent = Extent {
+                    page,
+                    pages,
+                    origin,
+                };
+                Edit::Extent { ino, extent }
             }
             6 => Edit::Truncate {
                 ino,
-                page: varint::take(bytes)?,
+                page: take_page(bytes)?,
             },
             7 => Edit::Orphan { ino },
             8 => {
@@ -296,7 +293,7 @@ impl Edit {
                     ino,
                     attr,
                     base: NodeId(*base),
-                    base_pages: varint::take(bytes)?,
+                    base_pages: take_page(bytes)?,
                 }
             }
             9 => Edit::Remove { ino },
@@ -319,6 +316,23 @@ fn take_byte(bytes: &mut &[u8]) -> Option<u8> {
     let (&first, rest) = bytes.split_first()?;
     *bytes = rest;
     Some(first)
+}
+
+fn take_ino(bytes: &mut &[u8]) -> Option<Ino> {
+    Ino::of(varint::take(bytes)?)
+}
+
+/// No file has so many pages, and the bytes of two of them can still be counted.
+const PAGES_MAX: u64 = 1 << 51;
+
+/// Takes the number of a page, or of pages.
+fn take_page(bytes: &mut &[u8]) -> Option<u64> {
+    varint::take(bytes).filter(|page| *page < PAGES_MAX)
+}
+
+fn take_name(bytes: &mut &[u8]) -> Option<Name> {
+    let name = take_bytes(bytes).filter(|name| record::is_name(name))?;
+    Some(name.into())
 }
 
 fn take_bytes<'a>(bytes: &mut &'a [u8]) -> Option<&'a [u8]> {

@@ -313,6 +313,8 @@ impl<'a> Change<'a> {
                 let zeros = vec![0; (PAGE - size % PAGE) as usize];
                 Ok(self.fs.fork.spool.write(&zeros, at * PAGE + size % PAGE)?)
             }
+            // A hole of the base stays one: it is zero, and a page put there would have to be counted.
+            Some(_) if self.data_pages(inode, page, page + 1)? == 0 => Ok(()),
             Some(_) => {
                 let mut bytes = vec![0; PAGE as usize];
                 let used = (size % PAGE) as usize;

@@ -3,7 +3,7 @@
 use super::{Caller, Fs, acl, now};
 use crate::fork::error::FsError;
 use crate::fork::table::Edit;
-use crate::record::{Ino, Kind};
+use crate::record::{self, Ino, Kind};
 
 const NAME_MAX: usize = 255;
 /// The largest value, as the kernel has it.
@@ -129,6 +129,9 @@ impl Fs {
     fn check_xattr_name(&self, name: &[u8]) -> Result<(), FsError> {
         if name.len() > NAME_MAX {
             return Err(FsError::Range);
+        }
+        if !record::is_xattr_name(name) {
+            return Err(FsError::Invalid);
         }
         let known = [&b"user."[..], b"trusted.", b"security."];
         let plain = known

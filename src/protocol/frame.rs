@@ -21,6 +21,8 @@ pub enum FrameError {
     TooLong { length: usize, limit: usize },
     #[error("a message is not what the protocol says: {0}")]
     Garbage(#[from] serde_json::Error),
+    #[error("a message came with more descriptors than the {0} allowed")]
+    TooManyFds(usize),
     #[error("the connection failed: {0}")]
     Io(io::Error),
 }
@@ -34,6 +36,9 @@ impl From<io::Error> for FrameError {
         }
     }
 }
+
+/// The most descriptors that may come with a frame. Each piece of one may bring some, and each takes a place in a short table.
+const FDS_MAX: usize = 4;
 
 /// One end of a connection.
 #[derive(Debug)]
@@ -127,7 +132,8 @@ impl Connection {
         timeout: Option<Duration>,
     ) -> Result<Vec<u8>, FrameError> {
         self.fds.clear();
-        let deadline = timeout.map(|t| Instant::now() + t);
+        // A time that no clock can show is none.
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut header = [0; 4];
         self.fill(&mut header, deadline)?;
         let length = u32::from_be_bytes(header) as usize;
@@ -153,6 +159,10 @@ impl Connection {
             self.stream.set_read_timeout(left)?;
             match socket::receive_with_fds(&self.stream, buffer, &mut self.fds)? {
                 0 => return Err(FrameError::Closed),
+                _ if self.fds.len() > FDS_MAX => {
+                    self.fds.clear();
+                    return Err(FrameError::TooManyFds(FDS_MAX));
+                }
                 n => buffer = buffer.get_mut(n..).unwrap_or_default(),
             }
         }
@@ -162,7 +172,11 @@ impl Connection {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::hostile;
     use std::io::Write;
     use std::os::fd::AsFd;
 
@@ -209,6 +223,57 @@ mod tests {
             .receive::<i32>(100, Some(Duration::from_millis(20)))
             .unwrap_err();
         assert!(matches!(error, FrameError::TimedOut), "{error}");
+    }
+
+    #[test]
+    fn a_frame_in_many_pieces_brings_no_more_descriptors_than_one() {
+        let (a, mut b) = pair();
+        let (pipe, _writer) = io::pipe().unwrap();
+        for piece in [0, 0, 0, 9, b'1', b'2', b'3'] {
+            socket::send_with_fd(&a.stream, &[piece], Some(pipe.as_fd())).unwrap();
+        }
+        let error = b.receive::<i32>(100, SOON).unwrap_err();
+        assert!(matches!(error, FrameError::TooManyFds(_)), "{error}");
+        assert!(b.take_fds().is_empty());
+    }
+
+    #[test]
+    fn a_patience_without_end_is_no_deadline() {
+        let (mut a, mut b) = pair();
+        a.send(&1).unwrap();
+        assert_eq!(b.receive::<i32>(100, Some(Duration::MAX)).unwrap(), 1);
+    }
+
+    /// Frames as a client may send them.
+    fn frames() -> impl Strategy<Value = Vec<u8>> + Clone {
+        let content = vec(any::<u8>(), 0..80);
+        vec(content, 1..4).prop_map(|contents| {
+            let frame =
+                |content: Vec<u8>| [&(content.len() as u32).to_be_bytes()[..], &content].concat();
+            contents.into_iter().flat_map(frame).collect()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_frames_are_read_up_to_a_bound_or_refused(bytes in hostile::bytes(frames())) {
+            let (a, mut b) = pair();
+            (&a.stream).write_all(&bytes).unwrap();
+            drop(a);
+            let mut read = 0;
+            let error = loop {
+                match b.receive_content(100, SOON) {
+                    Ok(frame) => {
+                        prop_assert!(frame.len() <= 100 && frame.capacity() <= 1 << 20);
+                        let from = read + 4;
+                        read = from + frame.len();
+                        prop_assert_eq!(Some(&frame[..]), bytes.get(from..read));
+                    }
+                    Err(error) => break error,
+                }
+            };
+            prop_assert!(matches!(error, FrameError::Closed | FrameError::TooLong { .. }), "{}", error);
+        }
     }
 
     #[test]

@@ -101,7 +101,7 @@ impl Walk<'_> {
     }
 
     /// Returns whether everything below a node is whole.
-    fn node(&mut self, id: NodeId, parent: Option<&Node>) -> Result<bool, StoreError> {
+    fn node(&mut self, id: NodeId, parent: Option<(&Node, usize)>) -> Result<bool, StoreError> {
         if self.whole.nodes.contains(&id) {
             // Some of the inode's names may lie in what is passed over.
             self.links = None;
@@ -116,14 +116,16 @@ impl Walk<'_> {
             Err(error) => return Err(error),
         };
         self.report.nodes += 1;
-        if parent.is_some_and(|parent| parent.level() != node.level() + 1) {
-            self.problem(format!("node {id} is at the wrong level"), Vec::new());
+        if let Some((parent, at)) = parent
+            && let Err(error) = tree::check_child(parent, at, &node)
+        {
+            self.problem(format!("node {id} ({error})"), Vec::new());
             return Ok(false);
         }
         let mut good = true;
         for at in 0..node.len() {
             if node.level() > 0 {
-                good &= self.node(node.child(at)?, Some(&node))?;
+                good &= self.node(node.child(at)?, Some((&node, at)))?;
             } else {
                 good &= self.entry(node.key(at), node.value(at))?;
             }
@@ -166,7 +168,7 @@ impl Walk<'_> {
             );
             return Ok(false);
         }
-        match record::chunk_refs(key, value) {
+        match record::chunk_refs(key, value)? {
             Some(id) => self.chunk(id, key),
             None => Ok(true),
         }

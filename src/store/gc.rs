@@ -85,19 +85,24 @@ impl Store {
         for root in all {
             self.mark(root, &mut nodes, &mut chunks)?;
         }
+        let mut damaged = Vec::new();
         for volume in self.volumes()? {
             for version in self.versions(volume.id)? {
                 let at = super::VersionRef {
                     volume: volume.id,
                     number: version.number,
                 };
-                match self.mark(version.root, &mut nodes, &mut chunks) {
-                    // What a version that was set aside still has is kept; what it lacks cannot be marked.
-                    Err(StoreError::Missing { .. } | StoreError::Corrupt { .. })
-                        if self.damage(at)?.is_some() => {}
-                    other => other?,
+                if self.damage(at)?.is_some() {
+                    damaged.push(version.root);
+                } else {
+                    self.mark(version.root, &mut nodes, &mut chunks)?;
                 }
             }
+        }
+        // What a version that was set aside still has is kept. These come last: below a node that is marked all others take
+        // everything for marked, and here something may be missing.
+        for root in damaged {
+            self.mark_readable(root, &mut nodes, &mut chunks)?;
         }
         self.reach(Step::Marked)?;
         let before = self.disk_bytes();
@@ -128,13 +133,43 @@ impl Store {
             &mut |id| nodes.insert(prefix_of(&id.0)),
             &mut |node| {
                 if node.level() == 0 {
-                    let entries = (0..node.len()).map(|at| (node.key(at), node.value(at)));
-                    let named = entries.filter_map(|(key, value)| record::chunk_refs(key, value));
-                    chunks.extend(named.map(|id| prefix_of(&id.0)));
+                    for at in 0..node.len() {
+                        let named = record::chunk_refs(node.key(at), node.value(at))?;
+                        chunks.extend(named.map(|id| prefix_of(&id.0)));
+                    }
                 }
                 Ok(())
             },
         )
+    }
+
+    /// Marks all of a damaged version that can still be read.
+    fn mark_readable(
+        &self,
+        root: NodeId,
+        nodes: &mut Prefixes,
+        chunks: &mut Prefixes,
+    ) -> Result<(), StoreError> {
+        let mut below = vec![root];
+        while let Some(id) = below.pop() {
+            if !nodes.insert(prefix_of(&id.0)) {
+                continue;
+            }
+            let node = match self.load_node(id) {
+                Ok(node) => node,
+                Err(StoreError::Missing { .. } | StoreError::Corrupt { .. }) => continue,
+                Err(error) => return Err(error),
+            };
+            for at in 0..node.len() {
+                if node.level() > 0 {
+                    below.extend(node.child(at));
+                } else {
+                    let named = record::chunk_refs(node.key(at), node.value(at));
+                    chunks.extend(named.ok().flatten().map(|id| prefix_of(&id.0)));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Deletes what is not marked, a batch of keys at a time, so that memory stays bounded.
@@ -268,7 +303,7 @@ impl Store {
                     &mut |id| seen.insert(prefix_of(&id.0)),
                     &mut |node| {
                         for at in (0..node.len()).filter(|_| node.level() == 0) {
-                            if let Some(id) = record::chunk_refs(node.key(at), node.value(at)) {
+                            if let Some(id) = record::chunk_refs(node.key(at), node.value(at))? {
                                 let owner = owner.entry(id).or_insert(Some(index));
                                 *owner = owner.filter(|o| *o == index);
                             }

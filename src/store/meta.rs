@@ -9,6 +9,7 @@ use rocksdb::WriteBatch;
 use serde::{Deserialize, Serialize};
 
 use super::{Store, StoreError, keys};
+use crate::record::Ino;
 use crate::tree::NodeId;
 
 /// The number of a fork, shown as `f-` and twelve hex digits.
@@ -28,6 +29,11 @@ impl std::str::FromStr for ForkId {
         let digits = text
             .strip_prefix("f-")
             .filter(|digits| digits.len() == 12)
+            .filter(|digits| {
+                digits
+                    .bytes()
+                    .all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+            })
             .ok_or(())?;
         u64::from_str_radix(digits, 16).map(ForkId).map_err(|_| ())
     }
@@ -284,6 +290,9 @@ impl Store {
             Some(bytes) => u64_of(&bytes, "the counter of volumes")?,
             None => 1,
         };
+        let next = id
+            .checked_add(1)
+            .ok_or_else(|| corrupt("the counter of volumes"))?;
         let volume = Volume {
             id,
             name: name.into(),
@@ -295,7 +304,7 @@ impl Store {
         };
         let mut batch = WriteBatch::default();
         let meta = Target::Meta;
-        self.put(&mut batch, meta, keys::NEXT_VOLUME, &(id + 1).to_be_bytes())?;
+        self.put(&mut batch, meta, keys::NEXT_VOLUME, &next.to_be_bytes())?;
         self.put(
             &mut batch,
             meta,
@@ -520,28 +529,23 @@ impl Store {
         let mut batch = WriteBatch::default();
         let free = self.first(&[keys::FREE])?;
         let lease = if let Some((key, len)) = free {
-            let start = keys::number(&key).ok_or_else(|| corrupt("the free inode numbers"))?;
+            let free = || corrupt("the free inode numbers");
+            let start = keys::number(&key).ok_or_else(free)?;
             let len = u64_of(&len, "the free inode numbers")?;
-            let take = len.min(count);
+            let end = numbers_end(start, len).ok_or_else(free)?;
+            let middle = end.min(start.saturating_add(count));
             self.delete(&mut batch, Target::Meta, &key)?;
-            self.free_inodes(
-                &mut batch,
-                std::slice::from_ref(&(start + take..start + len)),
-            )?;
-            start..start + take
+            self.free_inodes(&mut batch, std::slice::from_ref(&(middle..end)))?;
+            start..middle
         } else {
-            // 1 is every volume's root directory.
             let next = match self.meta(keys::NEXT_INO)? {
                 Some(bytes) => u64_of(&bytes, "the counter of inode numbers")?,
                 None => 2,
             };
-            self.put(
-                &mut batch,
-                Target::Meta,
-                keys::NEXT_INO,
-                &(next + count).to_be_bytes(),
-            )?;
-            next..next + count
+            let counter = || corrupt("the counter of inode numbers");
+            let end = numbers_end(next, count).ok_or_else(counter)?;
+            self.put(&mut batch, Target::Meta, keys::NEXT_INO, &end.to_be_bytes())?;
+            next..end
         };
         self.put_lease(&mut batch, fork, &lease)?;
         self.write_unsynced(batch)?;
@@ -558,6 +562,13 @@ pub(super) enum Target {
     Sizes,
 }
 
+/// Where a run of inode numbers ends; `None` if there is no such run.
+fn numbers_end(start: u64, len: u64) -> Option<u64> {
+    let end = start.checked_add(len)?;
+    // 1 is every volume's root directory.
+    (start > 1 && len > 0 && Ino::of(end).is_some()).then_some(end)
+}
+
 pub(super) fn json<T: Serialize>(record: &T) -> Vec<u8> {
     serde_json::to_vec(record).expect("records have nothing that JSON cannot hold")
 }
@@ -572,3 +583,6 @@ pub(super) fn u64_of(bytes: &[u8], what: &str) -> Result<u64, StoreError> {
         .map(u64::from_be_bytes)
         .map_err(|_| corrupt(what))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,4 +1,7 @@
 use super::*;
+use crate::hostile::{assert_format, hex};
+use crate::record;
+use crate::tree::Source as _;
 
 impl Store {
     /// Flips a bit of a stored chunk, as a bad disk does.
@@ -169,4 +172,143 @@ fn what_another_ingest_has_not_flushed_yet_is_written_again() {
     let left = open(&dir.path().join("left")).unwrap();
     assert!(left.chunk(ids[1]).is_err(), "it was never flushed");
     assert_eq!(&*left.chunk(ids[0]).unwrap(), &chunk(0)[..]);
+}
+
+/// A version with a content of these entries; returns it with its nodes.
+fn version_of(store: &Arc<Store>, entries: &[(Vec<u8>, Vec<u8>)]) -> (Version, Vec<NodeId>) {
+    let volume = store.create_volume("v", 1).unwrap();
+    let ingest = Arc::new(store.ingest());
+    let edits = entries.iter().cloned();
+    let edits = edits.map(|(key, value)| (key, tree::Edit::Put(value)));
+    let mut made = Vec::new();
+    let empty = tree::empty().0;
+    let root = tree::apply(&**store, empty, edits.collect(), &mut |id, bytes, node| {
+        ingest.node(id, &bytes, node).unwrap();
+        made.push(id);
+    })
+    .unwrap();
+    let version = Version {
+        volume: volume.id,
+        number: 0,
+        root,
+        base: None,
+        previous: 0,
+        time: 1,
+        job: None,
+        labels: Default::default(),
+        message: None,
+        files: 0,
+        logical_bytes: 0,
+        blocks: 0,
+        new_bytes: 0,
+        has_acl: false,
+        has_links: false,
+        uid_map: None,
+        excluded: LeftOut::default(),
+    };
+    let publish = Publish {
+        versions: vec![version],
+        ..Publish::default()
+    };
+    let versions = store
+        .publish(std::slice::from_ref(&ingest), publish)
+        .unwrap();
+    (versions.into_iter().next().unwrap(), made)
+}
+
+/// A chunk that nothing holds in hand any more.
+fn stored_chunk(store: &Arc<Store>, bytes: &[u8]) -> ChunkId {
+    let ingest = Arc::new(store.ingest());
+    let id = ingest.chunk(bytes).unwrap();
+    store
+        .publish(std::slice::from_ref(&ingest), Publish::default())
+        .unwrap();
+    id
+}
+
+fn content(ino: u64, id: ChunkId) -> (Vec<u8>, Vec<u8>) {
+    let value = record::Value::Chunk { len: 5000, id };
+    (record::content_key(record::Ino(ino), 0), value.encode())
+}
+
+#[test]
+fn gc_keeps_all_that_can_be_read_of_a_version_that_was_set_aside() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path()).unwrap();
+    let first = stored_chunk(&store, &[1; 5000]);
+    let last = stored_chunk(&store, &[2; 5000]);
+    let mut entries = vec![content(2, first)];
+    entries.extend((3..3000).map(|ino| {
+        let value = record::Value::Inline(vec![ino as u8; 50]);
+        (record::content_key(record::Ino(ino), 0), value.encode())
+    }));
+    entries.push(content(5000, last));
+    let (version, nodes) = version_of(&store, &entries);
+    let root = store.node(version.root).unwrap();
+    assert!(root.level() > 0 && nodes.len() > 4);
+    let mut leaf = root;
+    let mut id = version.root;
+    while leaf.level() > 0 {
+        id = leaf.child(0).unwrap();
+        leaf = store.node(id).unwrap();
+    }
+    store.damage_node(id);
+    assert!(
+        store.gc(false, Vec::new).is_err(),
+        "nobody has set it aside"
+    );
+    let at = VersionRef {
+        volume: version.volume,
+        number: version.number,
+    };
+    store.set_aside(at, "a node is damaged").unwrap();
+    store.gc(false, Vec::new).unwrap();
+    for node in nodes {
+        assert!(node == id || store.load_node(node).is_ok(), "node {node}");
+    }
+    assert!(store.load_chunk(last).is_ok());
+}
+
+#[test]
+fn gc_removes_nothing_when_an_entry_cannot_be_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path()).unwrap();
+    let id = stored_chunk(&store, &[1; 5000]);
+    let (key, mut value) = content(2, id);
+    value[0] = 9;
+    version_of(&store, &[(key, value)]);
+    let error = store.gc(false, Vec::new).unwrap_err().to_string();
+    assert!(error.contains("an entry cannot be read"), "{error}");
+    assert!(store.load_chunk(id).is_ok());
+    let report = store.check().unwrap();
+    assert_eq!(report.problems.len(), 1);
+}
+
+#[test]
+fn the_format_of_stored_chunks_and_nodes_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path()).unwrap();
+    let id = stored_chunk(&store, b"abc");
+    let stored = |target: Target, id: &[u8]| {
+        let found = store.with(|db| Ok(db.get_cf(family(db, target)?, id)?));
+        found.unwrap().unwrap()
+    };
+    assert_format(
+        "a stored chunk",
+        &stored(Target::Chunks, &id.0),
+        "00 03 616263",
+    );
+    assert_format(
+        "the sizes of a chunk",
+        &stored(Target::Sizes, &id.0),
+        "03 05",
+    );
+    let empty = tree::empty().0;
+    assert_format(
+        "the empty map",
+        &stored(Target::Nodes, &empty.0),
+        "00 02 0000",
+    );
+    assert_eq!(FAMILIES, ["meta", "nodes", "chunks", "sizes"]);
+    assert_eq!(stored_len(&hex("03 05")), Some((3, 5)));
 }

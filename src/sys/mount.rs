@@ -339,6 +339,20 @@ mod tests {
         assert_eq!(mounts[1].super_options, "rw,user_id=0");
     }
 
+    proptest::proptest! {
+        #[test]
+        fn hostile_tables_are_passed_over_line_by_line(bytes in crate::hostile::bytes(proptest::prelude::Just(
+            b"36 35 98:0 /mnt1 /a\\040b rw,noatime master:1 - ext3 /dev/root rw\n99 36 0:57 / /c rw - fuse.forkvol forkvol:x rw\n".to_vec()
+        ))) {
+            let last = b"\n7 1 0:9 / /last rw - tmpfs none rw\n";
+            let mounts = parse_mountinfo(&[&bytes[..], last].concat());
+            let found = mounts.last().map(|mount| mount.path.as_path());
+            assert_eq!(found, Some(Path::new("/last")));
+            let lines = bytes.split(|b| *b == b'\n').count();
+            assert!(mounts.len() <= lines + 1);
+        }
+    }
+
     #[test]
     fn this_process_sees_its_root() {
         let mounts = mounts().unwrap();

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Node, NodeId, Source, check_level};
+use super::{Node, NodeId, Source, check_child};
 
 /// Walks the nodes of one level from left to right.
 pub struct Cursor<'a, S: Source> {
@@ -59,7 +59,7 @@ impl<'a, S: Source> Cursor<'a, S> {
     fn descend(&mut self, node: Arc<Node>, at: usize) -> Result<Named, S::Error> {
         let id = node.child(at)?;
         let child = self.source.node(id)?;
-        check_level(&node, &child)?;
+        check_child(&node, at, &child)?;
         self.path.push((node, at));
         Ok((id, child))
     }

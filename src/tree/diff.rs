@@ -3,7 +3,7 @@
 use std::cmp::Ordering;
 use std::sync::Arc;
 
-use super::{Node, NodeId, Source, check_level};
+use super::{Node, NodeId, Source, check_child};
 
 /// A key whose values differ.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -62,8 +62,8 @@ impl Side {
 
     fn enter<S: Source>(&mut self, source: &S, id: NodeId) -> Result<(), S::Error> {
         let node = source.node(id)?;
-        if let Some((parent, _)) = self.path.last() {
-            check_level(parent, &node)?;
+        if let Some((parent, at)) = self.path.last() {
+            check_child(parent, *at, &node)?;
         }
         self.root = None;
         if !node.is_empty() {

@@ -10,8 +10,11 @@ use crate::chunk::varint;
 #[error("{0}")]
 pub struct TreeError(pub &'static str);
 
-/// A node has no more bytes than this, whatever its entries: the hard cut, and one entry of the greatest weight.
+/// A node has no more bytes than this, whatever its entries: the hard cut, and one entry of the greatest weight. Nor have its
+/// keys, written out.
 pub const NODE_MAX: usize = 1 << 20;
+/// No node lies higher: each but the last of its level has two children at least.
+const LEVEL_MAX: u8 = 63;
 
 /// A decoded node: keys and values in two arenas.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -143,6 +146,9 @@ impl Node {
             return Err(TreeError("a node is longer than any can be"));
         }
         let (&level, mut rest) = bytes.split_first().ok_or(short)?;
+        if level > LEVEL_MAX {
+            return Err(TreeError("a node lies higher than any can"));
+        }
         let count = varint::take(&mut rest).ok_or(short)?;
         // Three lengths of at least a byte each stand for every entry.
         let count = usize::try_from(count)
@@ -183,7 +189,7 @@ impl Node {
             if !ascends {
                 return Err(TreeError("keys do not ascend"));
             }
-            if node.keys.len() + shared + suffix.len() > 64 * NODE_MAX {
+            if node.keys.len() + shared + suffix.len() > NODE_MAX {
                 return Err(TreeError("keys are longer than any can be"));
             }
             let start = node.keys.len();

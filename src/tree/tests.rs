@@ -5,6 +5,8 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod format;
+
 #[derive(Default)]
 struct Nodes(RefCell<HashMap<NodeId, Arc<Node>>>);
 
@@ -209,13 +211,6 @@ proptest! {
                 (d.key, d.new.map_or(Edit::Delete, Edit::Put))
             }).collect();
             prop_assert_eq!(nodes.apply(before.0, forth).0, root);
-        }
-    }
-
-    #[test]
-    fn arbitrary_bytes_are_no_node_or_the_one_encoding_of_it(bytes: Vec<u8>) {
-        if let Ok(node) = Node::decode(&bytes) {
-            prop_assert_eq!(node.encode(), bytes);
         }
     }
 }

@@ -268,12 +268,15 @@ impl Jobs {
             Failure::new(Code::Failed, message)
                 .hint("see forkvol forks; abandon what it stood for, and remove the file")
         };
-        let job: Job = serde_json::from_slice(&text).map_err(|e| damaged(e.to_string()))?;
-        if job.schema == SCHEMA {
-            Ok(Some(job))
-        } else {
-            Err(damaged(format!("it has layout {}", job.schema)))
+        let found: Job = serde_json::from_slice(&text).map_err(|e| damaged(e.to_string()))?;
+        if found.schema != SCHEMA {
+            return Err(damaged(format!("it has layout {}", found.schema)));
         }
+        // Its name is where it is written to and removed from.
+        if found.job != job {
+            return Err(damaged(format!("it is that of job {:?}", found.job)));
+        }
+        Ok(Some(found))
     }
 
     /// All jobs that can be read; the others are named in warnings.
@@ -456,6 +459,83 @@ mod tests {
         for (hit, worst) in [("stale", "stale"), ("exact", "stale"), ("empty", "empty")] {
             job.volumes.push(volume(hit));
             assert_eq!(job.hit(), worst);
+        }
+    }
+
+    fn jobs() -> (tempfile::TempDir, Jobs) {
+        let dir = tempfile::tempdir().unwrap();
+        let jobs = Jobs(dir.path().join("jobs"));
+        (dir, jobs)
+    }
+
+    fn full() -> Job {
+        let mut job = Job::new("j".into(), "asked".into(), When::OnChange, true, None);
+        job.agent = Agent::of(std::process::id());
+        job.end = Some(End::Cancelled);
+        let spot = Spot {
+            path: "/w/node_modules".into(),
+            inner: Some("n".into()),
+            link: Some(Link::Bind),
+            mount: None,
+            made: vec!["/w".into()],
+        };
+        job.volumes = vec![Volume {
+            fork: Some("f-000000000001".into()),
+            base: Some("v@3".into()),
+            mount: Some(Mount {
+                path: crate::protocol::Bytes(b"/m\xff".to_vec()),
+                folder: crate::protocol::Bytes(b"n".to_vec()),
+                device: 7,
+                created: true,
+            }),
+            folder: Some("/run/x".into()),
+            paths: vec![spot],
+            degraded: Some("why".into()),
+            ..volume("stale")
+        }];
+        job
+    }
+
+    #[test]
+    fn a_file_under_another_name_is_not_taken_for_the_job() {
+        let (_dir, jobs) = jobs();
+        let mut job = full();
+        jobs.save(&job).unwrap();
+        assert_eq!(jobs.load("j").unwrap(), Some(job.clone()));
+        job.job = "../../elsewhere".into();
+        fs::write(jobs.file("j"), serde_json::to_vec(&job).unwrap()).unwrap();
+        let failure = jobs.load("j").unwrap_err();
+        assert!(failure.message.contains("it is that of job"), "{failure}");
+        assert!(jobs.all().unwrap().is_empty());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_hostile_file_is_a_job_or_is_named(bytes in crate::hostile::bytes(proptest::prelude::Just(serde_json::to_vec(&full()).unwrap()))) {
+            let (_dir, jobs) = jobs();
+            jobs.make().unwrap();
+            fs::write(jobs.file("j"), &bytes).unwrap();
+            match jobs.load("j") {
+                Ok(job) => {
+                    let job = job.unwrap();
+                    job.hit();
+                    job.is_stale(&HashSet::new());
+                    jobs.save(&job).unwrap();
+                    assert_eq!(jobs.load("j").unwrap(), Some(job));
+                }
+                Err(failure) => {
+                    assert!(failure.message.contains("j.json cannot be read: "), "{failure}");
+                    assert_eq!(fs::read(jobs.file("j")).unwrap(), bytes);
+                }
+            }
+        }
+
+        #[test]
+        fn any_name_is_made_harmless(name in ".{0,120}", other in ".{0,12}") {
+            let safe = safe_name(&name);
+            assert!((1..=NAME_MAX).contains(&safe.len()) && !safe.contains('/') && !safe.starts_with('.'), "{safe}");
+            assert_eq!(safe_name(&safe_name(&safe)), safe_name(&safe));
+            assert!(name == other || safe_name(&other) != safe, "{name:?} and {other:?}");
         }
     }
 }

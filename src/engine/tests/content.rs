@@ -57,3 +57,25 @@ fn fallocate_by_another_user_takes_what_the_file_granted() {
         assert!(fs.getxattr(file, capability).is_err(), "{mode:?}");
     }
 }
+
+#[test]
+fn a_hole_of_the_version_at_the_end_of_a_file_stays_one_when_the_file_grows() {
+    let bench = Bench::new();
+    let id = bench.fork("v");
+    let size = |size| SetAttr {
+        size: Some(size),
+        ..SetAttr::default()
+    };
+    let fs = bench.fs(id);
+    let file = put(&fs, "file", b"");
+    fs.setattr(ME, file, size(773)).unwrap();
+    bench.commit(id, false);
+    let fs = bench.fs(bench.fork("v"));
+    let blocks = || fs.getattr(file).unwrap().blocks;
+    fs.setattr(ME, file, size(2000)).unwrap();
+    assert_eq!((blocks(), get(&fs, "file")), (0, Some(vec![0; 2000])));
+    fs.write(ME, file, 1000, b"x", false).unwrap();
+    assert_eq!(blocks(), 8);
+    fs.fallocate(ME, file, 0, 4096, Allocate::Punch).unwrap();
+    assert_eq!(blocks(), 0);
+}

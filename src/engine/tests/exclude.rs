@@ -363,3 +363,27 @@ fn random_step(fs: &Fs, [what, a, b, c, d]: [usize; 5]) {
         _ => {}
     }
 }
+
+#[test]
+fn patterns_that_no_path_is_as_long_or_deep_as_are_refused_before_they_are_read() {
+    let deep = format!("{}a{}", "{".repeat(100_000), "}".repeat(100_000));
+    let long = "a".repeat(5000);
+    let folded = "{a,".repeat(300);
+    for pattern in [deep, long, folded] {
+        let error = Excludes::new(&["ok".into(), pattern], false).unwrap_err();
+        assert!(error.contains("is longer or deeper than"), "{error}");
+        assert!(error.len() < 200, "{error}");
+    }
+    let nested = format!("{}a{}", "{".repeat(30), "}".repeat(30));
+    assert!(Excludes::new(&[nested], false).is_ok());
+}
+
+proptest::proptest! {
+    #[test]
+    fn any_pattern_is_one_or_is_named_in_one_line(pattern in crate::hostile::text("(!?/?(\\*\\*/|[a-z]{1,3}|\\[a-z\\]|\\{a,b\\}|\\\\.|\\?){1,6}/?)")) {
+        if let Err(error) = Excludes::new(&[pattern], false) {
+            assert!(error.starts_with("the pattern"), "{error}");
+            assert!(!error.contains(char::is_control), "{error}");
+        }
+    }
+}

@@ -47,6 +47,7 @@ fn shown(fs: &Fs) -> BTreeMap<String, (File, u32)> {
     .unwrap();
     let of = |(name, ino): (String, Ino)| {
         let attr = fs.getattr(ino).unwrap();
+        assert!(attr.blocks <= attr.size.div_ceil(4096) * 8, "{attr:?}");
         let file = File {
             bytes: fs.read(ino, 0, attr.size as usize).unwrap(),
             mode: attr.mode,
