@@ -17,6 +17,15 @@ use crate::protocol::{Code, Failure};
 pub struct Wish {
     pub volume: String,
     pub paths: Vec<PathBuf>,
+    /// Whether a lone path has a folder of its own in the volume too, as several have.
+    pub folders: bool,
+}
+
+impl Wish {
+    /// Whether its paths are folders of the volume, and not its root.
+    pub fn has_folders(&self) -> bool {
+        self.folders || self.paths.len() > 1
+    }
 }
 
 /// The volumes of a job and where they are wanted, as options.
@@ -58,6 +67,7 @@ fn pair(volumes: Vec<(usize, String)>, paths: Vec<(usize, PathBuf)>) -> Result<V
                 Wish {
                     volume,
                     paths: Vec::new(),
+                    folders: false,
                 },
             )
         })
@@ -104,7 +114,7 @@ pub fn targets(wish: &Wish, place: &Place) -> Result<Vec<Target>, Failure> {
 /// Resolves one of the paths of a volume and makes what is missing of it.
 pub fn target(wish: &Wish, path: &Path, place: &Place) -> Result<Target, Failure> {
     Ok(Target {
-        folder: (wish.paths.len() > 1).then(|| folder_name(path)),
+        folder: wish.has_folders().then(|| folder_name(path)),
         path: prepare(path, place)?,
     })
 }
@@ -217,6 +227,7 @@ mod tests {
         Wish {
             volume: volume.into(),
             paths: paths.iter().map(PathBuf::from).collect(),
+            folders: false,
         }
     }
 
@@ -281,6 +292,7 @@ mod tests {
             &Wish {
                 volume: "v".into(),
                 paths: vec![path.clone()],
+                folders: false,
             },
             &place,
         )
