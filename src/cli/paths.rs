@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{ArgMatches, Args};
 
+use super::forks::ForkFacts;
 use super::mounting::refuse_dangerous;
+use super::output;
 use super::place::{Place, real_path};
 use super::values;
 use crate::protocol::{Code, Failure};
@@ -188,6 +190,22 @@ pub fn make_folder(path: &Path) -> Result<(), Failure> {
 /// As [`make_folder`], for all to read.
 pub fn make_folder_open(path: &Path) -> Result<(), Failure> {
     make(path, 0o755)
+}
+
+/// Makes the folder of a fork that is to be at a path. Whether there is none, because a read-only fork has nothing for the path:
+/// that path stays as it is.
+pub fn lacks(folder: &Path, fork: &ForkFacts, path: &Path) -> Result<bool, Failure> {
+    if folder.is_dir() {
+        return Ok(false);
+    }
+    if fork.read_only {
+        let (path, volume) = (path.display(), &fork.volume);
+        output::warn(&format!(
+            "{path} is left as it is: {volume} is read-only and has nothing for it"
+        ));
+        return Ok(true);
+    }
+    make_folder_open(folder).map(|()| false)
 }
 
 fn make(path: &Path, mode: u32) -> Result<(), Failure> {

@@ -116,10 +116,11 @@ fn a_file_in_the_folder_says_what_a_job_has_and_how() {
         "cache:
   - {name: 'deps-${BRANCH}', paths: deps, lock-file: lock, parents: [deps-main], labels: {os: x}}
   - {name: tools, paths: tools, commit: if-missing, link: symlink, scope: global}
+  - {name: ro, paths: ro, read-only: true}
 ",
     );
     let main = [("BRANCH", "main")];
-    let all = ["shop/deps-main empty", "tools empty"];
+    let all = ["shop/deps-main empty", "tools empty", "shop/ro empty"];
     assert_eq!(cli.got("1", &main, &[]), all);
     assert!(
         fs::symlink_metadata(cli.path("tools"))
@@ -131,6 +132,7 @@ fn a_file_in_the_folder_says_what_a_job_has_and_how() {
     let done = cli.end("1", "0");
     assert_eq!(done["shop/deps-main"], "committed as shop/deps-main@1");
     assert_eq!(done["tools"], "committed as tools@1");
+    assert_eq!(done["shop/ro"], "not committed");
 
     let args = ["--config", ".forkvol.yml"];
     let got = cli.got("2", &[("BRANCH", "topic/x")], &args);

@@ -295,11 +295,11 @@ impl Work<'_> {
                     .as_ref()
                     .map_or(root.clone(), |f| root.join(f)),
             };
+            if target.folder.is_some() && paths::lacks(&inside, &fork, &target.path)? {
+                continue;
+            }
             current(job).paths[index].link = Some(link);
             self.jobs.save(job)?;
-            if target.folder.is_some() && !inside.is_dir() {
-                paths::make_folder_open(&inside)?;
-            }
             if let (Some(covered), "empty") = (covered, fork.hit.as_str()) {
                 seed(&covered, &inside)?;
             }
@@ -353,7 +353,9 @@ impl Work<'_> {
 
     fn mount_folder(&self, job: &str, volume: &str) -> Result<PathBuf, Failure> {
         let root = match &self.options.mount_root {
-            Some(root) => root.clone(),
+            // Links to it and a later finish come from other folders.
+            Some(root) => std::path::absolute(root)
+                .map_err(|e| Failure::new(Code::Failed, format!("{}: {e}", root.display())))?,
             None if process::euid() == 0 => "/cache/forkvol".into(),
             None => state::runtime_folder().join("mnt"),
         };
