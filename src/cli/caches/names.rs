@@ -103,28 +103,31 @@ impl Scope<'_> {
                 let (inner, after) = (&after[..end], &after[end + 1..]);
                 let name = leading_name(inner);
                 let found = (self.variable)(name);
-                match inner[name.len()..].split_at_checked(1) {
-                    _ if name.is_empty() => {
-                        return Err(format!("{text:?} has a ${{}} without a variable's name"));
+                if name.is_empty() {
+                    return Err(format!("{text:?} has a ${{}} without a variable's name"));
+                }
+                let how = &inner[name.len()..];
+                let (or_empty, default) = match (how.strip_prefix(":-"), how.strip_prefix('-')) {
+                    (Some(default), _) => (true, Some(default)),
+                    (_, Some(default)) => (false, Some(default)),
+                    _ if how.is_empty() => (false, None),
+                    _ => {
+                        return Err(format!(
+                            "${{{inner}}} is not understood: ${{{name}}} and ${{{name}:-DEFAULT}} are"
+                        ));
                     }
-                    None => out.push_str(&value(&found.ok_or_else(|| not_set(name))?)),
-                    Some((sign, default)) => {
-                        let (or_empty, default) = match (sign, default.strip_prefix('-')) {
-                            ("-", _) => (false, default),
-                            (":", Some(default)) => (true, default),
-                            _ => {
-                                return Err(format!(
-                                    "${{{inner}}} is not understood: ${{{name}}} and ${{{name}:-DEFAULT}} are"
-                                ));
-                            }
-                        };
-                        match found.filter(|found| !or_empty || !found.is_empty()) {
-                            Some(found) => out.push_str(&value(&found)),
-                            None if depth == 0 => {
-                                return Err(format!("{name} has too many defaults"));
-                            }
-                            None => out.push_str(&self.expanded(default, form, depth - 1)?),
-                        }
+                };
+                match (
+                    found.filter(|found| !or_empty || !found.is_empty()),
+                    default,
+                ) {
+                    (Some(found), _) => out.push_str(&value(&found)),
+                    (None, None) => return Err(not_set(name)),
+                    (None, Some(_)) if depth == 0 => {
+                        return Err(format!("{name} has too many defaults"));
+                    }
+                    (None, Some(default)) => {
+                        out.push_str(&self.expanded(default, form, depth - 1)?);
                     }
                 }
                 after
@@ -302,6 +305,7 @@ mod tests {
             ("${OS", "without end"),
             ("${}", "without a variable's name"),
             ("${OS:0:3}", "not understood"),
+            ("${OS\u{e9}}", "not understood"),
             (
                 &format!("{}x{}", "${NONE:-".repeat(20), "}".repeat(20)),
                 "too many defaults",

@@ -274,6 +274,33 @@ fn what_detect_prints_is_as_the_manual_says_and_is_a_file_that_attach_reads() {
     assert_eq!(nothing["detect"]["config"], "");
 }
 
+proptest::proptest! {
+    #[test]
+    fn no_text_is_too_strange_to_be_read_or_refused(
+        text in "(cache|steps|paths|name|matrix|key|[a-c0-2:{}$,&*<!|>%@\\-? \n\té'\"#\\[\\]]){0,60}",
+    ) {
+        let variable = |name: &str| Some(name.to_owned());
+        let scope = Scope {
+            slug: "shop",
+            variable: &variable,
+            matrix: Matrix::None,
+        };
+        for text in [text.clone(), format!("cache: {text}"), format!("cache:\n - {text}")] {
+            let Ok(root) = yaml::parse(&text) else {
+                continue;
+            };
+            let step = Some(Step { name: "#1", label: None });
+            let cached = |node: &Node| keys::read(node, &scope, &mut Vec::new());
+            for fault in [
+                pipeline::caches(&root, step, &scope, &mut Vec::new()).err(),
+                root.get("cache").and_then(|cache| cached(cache).err()),
+            ] {
+                proptest::prop_assert!(fault.is_none_or(|f| f.place.line > 0 && f.place.column > 0));
+            }
+        }
+    }
+}
+
 #[test]
 fn every_example_and_every_preset_of_the_manual_is_right() {
     let manual = include_str!("../../../docs/caches.md");

@@ -1,5 +1,7 @@
 //! What a job is to have: for each volume its paths, and how it is forked, linked and committed.
 
+use std::path::PathBuf;
+
 use clap::ArgMatches;
 
 use super::{Attach, Existing, Link};
@@ -35,13 +37,22 @@ pub fn plans(options: &Attach, matches: Option<&ArgMatches>) -> Result<Vec<Plan>
     let mut plans: Vec<Plan> = wishes.into_iter().map(|w| of_wish(options, w)).collect();
     let caches = caches::asked(sources)?;
     for cache in caches {
-        // What is on the command line is as its user wants it.
-        if !plans.iter().any(|plan| plan.wish.volume == cache.volume) {
-            plans.push(of_cache(options, cache));
-        }
+        plans.extend(beside(&plans, cache).map(|cache| of_cache(options, cache)));
     }
     caches::tell_environment(&options.preset);
     Ok(plans)
+}
+
+/// What is left of a preset's cache beside volumes that are as their user wants them.
+fn beside(plans: &[Plan], mut cache: Cache) -> Option<Cache> {
+    let whole = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+    let taken = |path: &PathBuf| {
+        let mut paths = plans.iter().flat_map(|plan| &plan.wish.paths);
+        paths.any(|known| whole(known) == whole(path))
+    };
+    cache.paths.retain(|path| !taken(path));
+    let known = plans.iter().any(|p| p.wish.volume == cache.volume);
+    (!known && !cache.paths.is_empty()).then_some(cache)
 }
 
 fn of_wish(options: &Attach, wish: Wish) -> Plan {
@@ -126,6 +137,27 @@ mod tests {
             (plan.link, plan.existing, plan.commit),
             (Link::Bind, Existing::Seed, When::Never)
         );
+    }
+
+    #[test]
+    fn a_preset_leaves_alone_what_the_command_line_names() {
+        let own = |volume: &str, path: &str| {
+            let wish = Wish {
+                volume: volume.into(),
+                paths: vec![path.into()],
+                folders: false,
+            };
+            of_wish(&attach("attach"), wish)
+        };
+        assert_eq!(beside(&[own("x", "other")], cache()), Some(cache()));
+        assert_eq!(beside(&[own("x", "./a/")], cache()), None);
+        assert_eq!(beside(&[own("shop", "other")], cache()), None);
+        let two = Cache {
+            paths: vec!["a".into(), "b".into()],
+            ..cache()
+        };
+        let left = beside(&[own("x", "a")], two).unwrap();
+        assert_eq!(left.paths, [PathBuf::from("b")]);
     }
 
     #[test]
