@@ -12,6 +12,9 @@ use crate::cli::values;
 /// The least room that a volume is granted.
 pub const LEAST_SIZE: u64 = 20 << 30;
 
+/// How many volumes a key may name, and how many paths a volume may have.
+const MOST: usize = 256;
+
 const KEYS: [&str; 13] = [
     "name",
     "paths",
@@ -59,6 +62,9 @@ pub fn read(node: &Node, scope: &Scope, notes: &mut Vec<Fault>) -> Result<Said, 
             caches.push((node.place, cache));
         }
         (Kind::Map(entries), _) => caches.push((node.place, map(node, entries, scope, notes)?)),
+        (Kind::List(items), _) if items.len() > MOST => {
+            return Err(node.fault(format!("this list has more than {MOST} entries")));
+        }
         (Kind::List(items), _) => {
             let (maps, paths): (Vec<_>, Vec<_>) =
                 items.iter().partition(|item| item.entries().is_some());
@@ -110,6 +116,9 @@ fn map(
     let Some(paths) = of("paths") else {
         return Err(node.fault(format!("the cache {volume} has no paths")));
     };
+    if list(paths).len() > MOST {
+        return Err(paths.fault(format!("this list has more than {MOST} entries")));
+    }
     let paths = distinct(list(paths).iter().map(|p| path(p, scope)))?;
     if paths.is_empty() {
         return Err(node.fault(format!("the cache {volume} has no paths")));
@@ -411,6 +420,14 @@ mod tests {
             ("paths: a\nlabels: k", "2:9: labels are a map"),
             ("paths: a\nparents: 'a@x'", "2:10: "),
             ("paths: 'a*b'", "1:8: \"a*b\" is a pattern"),
+            (
+                &format!("[{}]", "a,".repeat(300)),
+                "1:1: this list has more than 256",
+            ),
+            (
+                &format!("paths: [{}]", "a,".repeat(300)),
+                "1:8: this list has more than 256",
+            ),
             ("paths: $NONE", "1:8: the variable NONE is not set"),
             (
                 "- {paths: a, name: x}\n- {paths: b, name: x}",

@@ -8,6 +8,8 @@ use crate::volume::VersionSpec;
 
 /// How deep defaults of variables may lie in each other.
 const MAX_DEPTH: usize = 8;
+/// The longest text that has variables expanded.
+const MAX_TEXT: usize = 4096;
 /// The longest part of a name that a variable brings in.
 const MAX_VALUE: usize = 64;
 
@@ -84,6 +86,9 @@ impl Scope<'_> {
     }
 
     fn expanded(&self, text: &str, form: As, depth: usize) -> Result<String, String> {
+        if text.len() > MAX_TEXT {
+            return Err(format!("this text is longer than {MAX_TEXT} characters"));
+        }
         let value = |value: &str| match form {
             As::Text => value.to_owned(),
             As::Name => legal(value),
@@ -303,6 +308,7 @@ mod tests {
             ("${NONE}", "NONE is not set"),
             ("$NONE", "NONE is not set"),
             ("${OS", "without end"),
+            (&"x".repeat(5000), "longer than 4096"),
             ("${}", "without a variable's name"),
             ("${OS:0:3}", "not understood"),
             ("${OS\u{e9}}", "not understood"),
