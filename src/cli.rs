@@ -1,5 +1,6 @@
 //! The command line: what it accepts, and which part of it answers.
 
+mod caches;
 mod client;
 mod config;
 mod content;
@@ -68,6 +69,11 @@ enum Command {
     Finish(job::Finish),
     /// Show the jobs that are attached
     Jobs,
+    /// Show which caches a folder's tools have, as a .forkvol.yml
+    Detect {
+        #[arg(default_value = ".", value_parser = values::home_path)]
+        dir: PathBuf,
+    },
     /// Fork a volume and mount it
     Fork {
         #[arg(value_parser = values::volume)]
@@ -248,6 +254,9 @@ struct ForkOptions {
     /// As --label, one a line
     #[arg(long, value_name = "FILE")]
     label_file: Vec<PathBuf>,
+    /// Record the hash of a file, as a label with the file's name
+    #[arg(long, value_name = "FILE")]
+    lock_file: Vec<PathBuf>,
     /// Leave paths out of commits
     #[arg(long, value_name = "PATTERN")]
     exclude: Vec<String>,
@@ -447,6 +456,7 @@ fn execute(context: &Context, command: Command) -> Result<(), Failure> {
         )),
         Command::Finish(options) => job::finish(context, &options),
         Command::Jobs => job::jobs(context),
+        Command::Detect { dir } => caches::detect(context.json, &dir),
         Command::Fork {
             volume,
             mountpoint,

@@ -94,7 +94,7 @@ pub fn make(
     Ok(fork)
 }
 
-/// The labels of files first, so that an option wins.
+/// The labels of files first, so that an option wins. A lock file is a label itself: its name, and the hash of what it holds.
 fn labels(options: &ForkOptions) -> Result<BTreeMap<String, String>, Failure> {
     let mut labels = BTreeMap::new();
     for path in &options.label_file {
@@ -107,6 +107,16 @@ fn labels(options: &ForkOptions) -> Result<BTreeMap<String, String>, Failure> {
         {
             labels.extend([values::label(line).map_err(wrong)?]);
         }
+    }
+    for path in &options.lock_file {
+        let hash = || -> std::io::Result<String> {
+            let mut hasher = blake3::Hasher::new();
+            hasher.update_reader(File::open(path)?)?;
+            Ok(hasher.finalize().to_hex()[..16].to_owned())
+        };
+        let wrong = |e| Failure::new(Code::Usage, format!("{}: {e}", path.display()));
+        let name = path.to_string_lossy().replace('=', "-");
+        labels.insert(name, hash().map_err(wrong)?);
     }
     labels.extend(options.label.iter().cloned());
     Ok(labels)

@@ -5,6 +5,7 @@
 
 mod attach;
 mod finish;
+mod plan;
 mod state;
 mod variables;
 
@@ -33,6 +34,18 @@ pub use variables::suffix;
 pub struct Attach {
     #[command(flatten)]
     volumes: Volumes,
+    /// A file whose cache key says which volumes (default: .forkvol.yml, where nothing else does)
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["volume", "path", "pipeline"], value_parser = values::home_path)]
+    config: Option<PathBuf>,
+    /// A pipeline.yml whose cache keys say which volumes
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["volume", "path"], value_parser = values::home_path)]
+    pipeline: Option<PathBuf>,
+    /// The pipeline's step: its key, its label, or #N (default: from the variables of the CI host)
+    #[arg(long, value_name = "KEY|LABEL|#N", requires = "pipeline")]
+    step: Option<String>,
+    /// The caches of a tool, or auto for those that the folder tells of; may be repeated
+    #[arg(long, value_name = "NAME|auto")]
+    preset: Vec<String>,
     #[command(flatten)]
     options: ForkOptions,
     /// The job's name (default: from the variables of the CI host)
@@ -44,18 +57,18 @@ pub struct Attach {
     /// The folder below which forks are mounted
     #[arg(long, value_name = "DIR", value_parser = values::home_path)]
     mount_root: Option<PathBuf>,
-    /// How a path leads to its fork
-    #[arg(long, value_enum, default_value = "bind")]
-    link: Link,
-    /// What becomes of content that a path has already
-    #[arg(long, value_enum, default_value = "hide")]
-    existing: Existing,
+    /// How a path leads to its fork (default: bind)
+    #[arg(long, value_enum)]
+    link: Option<Link>,
+    /// What becomes of content that a path has already (default: hide)
+    #[arg(long, value_enum)]
+    existing: Option<Existing>,
     /// Write the job's variables into this file instead of printing them
     #[arg(long, value_name = "FILE")]
     env_file: Option<PathBuf>,
-    /// When finish commits
-    #[arg(long, value_enum, value_name = "WHEN", default_value = "on-success")]
-    commit: When,
+    /// When finish commits (default: on-success)
+    #[arg(long, value_enum, value_name = "WHEN")]
+    commit: Option<When>,
     /// Go without the cache after this long
     #[arg(long, value_parser = values::duration, default_value = "10s")]
     deadline: Duration,

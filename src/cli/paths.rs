@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{ArgMatches, Args};
 
+use super::forks::ForkFacts;
 use super::mounting::refuse_dangerous;
+use super::output;
 use super::place::{Place, real_path};
 use super::values;
 use crate::protocol::{Code, Failure};
@@ -17,6 +19,15 @@ use crate::protocol::{Code, Failure};
 pub struct Wish {
     pub volume: String,
     pub paths: Vec<PathBuf>,
+    /// Whether a lone path has a folder of its own in the volume too, as several have.
+    pub folders: bool,
+}
+
+impl Wish {
+    /// Whether its paths are folders of the volume, and not its root.
+    pub fn has_folders(&self) -> bool {
+        self.folders || self.paths.len() > 1
+    }
 }
 
 /// The volumes of a job and where they are wanted, as options.
@@ -58,6 +69,7 @@ fn pair(volumes: Vec<(usize, String)>, paths: Vec<(usize, PathBuf)>) -> Result<V
                 Wish {
                     volume,
                     paths: Vec::new(),
+                    folders: false,
                 },
             )
         })
@@ -104,7 +116,7 @@ pub fn targets(wish: &Wish, place: &Place) -> Result<Vec<Target>, Failure> {
 /// Resolves one of the paths of a volume and makes what is missing of it.
 pub fn target(wish: &Wish, path: &Path, place: &Place) -> Result<Target, Failure> {
     Ok(Target {
-        folder: (wish.paths.len() > 1).then(|| folder_name(path)),
+        folder: wish.has_folders().then(|| folder_name(path)),
         path: prepare(path, place)?,
     })
 }
@@ -180,6 +192,22 @@ pub fn make_folder_open(path: &Path) -> Result<(), Failure> {
     make(path, 0o755)
 }
 
+/// Makes the folder of a fork that is to be at a path. Whether there is none, because a read-only fork has nothing for the path:
+/// that path stays as it is.
+pub fn lacks(folder: &Path, fork: &ForkFacts, path: &Path) -> Result<bool, Failure> {
+    if folder.is_dir() {
+        return Ok(false);
+    }
+    if fork.read_only {
+        let (path, volume) = (path.display(), &fork.volume);
+        output::warn(&format!(
+            "{path} is left as it is: {volume} is read-only and has nothing for it"
+        ));
+        return Ok(true);
+    }
+    make_folder_open(folder).map(|()| false)
+}
+
 fn make(path: &Path, mode: u32) -> Result<(), Failure> {
     DirBuilder::new()
         .mode(mode)
@@ -217,6 +245,7 @@ mod tests {
         Wish {
             volume: volume.into(),
             paths: paths.iter().map(PathBuf::from).collect(),
+            folders: false,
         }
     }
 
@@ -281,6 +310,7 @@ mod tests {
             &Wish {
                 volume: "v".into(),
                 paths: vec![path.clone()],
+                folders: false,
             },
             &place,
         )

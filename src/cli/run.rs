@@ -275,8 +275,8 @@ impl<'a> Job<'a> {
                     None => root.to_owned(),
                     Some(name) => {
                         let folder = root.join(name);
-                        if !folder.is_dir() {
-                            paths::make_folder_open(&folder)?;
+                        if paths::lacks(&folder, &used.fork, &target.path)? {
+                            continue;
                         }
                         folder
                     }

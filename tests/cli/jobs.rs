@@ -284,3 +284,49 @@ fn a_job_that_runs_is_not_stale_for_who_sees_neither_its_mounts_nor_its_processe
     assert_eq!(cli.finish("1", "0")["v"], "committed as v@1");
     assert_eq!(cli.ok(&["cat", "v:f"]), "kept");
 }
+
+#[test]
+fn a_mount_root_that_is_no_whole_path_means_the_same_from_everywhere() {
+    let cli = Cli::new();
+    let args = ["-v", "v", "-p", "a/b/link", "--link", "symlink"];
+    let start = ["attach", "--job", "1", "--mount-root", "relative"];
+    cli.ok(&[&start[..], &args].concat());
+    fs::write(cli.path("a/b/link/f"), "x").unwrap();
+    let mut finish = cli.command(&["finish", "--job", "1", "--status", "0"]);
+    assert!(finish.current_dir("/").status().unwrap().success());
+    assert_eq!(cli.ok(&["cat", "v:f"]), "x");
+    assert!(!cli.path("relative/1").exists());
+}
+
+#[test]
+fn a_read_only_volume_without_a_folder_for_a_path_leaves_the_path_as_it_is() {
+    let cli = Cli::new();
+    cli.attach("1", &["-v", "v", "-p", "a", "-p", "b"]);
+    fs::write(cli.path("a/f"), "x").unwrap();
+    cli.finish("1", "0");
+    let args = ["-v", "v", "-p", "a", "-p", "new", "--read-only"];
+    let attached = cli.attach("2", &args);
+    assert_eq!(
+        (&attached["degraded"], &attached["hit"]),
+        (&false.into(), &"exact".into())
+    );
+    assert_eq!(fs::read_to_string(cli.path("a/f")).unwrap(), "x");
+    assert!(fs::write(cli.path("a/f"), "y").is_err());
+    fs::write(cli.path("new/f"), "of the job").unwrap();
+    assert_eq!(cli.finish("2", "0")["v"], "not committed");
+    assert_eq!(fs::read_to_string(cli.path("new/f")).unwrap(), "of the job");
+    let run = [
+        "run",
+        "-v",
+        "v",
+        "-p",
+        "a",
+        "-p",
+        "newer",
+        "--read-only",
+        "--",
+        "cat",
+        "a/f",
+    ];
+    assert_eq!(cli.ok(&run), "x");
+}

@@ -10,13 +10,15 @@ use std::process::Command;
 use clap::ArgMatches;
 use serde_json::{Value, json};
 
+use super::plan::{Plan, plans};
 use super::state::{self, Agent, Job, Jobs, Spot, Volume};
 use super::{Attach, Existing, Link, finish, job_name, live_forks, variables, within};
 use crate::cli::client::Client;
+use crate::cli::ending::When;
 use crate::cli::forks;
 use crate::cli::mounting::{self, By, Mountpoint};
 use crate::cli::output::{self, warn};
-use crate::cli::paths::{self, Target, Wish};
+use crate::cli::paths::{self, Target};
 use crate::cli::{Context, exit};
 use crate::protocol::{Bytes, Code, Failure, Request};
 use crate::sys::mount as kernel;
@@ -27,28 +29,28 @@ pub fn attach(
     options: Attach,
     matches: Option<&ArgMatches>,
 ) -> Result<(), Failure> {
-    let wishes = options.volumes.wishes(matches)?;
-    if wishes.is_empty() {
+    let plans = plans(&options, matches)?;
+    if plans.is_empty() {
         output::note("no volume was asked for: nothing is attached");
         return Ok(());
     }
-    variables::refuse_clash(&wishes)?;
+    variables::refuse_clash(plans.iter().map(|plan| &plan.wish))?;
     let name = job_name(options.job.as_deref())?;
     let strict = options.options.strict;
     let begun = std::time::Instant::now();
     let made = within(options.deadline, {
-        let (context, options, wishes, name) = (
+        let (context, options, plans, name) = (
             context.clone(),
             options.clone(),
-            wishes.clone(),
+            plans.clone(),
             name.clone(),
         );
-        move || make(&context, &options, &wishes, &name)
+        move || make(&context, &options, &plans, &name)
     });
     let job = match made {
         Ok(job) => job,
         Err(failure) if strict || failure.code == Code::Usage => return Err(failure),
-        Err(failure) => without_cache(&options, &wishes, &name, &failure),
+        Err(failure) => without_cache(&plans, &name, &failure),
     };
     for volume in &job.volumes {
         if let Some(why) = &volume.degraded {
@@ -94,12 +96,12 @@ fn tell(context: &Context, options: &Attach, job: &Job) -> Result<(), Failure> {
 }
 
 /// A job whose cache cannot be had at all: empty folders, and why.
-fn without_cache(options: &Attach, wishes: &[Wish], name: &str, failure: &Failure) -> Job {
-    let mut job = Job::new(name.into(), String::new(), options.commit, false, None);
-    for wish in wishes {
-        let mut volume = empty(&wish.volume);
+fn without_cache(plans: &[Plan], name: &str, failure: &Failure) -> Job {
+    let mut job = Job::new(name.into(), String::new(), When::Never, false, None);
+    for plan in plans {
+        let mut volume = empty(plan);
         volume.degraded = Some(exit::line(failure));
-        for path in &wish.paths {
+        for path in &plan.wish.paths {
             if let Err(error) = fs::create_dir_all(path) {
                 warn(&format!("cannot make {}: {error}", path.display()));
             }
@@ -116,9 +118,10 @@ fn without_cache(options: &Attach, wishes: &[Wish], name: &str, failure: &Failur
     job
 }
 
-fn empty(name: &str) -> Volume {
+fn empty(plan: &Plan) -> Volume {
     Volume {
-        volume: name.into(),
+        volume: plan.wish.volume.clone(),
+        commit: Some(plan.commit),
         fork: None,
         base: None,
         hit: "empty".into(),
@@ -132,21 +135,26 @@ fn empty(name: &str) -> Volume {
 }
 
 /// What was asked for, as text that is the same for the same question.
-fn question(options: &Attach, wishes: &[Wish]) -> String {
-    let o = &options.options;
-    let fork = (
-        &o.from,
-        &o.parent,
-        o.read_only,
-        o.ephemeral,
-        o.size,
-        &o.label,
-        &o.exclude,
-    );
-    format!(
-        "{wishes:?} {fork:?} {:?} {:?} {:?}",
-        options.link, options.existing, options.commit
-    )
+fn question(plans: &[Plan]) -> String {
+    let one = |plan: &Plan| {
+        let o = &plan.fork;
+        let fork = (
+            &o.from,
+            &o.parent,
+            o.read_only,
+            o.ephemeral,
+            o.size,
+            &o.label,
+            &o.lock_file,
+            &o.exclude,
+        );
+        let (link, existing, commit) = (plan.link, plan.existing, plan.commit);
+        format!(
+            "{:?} {fork:?} {link:?} {existing:?} {commit:?}\n",
+            plan.wish
+        )
+    };
+    plans.iter().map(one).collect()
 }
 
 fn agent(options: &Attach) -> Option<Agent> {
@@ -155,9 +163,9 @@ fn agent(options: &Attach) -> Option<Agent> {
     Agent::of(pid)
 }
 
-fn make(context: &Context, options: &Attach, wishes: &[Wish], name: &str) -> Result<Job, Failure> {
+fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Result<Job, Failure> {
     let jobs = Jobs::of(&context.place)?;
-    let asked = question(options, wishes);
+    let asked = question(plans);
     // A store before anything is put into its folder.
     let mut client = context.connect()?;
     let live = live_forks(&mut client)?;
@@ -176,7 +184,7 @@ fn make(context: &Context, options: &Attach, wishes: &[Wish], name: &str) -> Res
         finish::drop_job(context, &jobs, &job)?;
     }
     let strict = options.options.strict;
-    let mut job = Job::new(name.into(), asked, options.commit, strict, agent(options));
+    let mut job = Job::new(name.into(), asked, When::OnSuccess, strict, agent(options));
     jobs.save(&job)?;
     let mut work = Work {
         context,
@@ -189,14 +197,14 @@ fn make(context: &Context, options: &Attach, wishes: &[Wish], name: &str) -> Res
             .collect(),
         by: By::default_for_caller(),
     };
-    for wish in wishes {
-        job.volumes.push(empty(&wish.volume));
-        if let Err(failure) = work.volume(&mut client, &mut job, wish) {
+    for plan in plans {
+        job.volumes.push(empty(plan));
+        if let Err(failure) = work.volume(&mut client, &mut job, plan) {
             if strict {
                 finish::drop_job(context, &jobs, &job)?;
                 return Err(failure);
             }
-            work.go_without(&mut client, &mut job, wish, &failure)?;
+            work.go_without(&mut client, &mut job, plan, &failure)?;
         }
     }
     Ok(job)
@@ -218,12 +226,12 @@ fn current(job: &mut Job) -> &mut Volume {
 }
 
 impl Work<'_> {
-    fn volume(&mut self, client: &mut Client, job: &mut Job, wish: &Wish) -> Result<(), Failure> {
-        let link = self.options.link;
+    fn volume(&mut self, client: &mut Client, job: &mut Job, plan: &Plan) -> Result<(), Failure> {
+        let (wish, link) = (&plan.wish, plan.link);
         let direct = self.by == By::Helper && link == Link::Bind;
         let mut targets = Vec::new();
         for path in &wish.paths {
-            let (target, made) = self.place(wish, path)?;
+            let (target, made) = self.place(plan, path)?;
             current(job).paths.push(Spot {
                 path: target.path.clone(),
                 inner: target.folder.clone(),
@@ -236,14 +244,14 @@ impl Work<'_> {
         self.jobs.save(job)?;
         let covered: Vec<Option<File>> = targets
             .iter()
-            .map(|target| self.look_at(&target.path))
+            .map(|target| self.look_at(plan, &target.path))
             .collect::<Result<_, _>>()?;
 
         let fork = forks::make(
             self.context,
             client,
             &wish.volume,
-            &self.options.options,
+            &plan.fork,
             Some(job.job.clone()),
         )?;
         let volume = current(job);
@@ -287,24 +295,24 @@ impl Work<'_> {
                     .as_ref()
                     .map_or(root.clone(), |f| root.join(f)),
             };
+            if target.folder.is_some() && paths::lacks(&inside, &fork, &target.path)? {
+                continue;
+            }
             current(job).paths[index].link = Some(link);
             self.jobs.save(job)?;
-            if target.folder.is_some() && !inside.is_dir() {
-                paths::make_folder_open(&inside)?;
-            }
             if let (Some(covered), "empty") = (covered, fork.hit.as_str()) {
                 seed(&covered, &inside)?;
             }
             if root.is_some() {
-                self.put_in_place(&inside, &target.path)?;
+                self.put_in_place(link, &inside, &target.path)?;
             }
         }
         Ok(())
     }
 
     /// Where a path leads, with the folders that had to be made for it.
-    fn place(&self, wish: &Wish, path: &Path) -> Result<(Target, Vec<PathBuf>), Failure> {
-        let is_link = self.options.link == Link::Symlink;
+    fn place(&self, plan: &Plan, path: &Path) -> Result<(Target, Vec<PathBuf>), Failure> {
+        let is_link = plan.link == Link::Symlink;
         if is_link && path.file_name().is_some_and(|name| name == "node_modules") {
             return Err(Failure::new(
                 Code::Policy,
@@ -313,7 +321,7 @@ impl Work<'_> {
             .hint("bind it, or use forkvol run"));
         }
         let missing = paths::missing(path)?;
-        let target = paths::target(wish, path, &self.context.place)?;
+        let target = paths::target(&plan.wish, path, &self.context.place)?;
         let taken = |job: &&Job| {
             let mut spots = job.volumes.iter().flat_map(|v| &v.paths);
             spots.any(|s| s.link.is_some() && s.path == target.path)
@@ -327,14 +335,14 @@ impl Work<'_> {
     }
 
     /// Opens what a path holds, where that is to be copied; refuses content where there may be none.
-    fn look_at(&self, path: &Path) -> Result<Option<File>, Failure> {
+    fn look_at(&self, plan: &Plan, path: &Path) -> Result<Option<File>, Failure> {
         let failed = |e: io::Error| Failure::new(Code::Failed, format!("{}: {e}", path.display()));
         let is_empty = fs::read_dir(path).map_err(failed)?.next().is_none();
         let refuse = |why: &str| {
             let message = format!("{} is not empty", path.display());
             Err(Failure::new(Code::Failed, message).hint(why))
         };
-        match (is_empty, self.options.existing, self.options.link) {
+        match (is_empty, plan.existing, plan.link) {
             (true, _, _) => Ok(None),
             (false, Existing::Fail, _) => refuse("--existing hide covers what is there"),
             (false, _, Link::Symlink) => refuse("a symlink cannot cover what is there"),
@@ -345,7 +353,9 @@ impl Work<'_> {
 
     fn mount_folder(&self, job: &str, volume: &str) -> Result<PathBuf, Failure> {
         let root = match &self.options.mount_root {
-            Some(root) => root.clone(),
+            // Links to it and a later finish come from other folders.
+            Some(root) => std::path::absolute(root)
+                .map_err(|e| Failure::new(Code::Failed, format!("{}: {e}", root.display())))?,
             None if process::euid() == 0 => "/cache/forkvol".into(),
             None => state::runtime_folder().join("mnt"),
         };
@@ -355,8 +365,8 @@ impl Work<'_> {
         Ok(folder)
     }
 
-    fn put_in_place(&self, from: &Path, to: &Path) -> Result<(), Failure> {
-        let result = match self.options.link {
+    fn put_in_place(&self, link: Link, from: &Path, to: &Path) -> Result<(), Failure> {
+        let result = match link {
             Link::Bind => kernel::bind(from, to),
             // It was made, or was empty: it gives way to the link.
             Link::Symlink => fs::remove_dir(to).and_then(|()| symlink(from, to)),
@@ -378,7 +388,7 @@ impl Work<'_> {
         &mut self,
         client: &mut Client,
         job: &mut Job,
-        wish: &Wish,
+        plan: &Plan,
         failure: &Failure,
     ) -> Result<(), Failure> {
         let volume = current(job);
@@ -393,7 +403,7 @@ impl Work<'_> {
             spot.link = None;
             spot.mount = None;
         }
-        for path in wish.paths.iter().skip(volume.paths.len()) {
+        for path in plan.wish.paths.iter().skip(volume.paths.len()) {
             let made = paths::missing(path).unwrap_or_default();
             if let Err(error) = fs::create_dir_all(path) {
                 warn(&format!("cannot make {}: {error}", path.display()));

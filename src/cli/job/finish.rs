@@ -100,14 +100,21 @@ fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, 
     let end = options
         .outcome
         .unwrap_or_else(|| End::of_status(options.status.unwrap_or(1)));
-    let when = options.commit.unwrap_or(job.commit);
+    let of = |volume: &Volume| {
+        options
+            .commit
+            .or(volume.commit)
+            .unwrap_or(job.commit)
+            .at(end)
+    };
+    let when: Vec<Option<protocol::When>> = job.volumes.iter().map(of).collect();
     let mut client = context.connect()?;
     if !options.keep {
         job.end = Some(end);
         jobs.save(&job)?;
     }
     let mut outcomes = BTreeMap::new();
-    let result = settle(&mut client, &job, when.at(end), options.keep, &mut outcomes);
+    let result = settle(&mut client, &job, when, options.keep, &mut outcomes);
     if let Err(failure) = &result
         && failure.code == Code::Unreachable
     {
@@ -129,68 +136,46 @@ fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, 
     Ok(json!({"finish": {"job": name, "outcome": end, "volumes": outcomes}}))
 }
 
-/// Commits what is to be committed, all or none, and drops the rest.
+/// Commits what is to be committed, all or none of what is committed under one condition, and drops the rest. `when` is told for each
+/// volume of the job; nothing is committed where it is None.
 fn settle(
     client: &mut Client,
     job: &Job,
-    when: Option<protocol::When>,
+    mut when: Vec<Option<protocol::When>>,
     keep: bool,
     outcomes: &mut BTreeMap<String, String>,
 ) -> Result<(), Failure> {
     // All or none: what one path lost says that the job was not what it seemed.
-    let mut when = when;
-    if when.is_some() {
+    if when.iter().any(Option::is_some) {
         for volume in &job.volumes {
             if let Some(why) = accident(client, volume)? {
                 warn(&format!("nothing is committed: {why}"));
-                when = None;
+                when.fill(None);
             }
         }
     }
-    let mut committed: Vec<&Volume> = Vec::new();
-    for volume in &job.volumes {
+    let mut groups: Vec<(protocol::When, Vec<&Volume>)> = Vec::new();
+    for (volume, when) in job.volumes.iter().zip(when) {
         let why = volume.degraded.as_ref().or(volume.refused.as_ref());
-        match why {
-            None if when.is_some() => committed.push(volume),
-            Some(why) if when.is_some() => {
+        match (why, when) {
+            (None, Some(when)) => match groups.iter_mut().find(|(known, _)| *known == when) {
+                Some((_, group)) => group.push(volume),
+                None => groups.push((when, vec![volume])),
+            },
+            (Some(why), Some(_)) => {
                 warn(&format!("{} is not committed: {why}", volume.volume));
                 outcomes.insert(volume.volume.clone(), "not committed".into());
             }
-            _ => {
+            (_, None) => {
                 outcomes.insert(volume.volume.clone(), "abandoned".into());
             }
         }
     }
-    let forks: Vec<String> = committed.iter().filter_map(|v| v.fork.clone()).collect();
     let mut result = Ok(());
-    if let (Some(when), false) = (when, forks.is_empty()) {
-        committed
-            .iter()
-            .flat_map(|v| v.mounts())
-            .for_each(forks::write_back);
-        let request = Request::Commit(protocol::Commit {
-            keep,
-            ..protocol::Commit::of(forks, when)
-        });
-        match client.call(&request) {
-            Ok(answer) => {
-                let commits: Vec<Value> = take(&answer, "/commits")?;
-                for volume in &committed {
-                    let commit = commits.iter().find(|c| c["fork"] == json!(volume.fork));
-                    let what = match commit.filter(|c| !c["version"].is_null()) {
-                        Some(commit) => format!("committed as {}", version_name(commit).trim()),
-                        None => "unchanged".into(),
-                    };
-                    outcomes.insert(volume.volume.clone(), what);
-                }
-            }
-            // One batch: where one fork is over already, an earlier finish had got that far.
-            Err(failure) if failure.code == Code::NotFound => {
-                for volume in &committed {
-                    outcomes.insert(volume.volume.clone(), "ended before".into());
-                }
-            }
-            Err(failure) => result = Err(failure),
+    for (when, volumes) in groups {
+        if let Err(failure) = commit(client, when, &volumes, keep, outcomes) {
+            result = Err(failure);
+            break;
         }
     }
     if !keep {
@@ -199,6 +184,47 @@ fn settle(
         }
     }
     result
+}
+
+/// Commits the forks of these volumes as one.
+fn commit(
+    client: &mut Client,
+    when: protocol::When,
+    volumes: &[&Volume],
+    keep: bool,
+    outcomes: &mut BTreeMap<String, String>,
+) -> Result<(), Failure> {
+    let forks: Vec<String> = volumes.iter().filter_map(|v| v.fork.clone()).collect();
+    if forks.is_empty() {
+        return Ok(());
+    }
+    let mounts = volumes.iter().flat_map(|v| v.mounts());
+    mounts.for_each(forks::write_back);
+    let request = Request::Commit(protocol::Commit {
+        keep,
+        ..protocol::Commit::of(forks, when)
+    });
+    match client.call(&request) {
+        Ok(answer) => {
+            let commits: Vec<Value> = take(&answer, "/commits")?;
+            for volume in volumes {
+                let commit = commits.iter().find(|c| c["fork"] == json!(volume.fork));
+                let what = match commit.filter(|c| !c["version"].is_null()) {
+                    Some(commit) => format!("committed as {}", version_name(commit).trim()),
+                    None => "unchanged".into(),
+                };
+                outcomes.insert(volume.volume.clone(), what);
+            }
+        }
+        // One batch: where one fork is over already, an earlier finish had got that far.
+        Err(failure) if failure.code == Code::NotFound => {
+            for volume in volumes {
+                outcomes.insert(volume.volume.clone(), "ended before".into());
+            }
+        }
+        Err(failure) => return Err(failure),
+    }
+    Ok(())
 }
 
 /// Why what a volume holds now looks like no job's work: a path that does not lead to it any more, or one that was emptied.

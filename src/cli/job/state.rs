@@ -52,6 +52,9 @@ pub struct Job {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Volume {
     pub volume: String,
+    /// When it is committed, if not as the job is.
+    #[serde(default)]
+    pub commit: Option<When>,
     pub fork: Option<String>,
     pub base: Option<String>,
     /// exact, stale, fallback or empty.
@@ -416,6 +419,7 @@ mod tests {
         Volume {
             trust: String::new(),
             volume: "v".into(),
+            commit: None,
             fork: None,
             base: None,
             hit: hit.into(),

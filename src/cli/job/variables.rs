@@ -26,10 +26,10 @@ pub fn suffix(volume: &str) -> String {
 }
 
 /// Refuses volumes whose variables would have one name.
-pub fn refuse_clash(wishes: &[Wish]) -> Result<(), Failure> {
-    for (at, wish) in wishes.iter().enumerate() {
+pub fn refuse_clash<'a>(wishes: impl Iterator<Item = &'a Wish> + Clone) -> Result<(), Failure> {
+    for (at, wish) in wishes.clone().enumerate() {
         let same = |other: &&Wish| suffix(&other.volume) == suffix(&wish.volume);
-        if let Some(other) = wishes.iter().take(at).find(same) {
+        if let Some(other) = wishes.clone().take(at).find(same) {
             let message = format!(
                 "volumes {} and {} would have the same variables",
                 other.volume, wish.volume
@@ -79,7 +79,8 @@ fn folder(volume: &Volume) -> &Path {
 
 /// Why a volume will not be committed, as far as that is known while the job runs.
 fn not_committed<'a>(job: &'a Job, volume: &'a Volume) -> Option<&'a str> {
-    let never = (job.commit == crate::cli::ending::When::Never).then_some("--commit never");
+    let when = volume.commit.unwrap_or(job.commit);
+    let never = (when == crate::cli::ending::When::Never).then_some("it is never committed");
     volume
         .degraded
         .as_deref()
@@ -152,9 +153,10 @@ mod tests {
         let wish = |volume: &str| Wish {
             volume: volume.into(),
             paths: Vec::new(),
+            folders: false,
         };
-        assert!(refuse_clash(&[wish("a.b"), wish("a_b")]).is_err());
-        assert!(refuse_clash(&[wish("a"), wish("b")]).is_ok());
+        assert!(refuse_clash([wish("a.b"), wish("a_b")].iter()).is_err());
+        assert!(refuse_clash([wish("a"), wish("b")].iter()).is_ok());
         assert_eq!(suffix("shop/npm-cache"), "SHOP_NPM_CACHE");
     }
 }

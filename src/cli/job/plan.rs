@@ -1,0 +1,178 @@
+//! What a job is to have: for each volume its paths, and how it is forked, linked and committed.
+
+use std::path::PathBuf;
+
+use clap::ArgMatches;
+
+use super::{Attach, Existing, Link};
+use crate::cli::ForkOptions;
+use crate::cli::caches::{self, Cache, Sources};
+use crate::cli::ending::When;
+use crate::cli::paths::Wish;
+use crate::protocol::Failure;
+
+/// A volume of a job, with all that is to be done with it.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub wish: Wish,
+    pub fork: ForkOptions,
+    pub link: Link,
+    pub existing: Existing,
+    pub commit: When,
+}
+
+/// Plans a job: the volumes of the command line, then those that files and presets name.
+///
+/// # Errors
+/// What is wrong with the command line, or with a file, and where.
+pub fn plans(options: &Attach, matches: Option<&ArgMatches>) -> Result<Vec<Plan>, Failure> {
+    let wishes = options.volumes.wishes(matches)?;
+    let sources = Sources {
+        config: options.config.as_deref(),
+        pipeline: options.pipeline.as_deref(),
+        step: options.step.as_deref(),
+        presets: &options.preset,
+        named: !wishes.is_empty(),
+    };
+    let mut plans: Vec<Plan> = wishes.into_iter().map(|w| of_wish(options, w)).collect();
+    let caches = caches::asked(sources)?;
+    for cache in caches {
+        plans.extend(beside(&plans, cache).map(|cache| of_cache(options, cache)));
+    }
+    caches::tell_environment(&options.preset);
+    Ok(plans)
+}
+
+/// What is left of a preset's cache beside volumes that are as their user wants them.
+fn beside(plans: &[Plan], mut cache: Cache) -> Option<Cache> {
+    let whole = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+    let taken = |path: &PathBuf| {
+        let mut paths = plans.iter().flat_map(|plan| &plan.wish.paths);
+        paths.any(|known| whole(known) == whole(path))
+    };
+    cache.paths.retain(|path| !taken(path));
+    let known = plans.iter().any(|p| p.wish.volume == cache.volume);
+    (!known && !cache.paths.is_empty()).then_some(cache)
+}
+
+fn of_wish(options: &Attach, wish: Wish) -> Plan {
+    Plan {
+        wish,
+        fork: options.options.clone(),
+        link: options.link.unwrap_or(Link::Bind),
+        existing: options.existing.unwrap_or(Existing::Hide),
+        commit: options.commit.unwrap_or(When::OnSuccess),
+    }
+}
+
+/// The command line goes before what was said of the cache; lists have both.
+fn of_cache(options: &Attach, cache: Cache) -> Plan {
+    let mut fork = options.options.clone();
+    fork.size = fork.size.or(cache.size);
+    fork.read_only |= cache.read_only.unwrap_or(false);
+    if fork.parent.is_empty() {
+        fork.parent = cache.parents;
+    }
+    fork.label.splice(0..0, cache.labels);
+    fork.label_file.splice(0..0, cache.label_files);
+    fork.lock_file.splice(0..0, cache.lock_files);
+    fork.exclude.splice(0..0, cache.exclude);
+    Plan {
+        wish: Wish {
+            volume: cache.volume,
+            paths: cache.paths,
+            folders: true,
+        },
+        fork,
+        link: options.link.or(cache.link).unwrap_or(Link::Bind),
+        existing: options
+            .existing
+            .or(cache.existing)
+            .unwrap_or(Existing::Hide),
+        commit: options.commit.or(cache.commit).unwrap_or(When::OnSuccess),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Cli;
+    use clap::{CommandFactory, FromArgMatches};
+
+    fn attach(line: &str) -> Attach {
+        let words = std::iter::once("forkvol").chain(line.split(' '));
+        let matches = Cli::command().try_get_matches_from(words).unwrap();
+        match Cli::from_arg_matches(&matches).unwrap().command {
+            crate::cli::Command::Attach(attach) => *attach,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn cache() -> Cache {
+        let label = |value: &str| ("k".to_owned(), value.to_owned());
+        Cache {
+            volume: "shop".into(),
+            paths: vec!["a".into()],
+            size: Some(7),
+            labels: vec![label("file")],
+            parents: vec!["p".into()],
+            exclude: vec!["x".into()],
+            read_only: Some(true),
+            commit: Some(When::Never),
+            existing: Some(Existing::Seed),
+            ..Cache::default()
+        }
+    }
+
+    #[test]
+    fn what_a_file_says_of_a_cache_is_done() {
+        let plan = of_cache(&attach("attach --exclude y"), cache());
+        assert!(plan.wish.has_folders(), "a lone path too");
+        assert_eq!((plan.fork.size, plan.fork.read_only), (Some(7), true));
+        assert_eq!(
+            (plan.fork.parent, plan.fork.exclude),
+            (vec!["p".into()], vec!["x".into(), "y".into()])
+        );
+        assert_eq!(
+            (plan.link, plan.existing, plan.commit),
+            (Link::Bind, Existing::Seed, When::Never)
+        );
+    }
+
+    #[test]
+    fn a_preset_leaves_alone_what_the_command_line_names() {
+        let own = |volume: &str, path: &str| {
+            let wish = Wish {
+                volume: volume.into(),
+                paths: vec![path.into()],
+                folders: false,
+            };
+            of_wish(&attach("attach"), wish)
+        };
+        assert_eq!(beside(&[own("x", "other")], cache()), Some(cache()));
+        assert_eq!(beside(&[own("x", "./a/")], cache()), None);
+        assert_eq!(beside(&[own("shop", "other")], cache()), None);
+        let two = Cache {
+            paths: vec!["a".into(), "b".into()],
+            ..cache()
+        };
+        let left = beside(&[own("x", "a")], two).unwrap();
+        assert_eq!(left.paths, [PathBuf::from("b")]);
+    }
+
+    #[test]
+    fn the_command_line_goes_before_the_file() {
+        let line =
+            "attach --size 9 --parent q --label k=own --commit always --existing fail --link bind";
+        let plan = of_cache(&attach(line), cache());
+        assert_eq!(
+            (plan.fork.size, plan.fork.parent),
+            (Some(9), vec!["q".into()])
+        );
+        assert_eq!(plan.fork.label.last().unwrap().1, "own");
+        assert_eq!(
+            (plan.link, plan.existing, plan.commit),
+            (Link::Bind, Existing::Fail, When::Always)
+        );
+    }
+}

@@ -1,0 +1,180 @@
+//! Jobs whose volumes are named by files and by what lies in their folder.
+
+use super::*;
+
+impl Cli {
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.path(name), text).unwrap();
+    }
+
+    /// `attach` with variables of a CI host; forks are mounted below the test's own folder.
+    fn attach_on(&self, variables: &[(&str, &str)], args: &[&str]) -> Output {
+        let all = [&["attach", "--json", "--mount-root", "mounts"], args].concat();
+        let mut command = self.command(&all);
+        for name in [
+            "BUILDKITE_STEP_KEY",
+            "BUILDKITE_LABEL",
+            "BUILDKITE_AGENT_CACHE_PATHS",
+        ] {
+            command.env_remove(name);
+        }
+        command
+            .env("BUILDKITE_PIPELINE_SLUG", "shop")
+            .envs(variables.iter().copied())
+            .output()
+            .unwrap()
+    }
+
+    /// What a job got: `VOLUME HIT`, in order.
+    fn got(&self, job: &str, variables: &[(&str, &str)], args: &[&str]) -> Vec<String> {
+        let output = self.attach_on(variables, &[&["--job", job], args].concat());
+        let talk = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{talk}");
+        let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let volumes = document["attach"]["volumes"].as_array().unwrap();
+        assert_eq!(document["attach"]["degraded"], false, "{document}");
+        let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+        let one = |v: &serde_json::Value| format!("{} {}", text(&v["volume"]), text(&v["hit"]));
+        volumes.iter().map(one).collect()
+    }
+
+    fn end(&self, job: &str, status: &str) -> serde_json::Value {
+        self.json(&["finish", "--job", job, "--status", status])["finish"]["volumes"].clone()
+    }
+}
+
+#[test]
+fn a_step_of_a_pipeline_has_its_volumes_and_those_of_the_root() {
+    let cli = Cli::new();
+    cli.write(
+        "pipeline.yml",
+        "cache: node_modules
+steps:
+  - {label: build, command: x, cache: .build}
+  - {key: spec, command: x, cache: {paths: vendor/bundle, name: bundle, size: 30g}}
+  - {key: bare, command: x, cache: false}
+",
+    );
+    let pipeline = |step: &'static str| ["--pipeline", "pipeline.yml", "--step", step];
+    let both = ["shop empty", "shop/bundle empty"];
+    assert_eq!(cli.got("1", &[], &pipeline("spec")), both);
+    let sizes = cli.json(&["forks"]);
+    let size = |volume: &str| {
+        let mut forks = sizes["forks"].as_array().unwrap().iter();
+        forks.find(|f| f["volume"] == volume).unwrap()["size"].clone()
+    };
+    assert_eq!(
+        (size("shop"), size("shop/bundle")),
+        ((20_u64 << 30).into(), (30_u64 << 30).into())
+    );
+    cli.write("node_modules/f", "modules");
+    cli.write("vendor/bundle/f", "gems");
+    let done = cli.end("1", "0");
+    assert_eq!(done["shop"], "committed as shop@1");
+    assert_eq!(done["shop/bundle"], "committed as shop/bundle@1");
+
+    // A step with more paths in the same volume finds what one with fewer has left, and the other way round.
+    assert_eq!(
+        cli.got(
+            "2",
+            &[("BUILDKITE_LABEL", "build")],
+            &["--pipeline", "pipeline.yml"]
+        ),
+        ["shop exact"]
+    );
+    assert_eq!(
+        fs::read_to_string(cli.path("node_modules/f")).unwrap(),
+        "modules"
+    );
+    cli.write(".build/f", "built");
+    cli.end("2", "0");
+    let handed = [("BUILDKITE_AGENT_CACHE_PATHS", "node_modules,.build")];
+    assert_eq!(cli.got("3", &handed, &[]), ["shop exact"]);
+    assert_eq!(fs::read_to_string(cli.path(".build/f")).unwrap(), "built");
+    cli.end("3", "1");
+
+    let output = cli.attach_on(&[], &[&["--job", "4"], &pipeline("bare")[..]].concat());
+    assert!(
+        output.status.success() && output.stdout.is_empty(),
+        "{output:?}"
+    );
+    let output = cli.attach_on(&[], &[&["--job", "4"], &pipeline("none")[..]].concat());
+    assert_eq!(output.status.code(), Some(2));
+    let line = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        line.starts_with("forkvol: pipeline.yml:3:3: there is no step"),
+        "{line}"
+    );
+}
+
+#[test]
+fn a_file_in_the_folder_says_what_a_job_has_and_how() {
+    let cli = Cli::new();
+    cli.write("lock", "1");
+    cli.write(
+        ".forkvol.yml",
+        "cache:
+  - {name: 'deps-${BRANCH}', paths: deps, lock-file: lock, parents: [deps-main], labels: {os: x}}
+  - {name: tools, paths: tools, commit: if-missing, link: symlink, scope: global}
+  - {name: ro, paths: ro, read-only: true}
+",
+    );
+    let main = [("BRANCH", "main")];
+    let all = ["shop/deps-main empty", "tools empty", "shop/ro empty"];
+    assert_eq!(cli.got("1", &main, &[]), all);
+    assert!(
+        fs::symlink_metadata(cli.path("tools"))
+            .unwrap()
+            .is_symlink()
+    );
+    cli.write("deps/f", "of main");
+    cli.write("tools/f", "1");
+    let done = cli.end("1", "0");
+    assert_eq!(done["shop/deps-main"], "committed as shop/deps-main@1");
+    assert_eq!(done["tools"], "committed as tools@1");
+    assert_eq!(done["shop/ro"], "not committed");
+
+    let args = ["--config", ".forkvol.yml"];
+    let got = cli.got("2", &[("BRANCH", "topic/x")], &args);
+    assert!(
+        got[0].starts_with("shop/deps-topic-x-") && got[0].ends_with(" fallback"),
+        "{got:?}"
+    );
+    assert_eq!(fs::read_to_string(cli.path("deps/f")).unwrap(), "of main");
+    cli.write("deps/f", "of topic");
+    cli.write("tools/f", "2");
+    assert_eq!(
+        cli.end("2", "0")["tools"],
+        "unchanged",
+        "there is a version already"
+    );
+    assert_eq!(cli.ok(&["cat", "tools:tools/f"]), "1");
+
+    cli.write("lock", "2");
+    assert_eq!(cli.got("3", &main, &[])[0], "shop/deps-main stale");
+    cli.end("3", "1");
+    // What the command line names is all there is.
+    assert_eq!(
+        cli.got("4", &main, &["-v", "own", "-p", "own"]),
+        ["own empty"]
+    );
+    cli.end("4", "1");
+}
+
+#[test]
+fn what_a_folder_tells_is_shown_and_attached() {
+    let cli = Cli::new();
+    cli.write("package-lock.json", "{}");
+    let variables = [("npm_config_cache", "./npm-cache")];
+    assert_eq!(
+        cli.got("1", &variables, &["--preset", "auto"]),
+        ["shop/npm empty"]
+    );
+    cli.write("npm-cache/f", "x");
+    assert_eq!(cli.end("1", "0")["shop/npm"], "committed as shop/npm@1");
+    let shown = cli.command(&["detect"]).output().unwrap();
+    assert!(shown.status.success());
+    fs::write(cli.path(".forkvol.yml"), shown.stdout).unwrap();
+    assert_eq!(cli.got("2", &variables, &[]), ["shop/npm exact"]);
+    cli.end("2", "1");
+}
