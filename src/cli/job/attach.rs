@@ -93,7 +93,13 @@ fn tell(context: &Context, options: &Attach, job: &Job) -> Result<(), Failure> {
 
 /// A job whose cache cannot be had at all: empty folders, and why.
 fn without_cache(options: &Attach, wishes: &[Wish], name: &str, failure: &Failure) -> Job {
-    let mut job = Job::new(name.into(), String::new(), options.commit, false, None);
+    let mut job = Job::new(
+        name.into(),
+        String::new(),
+        options.commit,
+        false,
+        Vec::new(),
+    );
     for wish in wishes {
         let mut volume = empty(&wish.volume);
         volume.degraded = Some(exit::line(failure));
@@ -145,10 +151,12 @@ fn question(options: &Attach, wishes: &[Wish]) -> String {
     )
 }
 
-fn agent(options: &Attach) -> Option<Agent> {
+/// The processes without which the job is over.
+fn agents(options: &Attach) -> Vec<Agent> {
     let named = std::env::var("BUILDKITE_AGENT_PID").ok();
-    let pid = options.agent_pid.or_else(|| named?.parse().ok())?;
-    Agent::of(pid)
+    let named = named.and_then(|pid| pid.parse().ok());
+    let pids = named.iter().chain(&options.agent_pid);
+    pids.filter_map(|pid| Agent::of(*pid)).collect()
 }
 
 fn make(context: &Context, options: &Attach, wishes: &[Wish], name: &str) -> Result<Job, Failure> {
@@ -172,7 +180,7 @@ fn make(context: &Context, options: &Attach, wishes: &[Wish], name: &str) -> Res
         finish::drop_job(context, &jobs, &job)?;
     }
     let strict = options.options.strict;
-    let mut job = Job::new(name.into(), asked, options.commit, strict, agent(options));
+    let mut job = Job::new(name.into(), asked, options.commit, strict, agents(options));
     jobs.save(&job)?;
     let mut work = Work {
         context,
