@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+mod buildkite;
 mod service;
 
 /// The folder of this program, for PATH.
