@@ -66,3 +66,162 @@ fn the_service_says_when_it_is_ready_and_when_it_ends() {
     assert_eq!((ready.as_str(), listening), ("READY=1\n", true));
     assert_eq!(next(), "STOPPING=1\n");
 }
+
+#[test]
+fn who_has_but_a_copy_of_a_mount_does_not_hold_it() {
+    let output = in_a_fresh_system(
+        "mount --make-rshared /
+         start
+         # As the sandboxes of services have it: what is mounted and unmounted outside follows.
+         unshare -m --propagation slave sleep 60 & sandbox=$!
+         id=$(forkvol fork v /run/c)
+         for _ in {1..500}; do ! grep -q ' /run/c ' /proc/$sandbox/mountinfo || break; sleep 0.02; done
+         forkvol commit $id 2>/run/said
+         [[ ! -s /run/said ]] || { cat /run/said; exit 1; }
+         ! grep -q ' /run/c ' /proc/$sandbox/mountinfo
+         kill $sandbox
+         # A copy of its own stays behind, and is named.
+         id=$(forkvol fork v /run/c)
+         unshare -m --propagation private sleep 60 & holder=$!
+         for _ in {1..500}; do [[ $(readlink /proc/$holder/ns/mnt) == $(readlink /proc/self/ns/mnt) ]] || break; sleep 0.02; done
+         sleep 0.2
+         forkvol commit $id
+         kill $holder",
+    );
+    let said = well(&output);
+    assert!(said.contains("another mount namespace"), "{said}");
+}
+
+#[test]
+fn the_service_needs_no_rights_and_is_for_its_group() {
+    let output = in_a_fresh_system(
+        "cp \"$(command -v forkvol)\" /run/program
+         mkdir -m 755 /run/forkvol; mkdir -m 700 /var/lib/forkvol; chown daemon:daemon /run/forkvol /var/lib/forkvol
+         as() { HOME=/run setpriv --reuid=$1 --regid=$2 --clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all \"${@:3}\"; }
+         as daemon daemon /run/program daemon run --socket /run/forkvol/forkvol.sock --group daemon 2>/run/log &
+         for _ in {1..500}; do [[ ! -S /run/forkvol/forkvol.sock ]] || break; sleep 0.02; done
+         forkvol run -v v -p /run/c -- sh -c 'echo kept >/run/c/f'
+         [[ $(as nobody daemon /run/program cat v:f) == kept ]]
+         status=0; as nobody nogroup /run/program cat v:f || status=$?
+         [[ $status == 12 ]]",
+    );
+    let said = well(&output);
+    assert!(said.contains("join the group daemon"), "{said}");
+}
+
+fn install(folder: &Path, more: &[&str]) -> Output {
+    Command::new(scripts().join("systemd/install"))
+        .arg("--destdir")
+        .arg(folder)
+        .args(more)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn an_installation_is_whole_repeatable_and_goes_without_its_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let binary = ["--binary", env!("CARGO_BIN_EXE_forkvol")];
+    well(&install(root, &binary));
+    let unit = fs::read_to_string(root.join("etc/systemd/system/forkvol.service")).unwrap();
+    for line in unit.lines().filter(|l| l.starts_with("Exec")) {
+        let (_, command) = line.split_once('=').unwrap();
+        let program = command.split(' ').next().unwrap().trim_start_matches('-');
+        assert!(root.join(&program[1..]).is_file(), "{line}");
+    }
+    let hooks = root.join("usr/local/share/forkvol/buildkite");
+    well(
+        &Command::new("bash")
+            .arg(hooks.join("agent-hooks/agent-startup"))
+            .env("PATH", "/usr/bin:/bin")
+            .output()
+            .unwrap(),
+    );
+    let again = well(&install(root, &binary));
+    assert!(again.contains("nothing has changed"), "{again}");
+
+    // Settings are the owner's, and what is old is brought up to date.
+    let settings = root.join("etc/forkvol/config.toml");
+    fs::write(&settings, "group = \"ci\"\n").unwrap();
+    fs::write(hooks.join("lib.sh"), "old").unwrap();
+    let changed = well(&install(root, &binary));
+    assert!(
+        changed.contains("lib.sh") && !changed.contains("config.toml"),
+        "{changed}"
+    );
+    assert_eq!(
+        fs::read(hooks.join("lib.sh")).unwrap(),
+        fs::read(scripts().join("buildkite/lib.sh")).unwrap()
+    );
+
+    let store = root.join("var/lib/forkvol");
+    fs::create_dir_all(&store).unwrap();
+    fs::write(store.join("state"), "precious").unwrap();
+    well(&install(root, &["--uninstall"]));
+    assert_eq!(fs::read_to_string(store.join("state")).unwrap(), "precious");
+    assert_eq!(fs::read_to_string(&settings).unwrap(), "group = \"ci\"\n");
+    for gone in [
+        "usr/local/bin/forkvol",
+        "etc/systemd/system/forkvol.service",
+        "usr/local/share/forkvol",
+        "usr/local/share/man/man1/forkvol.1",
+    ] {
+        assert!(!root.join(gone).exists(), "{gone}");
+    }
+    assert!(!install(root, &["--binary", "/nothing"]).status.success());
+}
+
+#[test]
+fn systemd_understands_the_unit() {
+    let found = Command::new("systemd-analyze").arg("--version").output();
+    if !found.is_ok_and(|o| o.status.success()) {
+        eprintln!("systemd-analyze is not here: the unit is not looked at");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    well(&install(root, &["--binary", env!("CARGO_BIN_EXE_forkvol")]));
+    let units = root.join("usr/lib/systemd");
+    fs::create_dir_all(&units).unwrap();
+    let copied = Command::new("cp")
+        .args(["-a", "/usr/lib/systemd/system"])
+        .arg(&units)
+        .status();
+    assert!(copied.unwrap().success());
+    let verified = Command::new("systemd-analyze")
+        .arg(format!("--root={}", root.display()))
+        .args(["--man=no", "verify", "forkvol.service"])
+        .output()
+        .unwrap();
+    let said = well(&verified);
+    assert!(!said.contains("forkvol.service:"), "{said}");
+}
+
+#[test]
+fn the_settings_that_are_installed_are_right_with_and_without_their_comments() {
+    let settings = fs::read_to_string(scripts().join("systemd/config.toml")).unwrap();
+    let live: String = settings
+        .lines()
+        .map(|line| {
+            line.strip_prefix("# ")
+                .filter(|l| l.contains(" = ") || l.starts_with("[["))
+                .unwrap_or(line)
+                .to_owned()
+                + "\n"
+        })
+        .collect();
+    for text in [settings.clone(), live] {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("forkvol")).unwrap();
+        fs::write(dir.path().join("forkvol/config.toml"), &text).unwrap();
+        let checked = Command::new(env!("CARGO_BIN_EXE_forkvol"))
+            .args(["config", "check"])
+            .env("XDG_CONFIG_HOME", dir.path())
+            .env("FORKVOL_STORE", dir.path())
+            .output()
+            .unwrap();
+        well(&checked);
+    }
+}
