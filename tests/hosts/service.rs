@@ -225,3 +225,55 @@ fn the_settings_that_are_installed_are_right_with_and_without_their_comments() {
         well(&checked);
     }
 }
+
+/// The shell block of the guide that begins with this line.
+fn guide(first: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/guide.md");
+    let text = fs::read_to_string(path).unwrap();
+    let block = text.split("```sh\n").find(|block| block.starts_with(first));
+    block.unwrap().split("```").next().unwrap().to_owned()
+}
+
+#[test]
+fn the_guide_s_blocks_for_any_host_do_what_it_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let (before, after) = (guide("# before"), guide("# after"));
+    let job = |work: &str, status: &str| {
+        let script = format!(
+            "set -euo pipefail; sleep 60 & RUNNER_PID=$!; JOB=$RANDOM-$RANDOM; trap 'kill $RUNNER_PID' EXIT
+             echo 1 >package-lock.json
+             {before}
+             {work}
+             STATUS={status}
+             {after}"
+        );
+        let output = Command::new("bash")
+            .args(["-c", &script])
+            .env("PATH", path_variable())
+            .env("HOME", dir.path())
+            .env("FORKVOL_STORE", dir.path().join("store"))
+            .current_dir(dir.path())
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        well(&output)
+    };
+    job(
+        "[[ $FORKVOL_HIT == empty ]]; echo warm >node_modules/f; echo npm >~/.npm/f",
+        "0",
+    );
+    job(
+        "[[ $FORKVOL_HIT == exact ]]; echo lost >node_modules/f",
+        "1",
+    );
+    job(
+        "[[ $(cat node_modules/f ~/.npm/f) == 'warm'$'\\n''npm' ]]",
+        "0",
+    );
+    let stop = Command::new(env!("CARGO_BIN_EXE_forkvol"))
+        .args(["daemon", "stop"])
+        .env("FORKVOL_STORE", dir.path().join("store"))
+        .output()
+        .unwrap();
+    well(&stop);
+}
