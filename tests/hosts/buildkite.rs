@@ -467,13 +467,15 @@ fn every_option_of_the_plugin_reaches_its_volumes() {
             {"name": "base", "paths": ["a b", "c"], "labels": ["lock=1", "os=x y"], "exclude": "*.tmp", "size": "1g"},
             {"name": "shop/branch/x", "paths": "d", "parents": ["none", "base"], "read-only": true},
             {"name": "same", "paths": "e", "labels": ["lock=1", "os=x y"], "exclude": ["*.tmp"], "size": "1g"},
+            {"name": "labelled", "paths": "g", "label-files": ["a label"], "manifest": ["the lock", "other"]},
             {"name": "thrown", "paths": "f", "from": "base", "ephemeral": true, "acl": true, "no-default-exclude": true, "owner": "caller"},
         ],
     });
     let mut job = Job::new(
         "1",
-        "echo 1 >'a b/f'; echo 2 >c/f; echo 3 >e/f; touch e/x.tmp; echo 4 >f/f",
-    );
+        "echo 1 >'a b/f'; echo 2 >c/f; echo 3 >e/f; touch e/x.tmp; echo 4 >f/f; echo 5 >g/f; rm other",
+    )
+    .with("HOST_CHECKOUT", "echo k=v >'a label'; echo $LOCK >'the lock'; touch other");
     job.plugins = vec![options];
     let log = host.passes(&job);
     assert!(
@@ -488,6 +490,13 @@ fn every_option_of_the_plugin_reaches_its_volumes() {
     let log = host.passes(&job);
     assert!(log.contains("base unchanged, same unchanged"), "{log}");
     assert_eq!(host.forkvol(&["log", "thrown"]), "");
+    assert!(host.forkvol(&["log", "labelled"]).contains("k=v manifest="));
+    for (lock, hit) in [("", "exact"), ("another", "stale")] {
+        let command = format!("[[ $FORKVOL_HIT_LABELLED == {hit} ]]");
+        let mut job = job.clone().with("LOCK", lock);
+        job.command = &command;
+        host.passes(&job);
+    }
     let read = fs::read_to_string(scripts().join("buildkite/lib.sh")).unwrap();
     let known = fs::read_to_string(scripts().join("buildkite/plugin.yml")).unwrap();
     let (_, properties) = known.split_once("properties:").unwrap();
@@ -600,7 +609,8 @@ fn a_key_of_the_cache_plugin_is_a_volume() {
         (output.status.code().unwrap(), text(&output.stderr))
     };
     let ok = |hooks: &str, args: &[&str]| {
-        assert_eq!(call(hooks, args).0, 0, "{args:?}: {}", call(hooks, args).1)
+        let (status, said) = call(hooks, args);
+        assert_eq!(status, 0, "{args:?}: {said}");
     };
     fs::create_dir_all(host.path("modules/sub")).unwrap();
     fs::write(host.path("modules/sub/f"), "1").unwrap();

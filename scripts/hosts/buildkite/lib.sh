@@ -92,9 +92,23 @@ forkvol_values() {
   done
 }
 
+# The label that stands for what these files hold.
+forkvol_manifest() {
+  local sums
+  if sums=$(sha256sum -- "$@"); then
+    read -r sums _ < <(sha256sum <<<"$sums")
+    echo "--label manifest=$sums"
+  else
+    forkvol_note "the manifest cannot be read: the hit does not depend on it"
+  fi
+}
+
 # One volume's options as quoted words: forkvol_volume_options PREFIX
 forkvol_volume_options() {
-  local prefix=$1 key option name value
+  local prefix=$1 key option name value files
+  mapfile -d '' files < <(forkvol_values "${prefix}_MANIFEST")
+  # shellcheck disable=SC2016  # read when it is attached: at the end the same options must come out, whatever the command did to the files.
+  [[ ${#files[@]} -eq 0 ]] || printf '%s' '$(forkvol_manifest' "$(printf ' %q' "${files[@]}")" ') '
   for key in SIZE:--size OWNER:--owner FROM:--from PARENTS:--parent LABELS:--label LABEL_FILES:--label-file EXCLUDE:--exclude; do
     option=${key#*:}
     while IFS= read -r -d '' value; do

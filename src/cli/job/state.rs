@@ -408,9 +408,9 @@ mod tests {
         assert!(!job(&[]).is_stale(&live));
         let mut agent = Agent::of(std::process::id()).unwrap();
         let alive = agent.clone();
-        assert!(!job(&[alive.clone()]).is_stale(&live));
+        assert!(!job(std::slice::from_ref(&alive)).is_stale(&live));
         agent.started += 1;
-        assert!(job(&[agent.clone()]).is_stale(&live));
+        assert!(job(std::slice::from_ref(&agent)).is_stale(&live));
         assert!(
             job(&[alive, agent.clone()]).is_stale(&live),
             "it takes one of them to be gone"
