@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 mod buildkite;
+mod host;
 mod service;
 
 /// The folder of this program, for PATH.
