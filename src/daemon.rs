@@ -56,6 +56,8 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 pub struct Options {
     pub store: PathBuf,
     pub socket: PathBuf,
+    /// The socket's name stays when the daemon ends: who comes meanwhile is told so, and starts no daemon of its own.
+    pub keep_name: bool,
     /// Members of this group may use the socket; without one, the store's owner alone.
     pub group: Option<u32>,
     /// End after this long without a fork or a client.
@@ -114,10 +116,18 @@ pub fn run(mut options: Options) -> Result<(), Failure> {
         options.store.display(),
         options.socket.display()
     );
+    tell_service_manager(sd_notify::NotifyState::Ready);
     let ended = accept(&shared, &signals, &listening, woken, options.idle);
     drop(listening);
     shared.wait_for_clients();
     ended
+}
+
+/// Tells systemd how far this daemon is, where it was started by it.
+fn tell_service_manager(state: sd_notify::NotifyState) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        ::log::warn!("cannot tell the service manager: {error}");
+    }
 }
 
 type Started = (Arc<Shared>, Signals, Listening, PipeReader);
@@ -136,7 +146,7 @@ fn start(options: &mut Options) -> Result<Started, Failure> {
         ::log::warn!("cannot raise the limit of open files: {error}");
     }
     let engine = open_engine(options)?;
-    let listening = Listening::bind(&options.socket, options.group)?;
+    let listening = Listening::bind(&options.socket, options.group)?.keep_name(options.keep_name);
     let (woken, wake) = io::pipe().map_err(|e| failed("cannot make a pipe", e))?;
     let facts = Facts {
         store: options.store.clone(),
@@ -245,6 +255,7 @@ impl Shared {
     /// Ends the engine. With `force`, live forks lose their sessions.
     fn shut_down(&self, force: bool) -> Result<(), Failure> {
         self.closing.store(true, Ordering::Release);
+        tell_service_manager(sd_notify::NotifyState::Stopping);
         let result = self.engine.shutdown(force).map_err(failure);
         if let Err(failure) = &result {
             ::log::error!("cannot shut down cleanly: {failure}");

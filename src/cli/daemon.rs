@@ -1,6 +1,6 @@
 //! daemon run, start, status, stop.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Subcommand;
@@ -101,21 +101,18 @@ fn run(
     embedded: bool,
 ) -> Result<(), Failure> {
     let config = &context.config;
-    let (store, default_socket) = match &context.place {
-        Place::Embedded { store, .. } => {
-            (store.clone(), context.place.sockets().into_iter().next())
-        }
-        // The socket that is there may be a dead one of this very service.
-        Place::Service => (
-            config
-                .store()
-                .map_or_else(|| "/var/lib/forkvol".into(), PathBuf::from),
-            Some(SERVICE_SOCKET.into()),
-        ),
+    // A socket of the service that is there may be a dead one of this very service.
+    let socket = socket
+        .or_else(|| context.place.sockets().into_iter().next())
+        .ok_or_else(|| {
+            Failure::new(Code::Usage, "there is no folder for a socket")
+                .hint("name one with --socket")
+        })?;
+    let is_service = socket == Path::new(SERVICE_SOCKET);
+    let store = match &context.place {
+        Place::Embedded { store, .. } if !is_service => store.clone(),
+        place => place.store_of_service(config),
     };
-    let socket = socket.or(default_socket).ok_or_else(|| {
-        Failure::new(Code::Usage, "there is no folder for a socket").hint("name one with --socket")
-    })?;
     let group = group
         .as_deref()
         .or_else(|| config.group().filter(|_| !embedded));
@@ -134,6 +131,7 @@ fn run(
         store,
         socket,
         group,
+        keep_name: is_service,
         idle: embedded.then(|| config.idle()),
         embedded,
         engine: EngineConfig {

@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::protocol::Mount;
 use crate::sys::device_numbers;
-use crate::sys::mount::mounts_of;
+use crate::sys::mount::{MountPoint, mounts_of};
 
 /// A process that uses a mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,24 +24,33 @@ const NAMED: usize = 5;
 pub fn of(mount: &Mount) -> Vec<Holder> {
     let device = device_numbers(mount.device);
     let own = fs::read_link("/proc/self/ns/mnt").ok();
-    let mut namespaces: HashMap<Option<PathBuf>, Vec<PathBuf>> = HashMap::new();
+    let of_device = |pid| {
+        let mut mounts = mounts_of(pid).unwrap_or_default();
+        mounts.retain(|m| m.device == device);
+        mounts
+    };
+    let ours = of_device(std::process::id());
+    // Where it goes with ours nobody holds it: the sandbox of a service has a copy of every mount of the machine.
+    let goes_with_ours = |mount: &MountPoint| {
+        let groups = || mount.peers.iter().chain(&mount.master);
+        ours.iter()
+            .any(|our| groups().any(|group| our.peers == Some(*group)))
+    };
+    let mut namespaces: HashMap<Option<PathBuf>, Vec<MountPoint>> = HashMap::new();
     let mut holders = Vec::new();
     for pid in processes() {
         let namespace = fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
         let is_new = !namespaces.contains_key(&namespace);
         let foreign = is_new && namespace.is_some() && namespace != own;
-        let places = namespaces.entry(namespace).or_insert_with(|| {
-            let mounts = mounts_of(pid).unwrap_or_default();
-            mounts
-                .into_iter()
-                .filter(|m| m.device == device)
-                .map(|m| m.path)
-                .collect()
-        });
-        if places.is_empty() {
+        let mounts = &*namespaces
+            .entry(namespace)
+            .or_insert_with(|| of_device(pid));
+        if mounts.is_empty() {
             continue;
         }
-        let what = uses(pid, places, device).or(foreign.then_some("another mount namespace"));
+        let foreign = foreign && !mounts.iter().all(goes_with_ours);
+        let places: Vec<&Path> = mounts.iter().map(|m| m.path.as_path()).collect();
+        let what = uses(pid, &places, device).or(foreign.then_some("another mount namespace"));
         if let Some(what) = what {
             let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
             holders.push(Holder {
@@ -63,7 +72,7 @@ fn processes() -> impl Iterator<Item = u32> {
         .filter(move |pid| *pid != own)
 }
 
-fn uses(pid: u32, places: &[PathBuf], device: (u32, u32)) -> Option<&'static str> {
+fn uses(pid: u32, places: &[&Path], device: (u32, u32)) -> Option<&'static str> {
     let inside = |link: PathBuf| {
         fs::read_link(link).is_ok_and(|target| places.iter().any(|p| target.starts_with(p)))
     };
@@ -131,7 +140,7 @@ mod tests {
             .current_dir(&path)
             .spawn()
             .unwrap();
-        let found = uses(child.id(), &[path], (0, 0));
+        let found = uses(child.id(), &[&path], (0, 0));
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(found, Some("working directory"));

@@ -51,9 +51,9 @@ pub struct Attach {
     /// The job's name (default: from the variables of the CI host)
     #[arg(long, value_name = "ID")]
     job: Option<String>,
-    /// The process without which the job is over (default: BUILDKITE_AGENT_PID)
+    /// A process without which the job is over, beside BUILDKITE_AGENT_PID; may be repeated
     #[arg(long, value_name = "PID")]
-    agent_pid: Option<u32>,
+    agent_pid: Vec<u32>,
     /// The folder below which forks are mounted
     #[arg(long, value_name = "DIR", value_parser = values::home_path)]
     mount_root: Option<PathBuf>,
@@ -170,7 +170,7 @@ pub fn jobs(context: &Context) -> Result<(), Failure> {
                 "age": age,
                 "names": volumes.join(" "),
                 "volumes": job.volumes,
-                "agent": job.agent.map(|agent| agent.pid),
+                "agent": job.agents.first().map(|agent| agent.pid),
             })
         })
         .collect();

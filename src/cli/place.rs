@@ -14,8 +14,12 @@ use crate::sys::socket::MAX_PATH;
 
 /// Where the service listens.
 pub const SERVICE_SOCKET: &str = "/run/forkvol/forkvol.sock";
+/// Where the service keeps its store unless it is told otherwise; root's own store too, so that there is one of them.
+const SERVICE_STORE: &str = "/var/lib/forkvol";
 /// What names a store that the configuration names.
 pub const CONFIGURED: &str = "the configuration";
+/// What names a store that nobody named.
+const DEFAULT: &str = "default";
 const SOCKET_NAME: &str = "forkvol.sock";
 
 /// A store, or the service, which knows its own.
@@ -43,7 +47,7 @@ impl Place {
             }
             (None, None) => match config.store() {
                 Some(dir) => (dir.to_owned(), CONFIGURED),
-                None => (own_store()?, "default"),
+                None => (own_store()?, DEFAULT),
             },
         };
         let store = real_path(&store).map_err(|e| {
@@ -53,6 +57,16 @@ impl Place {
             )
         })?;
         Ok(Place::Embedded { store, named_by })
+    }
+
+    /// The store that a service of this place serves; the caller's own is none of its business.
+    pub fn store_of_service(&self, config: &Config) -> PathBuf {
+        match self {
+            Place::Embedded { store, named_by } if *named_by != DEFAULT => store.clone(),
+            _ => config
+                .store()
+                .map_or_else(|| SERVICE_STORE.into(), PathBuf::from),
+        }
     }
 
     /// The sockets at which a daemon of this store may listen, the best one first.
@@ -97,7 +111,7 @@ impl std::fmt::Display for Place {
 
 fn own_store() -> Result<PathBuf, Failure> {
     if process::euid() == 0 {
-        return Ok("/var/lib/forkvol".into());
+        return Ok(SERVICE_STORE.into());
     }
     if let Some(dir) = env::var_os("XDG_DATA_HOME").filter(|v| !v.is_empty()) {
         return Ok(PathBuf::from(dir).join("forkvol"));

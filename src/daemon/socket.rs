@@ -16,6 +16,7 @@ pub struct Listening {
     path: PathBuf,
     /// Device and inode of the name, so that no other daemon's is taken away.
     identity: (u64, u64),
+    keep_name: bool,
 }
 
 impl Listening {
@@ -59,7 +60,14 @@ impl Listening {
             listener,
             path: path.into(),
             identity,
+            keep_name: false,
         })
+    }
+
+    /// Whether the name stays, for the next daemon to take its place.
+    pub fn keep_name(mut self, keep_name: bool) -> Listening {
+        self.keep_name = keep_name;
+        self
     }
 
     pub fn as_fd(&self) -> BorrowedFd<'_> {
@@ -87,7 +95,8 @@ impl Listening {
 
 impl Drop for Listening {
     fn drop(&mut self) {
-        if self.is_reachable()
+        if !self.keep_name
+            && self.is_reachable()
             && let Err(error) = fs::remove_file(&self.path)
         {
             ::log::warn!("cannot remove the socket {}: {error}", self.path.display());

@@ -254,6 +254,10 @@ pub struct MountPoint {
     pub kind: String,
     pub source: OsString,
     pub super_options: String,
+    /// The group of mounts that are made and taken away together, if it is in one.
+    pub peers: Option<u64>,
+    /// The group that it follows, if it follows one.
+    pub master: Option<u64>,
 }
 
 /// Returns the mounts that this process sees, a mount later in the list lying on top of earlier ones at the same path.
@@ -277,9 +281,17 @@ fn parse_line(line: &[u8]) -> Option<MountPoint> {
     let device = str::from_utf8(fields.next()?).ok()?;
     let (major, minor) = device.split_once(':')?;
     let path = unescape(fields.nth(1)?);
-    // Optional fields end with a lone dash.
-    let mut fields = fields.skip_while(|f| *f != b"-").skip(1);
+    // Optional fields come after the mount's options and end with a lone dash.
+    let optional: Vec<&[u8]> = fields.by_ref().skip(1).take_while(|f| *f != b"-").collect();
+    let group = |name: &str| {
+        let value = |f: &&[u8]| f.strip_prefix(name.as_bytes()).map(<[u8]>::to_vec);
+        let digits = String::from_utf8(optional.iter().find_map(value)?).ok()?;
+        digits.parse().ok()
+    };
+    let (peers, master) = (group("shared:"), group("master:"));
     Some(MountPoint {
+        peers,
+        master,
         device: (major.parse().ok()?, minor.parse().ok()?),
         path: PathBuf::from(OsString::from_vec(path)),
         kind: String::from_utf8_lossy(fields.next()?).into_owned(),

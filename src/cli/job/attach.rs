@@ -97,7 +97,8 @@ fn tell(context: &Context, options: &Attach, job: &Job) -> Result<(), Failure> {
 
 /// A job whose cache cannot be had at all: empty folders, and why.
 fn without_cache(plans: &[Plan], name: &str, failure: &Failure) -> Job {
-    let mut job = Job::new(name.into(), String::new(), When::Never, false, None);
+    let agents = Vec::new();
+    let mut job = Job::new(name.into(), String::new(), When::Never, false, agents);
     for plan in plans {
         let mut volume = empty(plan);
         volume.degraded = Some(exit::line(failure));
@@ -157,10 +158,12 @@ fn question(plans: &[Plan]) -> String {
     plans.iter().map(one).collect()
 }
 
-fn agent(options: &Attach) -> Option<Agent> {
+/// The processes without which the job is over.
+fn agents(options: &Attach) -> Vec<Agent> {
     let named = std::env::var("BUILDKITE_AGENT_PID").ok();
-    let pid = options.agent_pid.or_else(|| named?.parse().ok())?;
-    Agent::of(pid)
+    let named = named.and_then(|pid| pid.parse().ok());
+    let pids = named.iter().chain(&options.agent_pid);
+    pids.filter_map(|pid| Agent::of(*pid)).collect()
 }
 
 fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Result<Job, Failure> {
@@ -184,7 +187,7 @@ fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Resu
         finish::drop_job(context, &jobs, &job)?;
     }
     let strict = options.options.strict;
-    let mut job = Job::new(name.into(), asked, When::OnSuccess, strict, agent(options));
+    let mut job = Job::new(name.into(), asked, When::OnSuccess, strict, agents(options));
     jobs.save(&job)?;
     let mut work = Work {
         context,

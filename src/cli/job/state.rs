@@ -40,7 +40,9 @@ pub struct Job {
     pub commit: When,
     pub strict: bool,
     pub boot: String,
-    pub agent: Option<Agent>,
+    /// The processes without which it is over.
+    #[serde(default)]
+    pub agents: Vec<Agent>,
     /// Seconds since 1970.
     pub created: u64,
     pub volumes: Vec<Volume>,
@@ -96,13 +98,7 @@ impl Volume {
 }
 
 impl Job {
-    pub fn new(
-        job: String,
-        asked: String,
-        commit: When,
-        strict: bool,
-        agent: Option<Agent>,
-    ) -> Job {
+    pub fn new(job: String, asked: String, commit: When, strict: bool, agents: Vec<Agent>) -> Job {
         Job {
             schema: SCHEMA,
             job,
@@ -110,7 +106,7 @@ impl Job {
             commit,
             strict,
             boot: sys::boot_id().unwrap_or_default().into(),
-            agent,
+            agents,
             created: now(),
             volumes: Vec::new(),
             end: None,
@@ -137,11 +133,11 @@ impl Job {
         known.max().unwrap_or("off")
     }
 
-    /// Whether its agent, its boot or its mounts are gone. The daemon says which forks are live: what this process sees of mounts
+    /// Whether one of its processes, its boot or its mounts are gone. The daemon says which forks are live: what this process sees of mounts
     /// and other processes depends on the container it runs in.
     pub fn is_stale(&self, live: &HashSet<String>) -> bool {
         let other_boot = sys::boot_id().is_ok_and(|boot| boot != self.boot);
-        let agent_gone = self.agent.as_ref().is_some_and(Agent::is_gone);
+        let agent_gone = self.agents.iter().any(Agent::is_gone);
         let mut forks = self
             .volumes
             .iter()
@@ -434,22 +430,30 @@ mod tests {
     #[test]
     fn a_job_is_stale_when_its_agent_or_its_boot_is_gone() {
         let live = HashSet::from(["f-1".to_owned()]);
-        let job = |agent| Job::new("j".into(), String::new(), When::Always, false, agent);
-        assert!(!job(None).is_stale(&live));
+        let job = |agents: &[Agent]| {
+            let agents = agents.to_vec();
+            Job::new("j".into(), String::new(), When::Always, false, agents)
+        };
+        assert!(!job(&[]).is_stale(&live));
         let mut agent = Agent::of(std::process::id()).unwrap();
-        assert!(!job(Some(agent.clone())).is_stale(&live));
+        let alive = agent.clone();
+        assert!(!job(std::slice::from_ref(&alive)).is_stale(&live));
         agent.started += 1;
-        assert!(job(Some(agent.clone())).is_stale(&live));
+        assert!(job(std::slice::from_ref(&agent)).is_stale(&live));
+        assert!(
+            job(&[alive, agent.clone()]).is_stale(&live),
+            "it takes one of them to be gone"
+        );
         agent.namespace = "pid:[1]".into();
         assert!(
-            !job(Some(agent)).is_stale(&live),
+            !job(&[agent]).is_stale(&live),
             "it cannot be seen from here"
         );
-        let mut other = job(None);
+        let mut other = job(&[]);
         other.boot = "another".into();
         assert!(other.is_stale(&live));
         for (fork, stale) in [("f-1", false), ("f-2", true)] {
-            let mut job = job(None);
+            let mut job = job(&[]);
             job.volumes.push(volume("v"));
             job.volumes[0].fork = Some(fork.into());
             assert_eq!(job.is_stale(&live), stale, "{fork}");
@@ -458,7 +462,7 @@ mod tests {
 
     #[test]
     fn the_hit_of_a_job_is_the_worst_of_its_volumes() {
-        let mut job = Job::new("j".into(), String::new(), When::Always, false, None);
+        let mut job = Job::new("j".into(), String::new(), When::Always, false, Vec::new());
         assert_eq!(job.hit(), "exact");
         for (hit, worst) in [("stale", "stale"), ("exact", "stale"), ("empty", "empty")] {
             job.volumes.push(volume(hit));
@@ -473,8 +477,8 @@ mod tests {
     }
 
     fn full() -> Job {
-        let mut job = Job::new("j".into(), "asked".into(), When::OnChange, true, None);
-        job.agent = Agent::of(std::process::id());
+        let mut job = Job::new("j".into(), "asked".into(), When::OnChange, true, Vec::new());
+        job.agents.extend(Agent::of(std::process::id()));
         job.end = Some(End::Cancelled);
         let spot = Spot {
             path: "/w/node_modules".into(),

@@ -116,11 +116,12 @@ pub fn write(path: &Path, variables: &[(String, String)]) -> Result<(), Failure>
             .open(path)?
             .write_all(for_github(variables)?.as_bytes()),
         false => {
-            let aside = path.with_extension("forkvol-new");
+            // New, and this process's own: the folder may be one that everybody writes to.
+            let mut aside = path.as_os_str().to_owned();
+            aside.push(format!(".forkvol-{}", std::process::id()));
             File::options()
                 .write(true)
-                .create(true)
-                .truncate(true)
+                .create_new(true)
                 .mode(0o600)
                 .open(&aside)?
                 .write_all(for_shell(variables).as_bytes())?;
@@ -146,6 +147,18 @@ mod tests {
             .output()
             .unwrap();
         assert_eq!(String::from_utf8(out.stdout).unwrap(), hostile);
+    }
+
+    #[test]
+    fn the_variables_go_through_no_name_that_another_file_shares() {
+        let dir = tempfile::tempdir().unwrap();
+        let precious = dir.path().join("precious");
+        fs::write(&precious, "precious").unwrap();
+        std::os::unix::fs::symlink("precious", dir.path().join("tmp.forkvol-new")).unwrap();
+        let file = dir.path().join("tmp.Xa7");
+        write(&file, &[("A".into(), "1".into())]).unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "A='1'\n");
+        assert_eq!(fs::read_to_string(&precious).unwrap(), "precious");
     }
 
     #[test]
