@@ -24,8 +24,8 @@ PHASES = [
     programs.GIT,
     programs.MAKE,
 ]
-LEFT, RIGHT, BAR, GAP, TOP = 290, 70, 13, 12, 84
-WIDTH = 900
+LEFT, RIGHT, BAR, GAP, TOP = 340, 70, 13, 12, 84
+WIDTH = 940
 
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1f2328 }

@@ -55,11 +55,6 @@ def tree(subject, material, record):
     # Not settled before: what the job left to write is the commit's to pay for.
     record(COMMIT_FULL, subject.name, timed(lambda: subject.commit(path)))
     subject.origin = material.tree
-    if isinstance(subject, Forkvol):
-        chunks, disk = subject.stored()
-        record("stored: chunks", subject.name, chunks, "B")
-        record("stored: on disk", subject.name, disk, "B")
-        record("stored: on disk ÷ tar|zstd -3", subject.name, disk / material.packed_bytes, "×")
     if subject.forks:
         def fork():
             nonlocal path
@@ -77,6 +72,11 @@ def tree(subject, material, record):
         path = subject.fork_read_only()
         measure(record, subject, READ_ONLY, lambda: sh(READ_IT, path))
         subject.abandon(path)
+    if isinstance(subject, Forkvol):
+        chunks, disk = subject.stored()
+        record("stored: chunks", subject.name, chunks, "B")
+        record("stored: on disk", subject.name, disk, "B")
+        record("stored: on disk ÷ tar|zstd -3", subject.name, disk / material.packed_bytes, "×")
     path = subject.fork()
     sh(EDIT_IT, path)
     record(COMMIT_EDITS, subject.name, timed(lambda: subject.commit(path)))
@@ -126,8 +126,6 @@ def abandon_new(subject, material, record):
 
 def large(subject, material, record):
     """A file of 1 GiB: written, committed, read, a block of it changed, committed."""
-    if isinstance(subject, Floor):
-        return
     warm(material.large)
     path = subject.fork()
     write = f"dd if='{material.large}' of=large bs=1M conv=fsync status=none"

@@ -8,7 +8,7 @@ def number(value, unit):
     """Three digits that count, never in powers of ten."""
     if unit == "B":
         return f"{value / 1e6:.1f} MB"
-    digits = 4 if value < 0.1 else 3 if value < 1 else 2 if value < 10 else 1
+    digits = 6 if value < 0.001 else 4 if value < 0.1 else 3 if value < 1 else 2 if value < 10 else 1
     return f"{value:.{digits}f}" + (" ×" if unit == "×" else "")
 
 

@@ -60,6 +60,9 @@ class Row:
         return statistics.median(found) if found else None
 
     def ratio(self, to):
+        """Times alone are compared that way: less of them is better."""
+        if self.unit != "s":
+            return None
         own, other = self.median(OWN), self.median(to)
         return own / other if own is not None and other else None
 

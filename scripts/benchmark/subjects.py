@@ -32,8 +32,8 @@ class Subject:
     forks = True
     # So slow that it takes part in the first rounds alone.
     slow = False
-    # Runs real programs too.
-    programs = False
+    # What it takes part in.
+    parts = {"tree", "large"}
     # The archive that a folder comes from again after it was discarded, where there is no fork to do that.
     origin = None
 
@@ -70,7 +70,7 @@ class Subject:
 class Forkvol(Subject):
     name = "forkvol"
     filesystem = "fuse"
-    programs = True
+    parts = {"tree", "large", "programs", "load", "sizes"}
 
     def start(self):
         self.env = dict(os.environ, FORKVOL_STORE=str(self.home / "store"))
@@ -116,7 +116,7 @@ class Overlay(Subject):
     name = "overlayfs"
     needs = ["mount"]
     filesystem = "overlay"
-    programs = True
+    parts = {"tree", "large", "programs", "load"}
 
     def start(self):
         self.layers = [self.home / "empty"]
@@ -171,7 +171,7 @@ class FuseOverlay(Overlay):
     needs = ["fuse-overlayfs", "umount"]
     filesystem = "fuse"
     slow = True
-    programs = False
+    parts = {"tree", "large"}
     fork_read_only = None
 
     def start(self):
@@ -295,7 +295,7 @@ class Plain(Subject):
 
     name = "plain folder"
     forks = False
-    programs = True
+    parts = {"tree", "large", "programs"}
 
     def start(self):
         self.path = self.home / "tree"
@@ -323,6 +323,7 @@ class Floor(Subject):
     name = "floor"
     filesystem = "fuse"
     forks = False
+    parts = {"tree"}
     options: list = []
 
     def start(self):
