@@ -42,12 +42,19 @@ text { font: 13px system-ui, sans-serif; fill: #1f2328 }
 """
 
 
+def shown(results):
+    return [(phase, results.rows[phase]) for phase in PHASES if phase in results.rows and results.rows[phase].median(OWN)]
+
+
+def has_bars(results):
+    """Whether anything was measured that the chart shows."""
+    return bool(shown(results))
+
+
 def chart(results, caption):
-    """Returns the SVG of one state's results."""
-    rows = [(phase, results.rows[phase]) for phase in PHASES if phase in results.rows and results.rows[phase].median(OWN)]
+    """Returns the SVG of one state's results, which have something to show."""
+    rows = shown(results)
     medians = [row.median(name) for _, row in rows for name in SHOWN if row.median(name)]
-    if not medians:
-        raise ValueError("nothing was measured that the chart shows")
     low, high = math.floor(math.log10(min(medians))), math.ceil(math.log10(max(medians)))
     high = max(high, low + 1)
 

@@ -78,13 +78,14 @@ def beside_a_commit(own, megabytes, record):
         status = committing.wait()
     if status:
         raise RuntimeError("the commit beside the probe failed")
-    p99 = {}
-    for what, times in (("alone", alone), ("beside a commit", beside)):
-        if len(times) < 100:
-            print(f"p99 {what}: only {len(times)} probes", file=sys.stderr)
-        p99[what] = times[len(times) * 99 // 100]
-        record(f"p99 of a small file's life, {what}", own.name, p99[what])
-    record(P99_RATIO, own.name, p99["beside a commit"] / p99["alone"], "×")
+    fewest = min(len(alone), len(beside))
+    if fewest < 100:
+        print(f"p99 beside a commit: left out: only {fewest} probes", file=sys.stderr)
+    else:
+        p99 = [times[len(times) * 99 // 100] for times in (alone, beside)]
+        record("p99 of a small file's life, alone", own.name, p99[0])
+        record("p99 of a small file's life, beside a commit", own.name, p99[1])
+        record(P99_RATIO, own.name, p99[1] / p99[0], "×")
     own.abandon(probe)
 
 
