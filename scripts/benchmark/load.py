@@ -1,0 +1,158 @@
+"""What is measured beside something else: many forks at once, requests beside a commit, jobs, volumes of many sizes."""
+import io
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+
+from .machine import settle, sh, timed
+from .subjects import BIN
+
+TEN_FORKS = "ten forks at once: throughput ÷ that of one"
+P99_RATIO = "p99 of a small file's life beside a commit ÷ alone"
+ATTACH = "attach of 3 volumes at 6 paths"
+FINISH = "finish of an unchanged job"
+
+
+def ten_forks(subject, material, record):
+    """Ten jobs, each unpacks a part of the tree into its own fork, reads it and removes it, at the same time; and one alone."""
+    work = f"mkdir in; tar x -C in -f '{material.portion}'; tar c in | cat >/dev/null; rm -rf in"
+    path = subject.fork()
+    (path / "something").write_text("x\n")
+    subject.commit(path)
+    paths = [subject.fork() for _ in range(10)]
+    failures = []
+
+    def job(path):
+        try:
+            sh(work, path)
+        except Exception as failure:
+            failures.append(failure)
+
+    def together():
+        threads = [threading.Thread(target=job, args=(path,)) for path in paths]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    sh(work, paths[0])
+    settle()
+    alone = statistics.median(timed(lambda: sh(work, paths[0])) for _ in range(3))
+    settle()
+    beside = timed(together)
+    if failures:
+        raise failures[0]
+    record(TEN_FORKS, subject.name, 10 * alone / beside, "×")
+    for path in paths:
+        subject.abandon(path)
+
+
+def latencies(folder, seconds, until=None):
+    """Sorted times of creating, writing and removing a file, until the process has ended or the seconds have passed."""
+    times = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end and (until is None or until.poll() is None):
+        start = time.perf_counter()
+        handle = os.open(folder / "probe", os.O_CREAT | os.O_WRONLY, 0o644)
+        os.write(handle, b"x" * 4096)
+        os.close(handle)
+        os.unlink(folder / "probe")
+        times.append(time.perf_counter() - start)
+    return sorted(times)
+
+
+def beside_a_commit(own, megabytes, record):
+    """The 99th percentile of a small file's life in one fork, alone and while another fork commits new content."""
+    probe, busy = own.fork(), own.fork()
+    sh(f"for i in $(seq {megabytes}); do dd if=/dev/urandom of=big$i bs=1M count=1 status=none; done", busy)
+    settle()
+    alone = latencies(probe, 3)
+    committing = subprocess.Popen([BIN, "commit", busy], env=own.env, stdout=subprocess.DEVNULL)
+    try:
+        beside = latencies(probe, 120, committing)
+    finally:
+        status = committing.wait()
+    if status:
+        raise RuntimeError("the commit beside the probe failed")
+    fewest = min(len(alone), len(beside))
+    if fewest < 100:
+        print(f"p99 beside a commit: left out: only {fewest} probes", file=sys.stderr)
+    else:
+        p99 = [times[len(times) * 99 // 100] for times in (alone, beside)]
+        record("p99 of a small file's life, alone", own.name, p99[0])
+        record("p99 of a small file's life, beside a commit", own.name, p99[1])
+        record(P99_RATIO, own.name, p99[1] / p99[0], "×")
+    own.abandon(probe)
+
+
+def jobs(own, record):
+    """Start and end of a job that changes nothing, from the start of each command to its end."""
+    checkout = own.home / "checkout"
+    checkout.mkdir()
+    paths = [checkout / f"path{number}" for number in range(6)]
+    wanted = []
+    for volume in range(3):
+        wanted += ["-v", f"job{volume}", "-p", paths[2 * volume], "-p", paths[2 * volume + 1]]
+    for number in range(11):
+        job = f"bench-{number}"
+        settle()
+        attached = timed(lambda: own.call("attach", "--strict", "--job", job, *wanted))
+        for path in paths:
+            # The first job fills its volumes; each later one finds there what it left.
+            if number == 0:
+                (path / "content").write_text("x\n" * 1000)
+            elif not (path / "content").exists():
+                raise RuntimeError(f"{path} is not the job's")
+        finished = timed(lambda: own.call("finish", "--strict", "--job", job, "--status", 0))
+        if number:
+            record(ATTACH, own.name, attached)
+            record(FINISH, own.name, finished)
+
+
+def files_as_tar(count, out):
+    """Writes a tar of so many small files: by hand, for tarfile alone would take minutes to write ten millions."""
+    header = tarfile.TarInfo("0" * 20)
+    header.mode = 0o644
+    pattern = bytearray(header.tobuf(tarfile.USTAR_FORMAT))
+    buffered = io.BufferedWriter(out, 1 << 20)
+    for number in range(count):
+        data = b"%d\n" % number
+        pattern[0:100] = (b"%d/%d" % (number // 1000, number)).ljust(100, b"\0")
+        pattern[124:136] = b"%011o\0" % len(data)
+        pattern[148:156] = b" " * 8
+        pattern[148:156] = b"%06o\0 " % sum(pattern)
+        buffered.write(pattern)
+        buffered.write(data.ljust(512, b"\0"))
+    buffered.write(bytes(1024))
+    buffered.flush()
+
+
+def sizes(own, record, counts):
+    """Forks, from the start of the command to a usable mount, and commits of ten new files, of volumes from small to large."""
+    for count in counts:
+        volume = f"of-{count}"
+        importing = subprocess.Popen([BIN, "import", volume, "-"], env=own.env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0)
+        try:
+            files_as_tar(count, importing.stdin)
+        finally:
+            importing.stdin.close()
+            status = importing.wait()
+        if status:
+            raise RuntimeError(f"import of {count} files failed")
+        settle()
+        for attempt in range(11):
+            path = None
+
+            def fork():
+                nonlocal path
+                path = own.fork(volume)
+                os.listdir(path)
+
+            record(f"fork of {count:,} files", own.name, timed(fork))
+            for file in range(10):
+                (path / f"new-{attempt}-{file}").write_text(f"{attempt} {file}\n")
+            record(f"commit of 10 new in {count:,} files", own.name, timed(lambda: own.commit(path)))
