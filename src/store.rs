@@ -18,6 +18,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
@@ -63,6 +64,8 @@ pub enum StoreError {
     NotAStore { dir: PathBuf, why: String },
     #[error("the disk of the store is full")]
     NoSpace,
+    #[error("content was lost with a write to the store that failed: run the command again")]
+    Lost,
     #[error("{what}: {source}")]
     Io { what: String, source: io::Error },
     #[error("the database of the store: {0}")]
@@ -141,6 +144,8 @@ pub struct Store {
     /// The database; taken out only to be opened again.
     db: RwLock<Option<DB>>,
     poisoned: Mutex<bool>,
+    /// How often the database was opened again: what had been written without WAL and not flushed went each time.
+    reopened: AtomicU64,
     nodes: quick_cache::sync::Cache<NodeId, Arc<Node>, NodeWeight>,
     chunks: quick_cache::sync::Cache<ChunkId, Arc<[u8]>, ChunkWeight>,
     /// Heads change under this lock and nowhere else.
@@ -241,6 +246,7 @@ impl Store {
             options,
             db: RwLock::new(Some(db)),
             poisoned: Mutex::new(false),
+            reopened: AtomicU64::new(0),
             nodes: quick_cache::sync::Cache::with_weighter(20_000, options.node_cache, NodeWeight),
             chunks: quick_cache::sync::Cache::with_weighter(2000, options.chunk_cache, ChunkWeight),
             publishing: Mutex::default(),

@@ -13,6 +13,15 @@ impl Store {
         self.nodes.clear();
     }
 
+    /// Lets a write fail: the database is opened again as it lies on the disk.
+    pub(crate) fn lose_what_is_not_flushed(&self) {
+        let (db, left) = (self.dir.join("db"), self.dir.join("left"));
+        self.copy_as_it_lies(&left);
+        std::fs::rename(&db, self.dir.join("before")).unwrap();
+        std::fs::rename(left.join("db"), &db).unwrap();
+        *self.poisoned.lock() = true;
+    }
+
     fn damage_stored(&self, target: Target, id: &[u8]) {
         let stored = self.with(|db| Ok(db.get_cf(family(db, target)?, id)?));
         let mut stored = stored.unwrap().unwrap();
@@ -134,17 +143,19 @@ fn inode_numbers_are_given_once_and_again_when_nothing_has_them() {
     assert_eq!(store.lease_inodes(id, 64).unwrap(), 194..258);
 }
 
+/// 200,000 bytes that do not compress.
+fn noise(seed: u64) -> Vec<u8> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&seed.to_le_bytes());
+    let mut bytes = vec![0; 200_000];
+    hasher.finalize_xof().fill(&mut bytes);
+    bytes
+}
+
 #[test]
 fn what_another_ingest_has_not_flushed_yet_is_written_again() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir.path().join("store")).unwrap();
-    let chunk = |n: u64| -> Vec<u8> {
-        let words =
-            (0..25_000).map(|at| blake3::hash(&[n.to_le_bytes(), u64::to_le_bytes(at)].concat()));
-        words
-            .flat_map(|hash| hash.as_bytes()[..8].to_vec())
-            .collect()
-    };
     // A flush begins when the content is known to be on its way and not written yet.
     let (flushing, once) = (store.clone(), std::sync::Once::new());
     store.steps.meanwhile(move |step| {
@@ -153,13 +164,41 @@ fn what_another_ingest_has_not_flushed_yet_is_written_again() {
         }
     });
     let first = store.ingest();
-    let ids: Vec<ChunkId> = (0..60).map(|n| first.chunk(&chunk(n)).unwrap()).collect();
+    let ids: Vec<ChunkId> = (0..60).map(|n| first.chunk(&noise(n)).unwrap()).collect();
     store.steps.over();
     let second = Arc::new(store.ingest());
-    assert_eq!(second.chunk(&chunk(0)).unwrap(), ids[0]);
+    assert_eq!(second.chunk(&noise(0)).unwrap(), ids[0]);
     store.publish(&[second], Publish::default()).unwrap();
     store.copy_as_it_lies(&dir.path().join("left"));
     let left = open(&dir.path().join("left")).unwrap();
     assert!(left.chunk(ids[1]).is_err(), "it was never flushed");
-    assert_eq!(&*left.chunk(ids[0]).unwrap(), &chunk(0)[..]);
+    assert_eq!(&*left.chunk(ids[0]).unwrap(), &noise(0)[..]);
+}
+
+#[test]
+fn content_that_was_lost_with_a_failed_write_is_not_published() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let store = open(&path).unwrap();
+    let put = |ingest: &Ingest| -> Vec<ChunkId> {
+        let chunks = (0..60).map(|n| ingest.chunk(&noise(n)));
+        chunks.collect::<Result<_, _>>().unwrap()
+    };
+    let first = Arc::new(store.ingest());
+    let lost = put(&first);
+    assert!(!first.is_lost());
+    store.lose_what_is_not_flushed();
+    let refused = store.publish(std::slice::from_ref(&first), Publish::default());
+    assert!(matches!(refused, Err(StoreError::Lost)), "{refused:?}");
+    assert!(first.is_lost());
+    assert!(store.chunk(lost[0]).is_err());
+    drop(first);
+    let again = Arc::new(store.ingest());
+    let ids = put(&again);
+    store.publish(&[again], Publish::default()).unwrap();
+    drop(store);
+    let store = open(&path).unwrap();
+    for id in ids {
+        store.chunk(id).unwrap();
+    }
 }

@@ -57,3 +57,28 @@ fn fallocate_by_another_user_takes_what_the_file_granted() {
         assert!(fs.getxattr(file, capability).is_err(), "{mode:?}");
     }
 }
+
+#[test]
+fn what_was_ingested_ahead_and_lost_is_ingested_again() {
+    let bench = Bench::new();
+    let id = bench.fork("v");
+    put(&bench.fs(id), "large", &noise(12 << 20, 7));
+    let live = bench.engine().live(id).unwrap();
+    let ingest = Arc::new(bench.engine().store.ingest());
+    let until = Instant::now() + Duration::from_secs(20);
+    // Only what has been quiet for a while is ingested ahead.
+    while crate::commit::ahead(live.fork().unwrap(), &ingest, 10, &live.waiting).unwrap() == 0 {
+        assert!(Instant::now() < until);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    *live.ahead.lock() = Some(ingest);
+    bench.engine().store.lose_what_is_not_flushed();
+    let lost = bench.engine().commit(vec![id], request(false));
+    assert!(lost.unwrap_err().message.contains("lost"));
+    assert_eq!(bench.commit(id, false), Some(1));
+    check(&bench);
+    assert_eq!(
+        get(&bench.fs(bench.fork("v")), "large"),
+        Some(noise(12 << 20, 7))
+    );
+}
