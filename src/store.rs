@@ -274,9 +274,10 @@ impl Store {
                         found,
                     });
                 }
-                Ok(())
             }
-            None if had_db && self.first(&[])?.is_some() => Err(corrupt("the format version")),
+            None if had_db && self.first(&[])?.is_some() => {
+                return Err(corrupt("the format version"));
+            }
             None => {
                 let mut batch = WriteBatch::default();
                 self.put(
@@ -288,14 +289,18 @@ impl Store {
                 let (id, bytes) = tree::empty();
                 self.put(&mut batch, Target::Nodes, &id.0, &chunk::pack(&bytes, 0))?;
                 self.write_synced(batch)?;
-                let state = self.dir.join("state");
-                let io = |source| StoreError::Io {
-                    what: state.display().to_string(),
-                    source,
-                };
-                fs::write(&state, format!("format {FORMAT}\n")).map_err(io)
             }
         }
+        // Says that there was a database; written last, and again if the process ended before it came to that.
+        let state = self.dir.join("state");
+        if state.exists() {
+            return Ok(());
+        }
+        let io = |source| StoreError::Io {
+            what: state.display().to_string(),
+            source,
+        };
+        fs::write(&state, format!("format {FORMAT}\n")).map_err(io)
     }
 
     /// The folder of the store.

@@ -13,13 +13,19 @@ impl Store {
         self.nodes.clear();
     }
 
-    /// Lets a write fail: the database is opened again as it lies on the disk.
+    /// Lets a write fail: the database is opened again as it lies on the disk now.
     pub(crate) fn lose_what_is_not_flushed(&self) {
-        let (db, left) = (self.dir.join("db"), self.dir.join("left"));
-        self.copy_as_it_lies(&left);
-        std::fs::rename(&db, self.dir.join("before")).unwrap();
-        std::fs::rename(left.join("db"), &db).unwrap();
+        self.copy_as_it_lies(&self.dir.join("left"));
         *self.poisoned.lock() = true;
+    }
+
+    /// Puts what was left in the place of a database that has been closed.
+    pub(super) fn take_what_was_left(&self) {
+        let (db, left) = (self.dir.join("db"), self.dir.join("left/db"));
+        if left.exists() {
+            std::fs::remove_dir_all(&db).unwrap();
+            std::fs::rename(left, db).unwrap();
+        }
     }
 
     fn damage_stored(&self, target: Target, id: &[u8]) {
@@ -87,6 +93,15 @@ fn a_store_whose_database_is_gone_is_never_replaced_by_an_empty_one() {
     std::fs::remove_file(dir.path().join("db/CURRENT")).unwrap();
     assert!(matches!(open(dir.path()), Err(StoreError::Corrupt { .. })));
     assert!(!dir.path().join("db/CURRENT").exists());
+}
+
+#[test]
+fn a_store_whose_making_was_cut_off_is_finished_when_it_is_opened_again() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(open(dir.path()).unwrap());
+    std::fs::remove_file(dir.path().join("state")).unwrap();
+    drop(open(dir.path()).unwrap());
+    assert!(dir.path().join("state").exists());
 }
 
 #[test]

@@ -77,6 +77,8 @@ impl Store {
         }
         let mut db = self.db.write();
         drop(db.take());
+        #[cfg(test)]
+        self.take_what_was_left();
         *db = Some(open_db(&self.dir)?);
         drop(db);
         // What was written without the WAL and not flushed is gone.
