@@ -94,7 +94,7 @@ impl From<StoreError> for EngineError {
             StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 EngineError::new(Code::NoSpace, message)
             }
-            StoreError::Io { .. } | StoreError::Database(_) => EngineError::new(Code::Failed, message),
+            StoreError::Io { .. } | StoreError::Database(_) | StoreError::Lost => EngineError::new(Code::Failed, message),
         }
     }
 }
@@ -239,6 +239,18 @@ impl Live {
         let alone = self.committing.lock();
         self.waiting.fetch_sub(1, Ordering::AcqRel);
         alone
+    }
+
+    /// Lets go of what was ingested ahead if it went with a failed write, so that it is ingested again. Called by who holds
+    /// `committing`.
+    fn drop_lost(&self) {
+        let mut ahead = self.ahead.lock();
+        if ahead.as_ref().is_some_and(|ingest| ingest.is_lost()) {
+            if let Some(fork) = &self.fork {
+                fork.forget_ingested();
+            }
+            ahead.take();
+        }
     }
 }
 

@@ -18,6 +18,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
@@ -64,6 +65,8 @@ pub enum StoreError {
     NotAStore { dir: PathBuf, why: String },
     #[error("the disk of the store is full")]
     NoSpace,
+    #[error("content was lost with a write to the store that failed: run the command again")]
+    Lost,
     #[error("{what}: {source}")]
     Io { what: String, source: io::Error },
     #[error("the database of the store: {0}")]
@@ -142,6 +145,8 @@ pub struct Store {
     /// The database; taken out only to be opened again.
     db: RwLock<Option<DB>>,
     poisoned: Mutex<bool>,
+    /// How often the database was opened again: what had been written without WAL and not flushed went each time.
+    reopened: AtomicU64,
     nodes: quick_cache::sync::Cache<NodeId, Arc<Node>, NodeWeight>,
     chunks: quick_cache::sync::Cache<ChunkId, Arc<[u8]>, ChunkWeight>,
     /// Heads change under this lock and nowhere else.
@@ -242,6 +247,7 @@ impl Store {
             options,
             db: RwLock::new(Some(db)),
             poisoned: Mutex::new(false),
+            reopened: AtomicU64::new(0),
             nodes: quick_cache::sync::Cache::with_weighter(20_000, options.node_cache, NodeWeight),
             chunks: quick_cache::sync::Cache::with_weighter(2000, options.chunk_cache, ChunkWeight),
             publishing: Mutex::default(),
@@ -269,9 +275,10 @@ impl Store {
                         found,
                     });
                 }
-                Ok(())
             }
-            None if had_db && self.first(&[])?.is_some() => Err(corrupt("the format version")),
+            None if had_db && self.first(&[])?.is_some() => {
+                return Err(corrupt("the format version"));
+            }
             None => {
                 let mut batch = WriteBatch::default();
                 self.put(
@@ -283,14 +290,18 @@ impl Store {
                 let (id, bytes) = tree::empty();
                 self.put(&mut batch, Target::Nodes, &id.0, &chunk::pack(&bytes, 0))?;
                 self.write_synced(batch)?;
-                let state = self.dir.join("state");
-                let io = |source| StoreError::Io {
-                    what: state.display().to_string(),
-                    source,
-                };
-                fs::write(&state, format!("format {FORMAT}\n")).map_err(io)
             }
         }
+        // Says that there was a database; written last, and again if the process ended before it came to that.
+        let state = self.dir.join("state");
+        if state.exists() {
+            return Ok(());
+        }
+        let io = |source| StoreError::Io {
+            what: state.display().to_string(),
+            source,
+        };
+        fs::write(&state, format!("format {FORMAT}\n")).map_err(io)
     }
 
     /// The folder of the store.

@@ -96,6 +96,7 @@ impl Engine {
         self.check_heads(lives, request)?;
         let mut prepared: Vec<(usize, Ingested)> = Vec::new();
         for (index, live) in lives.iter().enumerate() {
+            live.drop_lost();
             match prepare(live.fork()?, request.keep, self.threads()) {
                 Ok(ingested) => prepared.push((index, ingested)),
                 Err(error) => {
@@ -386,6 +387,7 @@ impl Engine {
             return Ok(());
         }
         let fork = live.fork()?;
+        live.drop_lost();
         let done = prepare(fork, true, self.threads())?;
         let result = self.put_private_root(live, &done);
         match &result {

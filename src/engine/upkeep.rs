@@ -188,6 +188,7 @@ impl Engine {
         let Some(_one) = live.committing.try_lock() else {
             return false;
         };
+        live.drop_lost();
         let ingest = live
             .ahead
             .lock()

@@ -169,6 +169,15 @@ impl Fork {
         }
     }
 
+    /// Forgets what was ingested ahead of the next commit, which has to do it again.
+    pub fn forget_ingested(&self) {
+        let layers = self.layers.read();
+        let tables = std::iter::once(&layers.live).chain(layers.frozen.as_deref());
+        for cell in tables.flat_map(|table| table.inodes.values()) {
+            cell.state.write().ingested = None;
+        }
+    }
+
     /// Bytes of memory that the table takes, about, but for what a seal carries over, and bytes of the log that explains it.
     pub fn weight(&self) -> (u64, u64) {
         let layers = self.layers.read();

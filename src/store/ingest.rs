@@ -95,8 +95,9 @@ pub struct Unflushed {
 const ON_ITS_WAY: u64 = u64::MAX;
 
 impl Unflushed {
+    /// Forgets what was written; what is on its way is written to the database that is open then.
     pub fn clear(&mut self) {
-        self.written.clear();
+        self.written.retain(|_, epoch| *epoch == ON_ITS_WAY);
     }
 
     /// Returns the number of the epoch that a flush beginning now covers.
@@ -134,7 +135,12 @@ pub struct Ingest {
     pending: Mutex<Pending>,
     held: Mutex<Vec<u64>>,
     new_bytes: AtomicU64,
+    /// How often the database had been opened again when content was first written to it without WAL.
+    written_after: AtomicU64,
 }
+
+/// Nothing was written without WAL.
+const NOTHING: u64 = u64::MAX;
 
 /// A stored value by id; of a chunk also its raw length.
 type Item = (Target, [u8; 32], Vec<u8>, u64);
@@ -155,6 +161,7 @@ impl Store {
             pending: Mutex::default(),
             held: Mutex::default(),
             new_bytes: AtomicU64::new(0),
+            written_after: AtomicU64::new(NOTHING),
         }
     }
 }
@@ -187,6 +194,12 @@ impl Ingest {
     /// Stored bytes that were not there before.
     pub fn new_bytes(&self) -> u64 {
         self.new_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Whether content that it wrote went with a database that had to be opened again.
+    pub fn is_lost(&self) -> bool {
+        let written_after = self.written_after.load(Ordering::Acquire);
+        written_after != NOTHING && written_after != self.store.reopened.load(Ordering::Acquire)
     }
 
     /// Takes an id in hand; returns whether its bytes have to be written.
@@ -232,6 +245,10 @@ impl Ingest {
 
     /// Writes content ahead, without WAL.
     fn spill(&self, items: Vec<Item>) -> Result<(), StoreError> {
+        // Before the count is read, so that a database that is opened again for this write is the one it goes to.
+        self.store.heal()?;
+        let reopened = self.store.reopened.load(Ordering::Acquire);
+        self.written_after.fetch_min(reopened, Ordering::AcqRel);
         let prefixes = || items.iter().map(|(_, id, ..)| prefix_of(id));
         self.store.unflushed.lock().begin_write(prefixes());
         self.store.reach(Step::Spilling)?;
@@ -302,7 +319,7 @@ impl Store {
     /// Makes versions the heads of their volumes, all or none, durably; returns them with their numbers.
     ///
     /// # Errors
-    /// What the disk answered; the heads are the old ones then.
+    /// What the disk answered, or `Lost`; the heads are the old ones then.
     pub fn publish(
         &self,
         ingests: &[Arc<Ingest>],
@@ -336,6 +353,10 @@ impl Store {
         self.reach(Step::Gathered)?;
         if spilled {
             self.flush()?;
+        }
+        // Behind the flush: what is there now is on the disk.
+        if ingests.iter().any(|ingest| ingest.is_lost()) {
+            return Err(StoreError::Lost);
         }
         let _serial = self.publishing.lock();
         let mut versions = publish.versions;

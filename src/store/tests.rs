@@ -16,6 +16,21 @@ impl Store {
         self.nodes.clear();
     }
 
+    /// Lets a write fail: the database is opened again as it lies on the disk now.
+    pub(crate) fn lose_what_is_not_flushed(&self) {
+        self.copy_as_it_lies(&self.dir.join("left"));
+        *self.poisoned.lock() = true;
+    }
+
+    /// Puts what was left in the place of a database that has been closed.
+    pub(super) fn take_what_was_left(&self) {
+        let (db, left) = (self.dir.join("db"), self.dir.join("left/db"));
+        if left.exists() {
+            std::fs::remove_dir_all(&db).unwrap();
+            std::fs::rename(left, db).unwrap();
+        }
+    }
+
     fn damage_stored(&self, target: Target, id: &[u8]) {
         let stored = self.with(|db| Ok(db.get_cf(family(db, target)?, id)?));
         let mut stored = stored.unwrap().unwrap();
@@ -84,6 +99,15 @@ fn a_store_whose_database_is_gone_is_never_replaced_by_an_empty_one() {
 }
 
 #[test]
+fn a_store_whose_making_was_cut_off_is_finished_when_it_is_opened_again() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(open(dir.path()).unwrap());
+    std::fs::remove_file(dir.path().join("state")).unwrap();
+    drop(open(dir.path()).unwrap());
+    assert!(dir.path().join("state").exists());
+}
+
+#[test]
 fn content_comes_back_verified_and_is_stored_once() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path()).unwrap();
@@ -144,17 +168,19 @@ fn inode_numbers_are_given_once_and_again_when_nothing_has_them() {
     assert_eq!(store.lease_inodes(id, 64).unwrap(), 194..258);
 }
 
+/// 200,000 bytes that do not compress.
+fn noise(seed: u64) -> Vec<u8> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&seed.to_le_bytes());
+    let mut bytes = vec![0; 200_000];
+    hasher.finalize_xof().fill(&mut bytes);
+    bytes
+}
+
 #[test]
 fn what_another_ingest_has_not_flushed_yet_is_written_again() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir.path().join("store")).unwrap();
-    let chunk = |n: u64| -> Vec<u8> {
-        let words =
-            (0..25_000).map(|at| blake3::hash(&[n.to_le_bytes(), u64::to_le_bytes(at)].concat()));
-        words
-            .flat_map(|hash| hash.as_bytes()[..8].to_vec())
-            .collect()
-    };
     // A flush begins when the content is known to be on its way and not written yet.
     let (flushing, once) = (store.clone(), std::sync::Once::new());
     store.steps.meanwhile(move |step| {
@@ -163,15 +189,43 @@ fn what_another_ingest_has_not_flushed_yet_is_written_again() {
         }
     });
     let first = store.ingest();
-    let ids: Vec<ChunkId> = (0..60).map(|n| first.chunk(&chunk(n)).unwrap()).collect();
+    let ids: Vec<ChunkId> = (0..60).map(|n| first.chunk(&noise(n)).unwrap()).collect();
     store.steps.over();
     let second = Arc::new(store.ingest());
-    assert_eq!(second.chunk(&chunk(0)).unwrap(), ids[0]);
+    assert_eq!(second.chunk(&noise(0)).unwrap(), ids[0]);
     store.publish(&[second], Publish::default()).unwrap();
     store.copy_as_it_lies(&dir.path().join("left"));
     let left = open(&dir.path().join("left")).unwrap();
     assert!(left.chunk(ids[1]).is_err(), "it was never flushed");
-    assert_eq!(&*left.chunk(ids[0]).unwrap(), &chunk(0)[..]);
+    assert_eq!(&*left.chunk(ids[0]).unwrap(), &noise(0)[..]);
+}
+
+#[test]
+fn content_that_was_lost_with_a_failed_write_is_not_published() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let store = open(&path).unwrap();
+    let put = |ingest: &Ingest| -> Vec<ChunkId> {
+        let chunks = (0..60).map(|n| ingest.chunk(&noise(n)));
+        chunks.collect::<Result<_, _>>().unwrap()
+    };
+    let first = Arc::new(store.ingest());
+    let lost = put(&first);
+    assert!(!first.is_lost());
+    store.lose_what_is_not_flushed();
+    let refused = store.publish(std::slice::from_ref(&first), Publish::default());
+    assert!(matches!(refused, Err(StoreError::Lost)), "{refused:?}");
+    assert!(first.is_lost());
+    assert!(store.chunk(lost[0]).is_err());
+    drop(first);
+    let again = Arc::new(store.ingest());
+    let ids = put(&again);
+    store.publish(&[again], Publish::default()).unwrap();
+    drop(store);
+    let store = open(&path).unwrap();
+    for id in ids {
+        store.chunk(id).unwrap();
+    }
 }
 
 /// A version with a content of these entries; returns it with its nodes.

@@ -1,5 +1,7 @@
 //! Writing to the database: the only way to it, so that a failed write poisons the store and a test can count the steps.
 
+use std::sync::atomic::Ordering;
+
 use rocksdb::{ColumnFamily, WriteBatch, WriteOptions};
 
 use super::{Step, Store, StoreError, Target, family, free_space, open_db};
@@ -64,7 +66,7 @@ impl Store {
     }
 
     /// Opens the database again after a failed write, if there is room to write again.
-    fn heal(&self) -> Result<(), StoreError> {
+    pub(super) fn heal(&self) -> Result<(), StoreError> {
         let mut poisoned = self.poisoned.lock();
         if !*poisoned {
             return Ok(());
@@ -75,9 +77,12 @@ impl Store {
         }
         let mut db = self.db.write();
         drop(db.take());
+        #[cfg(test)]
+        self.take_what_was_left();
         *db = Some(open_db(&self.dir)?);
         drop(db);
         // What was written without the WAL and not flushed is gone.
+        self.reopened.fetch_add(1, Ordering::AcqRel);
         self.unflushed.lock().clear();
         *poisoned = false;
         log::warn!(

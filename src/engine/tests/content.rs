@@ -79,3 +79,28 @@ fn a_hole_of_the_version_at_the_end_of_a_file_stays_one_when_the_file_grows() {
     fs.fallocate(ME, file, 0, 4096, Allocate::Punch).unwrap();
     assert_eq!(blocks(), 0);
 }
+
+#[test]
+fn what_was_ingested_ahead_and_lost_is_ingested_again() {
+    let bench = Bench::new();
+    let id = bench.fork("v");
+    put(&bench.fs(id), "large", &noise(12 << 20, 7));
+    let live = bench.engine().live(id).unwrap();
+    let ingest = Arc::new(bench.engine().store.ingest());
+    let until = Instant::now() + Duration::from_secs(20);
+    // Only what has been quiet for a while is ingested ahead.
+    while crate::commit::ahead(live.fork().unwrap(), &ingest, 10, &live.waiting).unwrap() == 0 {
+        assert!(Instant::now() < until);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    *live.ahead.lock() = Some(ingest);
+    bench.engine().store.lose_what_is_not_flushed();
+    let lost = bench.engine().commit(vec![id], request(false));
+    assert!(lost.unwrap_err().message.contains("lost"));
+    assert_eq!(bench.commit(id, false), Some(1));
+    check(&bench);
+    assert_eq!(
+        get(&bench.fs(bench.fork("v")), "large"),
+        Some(noise(12 << 20, 7))
+    );
+}

@@ -11,7 +11,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::mpsc;
 
 use super::model::Random;
 use super::*;
@@ -52,8 +51,17 @@ fn wal(dir: &Path) -> Synced {
     segments.filter_map(len).collect()
 }
 
-/// Commits again and again; returns copies of the store at random moments.
-fn commit_and_copy(seed: u64) -> Vec<Moment> {
+/// Ends the copying when the writing has ended, well or not.
+struct Until<'a>(&'a AtomicBool);
+
+impl Drop for Until<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// Commits again and again, and copies the store at random moments meanwhile; returns how many copies were examined.
+fn commit_and_cut(seed: u64) -> u32 {
     let mut bench = Bench::new();
     bench.threads = Some(1);
     bench.reopen();
@@ -67,12 +75,12 @@ fn commit_and_copy(seed: u64) -> Vec<Moment> {
     });
     let (begun, returned) = (AtomicU64::new(0), AtomicU64::new(0));
     let over = AtomicBool::new(false);
-    let (to, from) = mpsc::channel();
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
+    let examined = std::thread::scope(|scope| {
+        let copier = scope.spawn(|| {
             let mut random = Random(seed);
+            let mut examined = 0;
             while !over.load(Ordering::Acquire) {
-                std::thread::sleep(Duration::from_micros(random.below(60_000)));
+                std::thread::sleep(Duration::from_micros(random.below(30_000)));
                 let dir = tempfile::tempdir().unwrap();
                 let returned = returned.load(Ordering::Acquire);
                 let synced = synced.lock().clone();
@@ -84,10 +92,13 @@ fn commit_and_copy(seed: u64) -> Vec<Moment> {
                     returned,
                     begun,
                 };
-                to.send(moment).unwrap();
+                cut(&moment, &mut random);
+                examine(moment, seed);
+                examined += 1;
             }
-            drop(to);
+            examined
         });
+        let writing = Until(&over);
         let id = bench.fork("v");
         let fs = bench.fs(id);
         for number in 1..=COMMITS {
@@ -107,10 +118,11 @@ fn commit_and_copy(seed: u64) -> Vec<Moment> {
                 bench.engine().gc(false).unwrap();
             }
         }
-        over.store(true, Ordering::Release);
+        drop(writing);
+        copier.join().unwrap()
     });
     engine.store.steps.over();
-    from.into_iter().collect()
+    examined
 }
 
 /// Takes from a copy what the power cut took.
@@ -192,11 +204,6 @@ fn examine(moment: Moment, seed: u64) {
 fn a_power_cut_leaves_every_commit_that_returned_and_nothing_half_done() {
     let seed = u64::try_from(now()).unwrap() | 1;
     println!("seed {seed}");
-    let mut random = Random(seed);
-    let moments = commit_and_copy(seed);
-    assert!(moments.len() > 5, "{} moments", moments.len());
-    for moment in moments {
-        cut(&moment, &mut random);
-        examine(moment, seed);
-    }
+    let examined = commit_and_cut(seed);
+    assert!(examined > 5, "{examined} copies");
 }
