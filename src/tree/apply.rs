@@ -44,7 +44,13 @@ pub fn apply<S: Source>(
             return Ok(root);
         }
     }
-    // The old root is gone, so the edits that are left put all nodes of its level.
+    // What is left puts all nodes of the old root's level, but for the old root where it stays and others come behind it.
+    let old = source.node(root)?;
+    if let Some(last) = old.len().checked_sub(1).map(|at| old.key(at))
+        && let Err(at) = edits.binary_search_by(|(key, _)| key.as_slice().cmp(last))
+    {
+        edits.insert(at, (last.to_vec(), Edit::Put(root.0.to_vec())));
+    }
     let mut nodes: Vec<(Vec<u8>, NodeId)> = edits
         .into_iter()
         .filter_map(|(key, edit)| match edit {

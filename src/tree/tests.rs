@@ -119,6 +119,21 @@ fn every_key_is_found_and_no_other() {
 }
 
 #[test]
+fn a_key_behind_a_root_that_ends_where_a_node_is_cut_leaves_the_root_there() {
+    let (nodes, empty) = Nodes::new();
+    for size in 1..400 {
+        let mut map = big(size);
+        let root = nodes.build(empty, &map);
+        let last = key(size * 3 + 1);
+        map.insert(last.clone(), Vec::new());
+        let edit = BTreeMap::from([(last, Edit::Put(Vec::new()))]);
+        let (root, _) = nodes.apply(root, edit);
+        assert_eq!(nodes.all(root), map, "{size} keys");
+        assert_eq!(root, nodes.build(empty, &map));
+    }
+}
+
+#[test]
 fn nodes_written_grow_with_the_edit_and_not_with_the_tree() {
     let (nodes, empty) = Nodes::new();
     let root = nodes.build(empty, &big(100_000));
