@@ -11,6 +11,7 @@ mod meta;
 mod steps;
 #[cfg(test)]
 mod tests;
+mod wal;
 mod write;
 
 use std::collections::{HashMap, HashSet};
@@ -483,6 +484,11 @@ fn family(db: &DB, target: Target) -> Result<&ColumnFamily, StoreError> {
 
 /// Opens the database with the settings found good: small buffers, little WAL, blobs for chunks, no compression of its own.
 fn open_db(dir: &Path) -> Result<DB, StoreError> {
+    let db = dir.join("db");
+    wal::trim(&db).map_err(|source| StoreError::Io {
+        what: db.display().to_string(),
+        source,
+    })?;
     let mut options = Options::default();
     options.create_if_missing(true);
     options.create_missing_column_families(true);

@@ -457,6 +457,12 @@ volumes = "shop/branch/**"
 keep-versions = 2
 keep-for = "1.5h"
 unused-for = "3d"
+[trust]
+agents = ["root", "998"]
+read = ["npm"]
+commit = "scope"
+protected-only = true
+limit = "1g"
 "#;
 
     proptest::proptest! {
