@@ -5,6 +5,7 @@
 
 mod attach;
 mod finish;
+mod join;
 mod plan;
 mod state;
 mod variables;
@@ -28,6 +29,7 @@ use state::Jobs;
 
 pub use attach::attach;
 pub use finish::finish;
+use join::Lifetime;
 pub use variables::suffix;
 
 #[derive(Clone, Debug, Args)]
@@ -51,6 +53,12 @@ pub struct Attach {
     /// The job's name (default: from the variables of the CI host)
     #[arg(long, value_name = "ID")]
     job: Option<String>,
+    /// Share the forks with all that join the workspace of this name
+    #[arg(long, value_name = "NAME")]
+    join: Option<String>,
+    /// When the workspace ends (default: build): all but pipeline are thrown away then
+    #[arg(long, value_enum, requires = "join")]
+    lifetime: Option<Lifetime>,
     /// A process without which the job is over, beside BUILDKITE_AGENT_PID; may be repeated
     #[arg(long, value_name = "PID")]
     agent_pid: Vec<u32>,
@@ -79,6 +87,9 @@ pub struct Finish {
     /// The job's name (default: from the variables of the CI host)
     #[arg(long, value_name = "ID", conflicts_with = "stale")]
     job: Option<String>,
+    /// End the workspace of this name
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["job", "stale"])]
+    join: Option<String>,
     /// The exit status of the job's command
     #[arg(long, value_name = "N", conflicts_with_all = ["outcome", "stale"])]
     status: Option<i32>,

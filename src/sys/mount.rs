@@ -67,6 +67,13 @@ pub fn bind(from: &Path, to: &Path) -> io::Result<()> {
     mount(Some(from.as_os_str()), to, None, libc::MS_BIND, None)
 }
 
+/// Makes a bind read-only; the mount that it is of stays as it is.
+pub fn make_bind_read_only(at: &Path) -> io::Result<()> {
+    let flags =
+        libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV;
+    mount(None::<&str>, at, None, flags, None)
+}
+
 /// Lets mounts from outside come into this mount namespace, and none of this one go out.
 pub(super) fn make_slave() -> io::Result<()> {
     mount(

@@ -11,6 +11,7 @@ mod docker;
 mod jobs;
 mod trust;
 mod unprivileged;
+mod workspace;
 
 /// A store of its own with its daemon, which ends with the test.
 struct Cli {

@@ -25,7 +25,9 @@ fn as_user(script: &str) -> String {
         fs::set_permissions(at(folder), fs::Permissions::from_mode(0o700)).unwrap();
     }
     let path = std::env::var("PATH").unwrap();
-    let all = format!("trap 'forkvol daemon stop --force' EXIT\ncd ~\n{script}");
+    let all = format!(
+        "trap 'forkvol daemon status > /dev/null 2>&1 && forkvol daemon stop --force' EXIT\ncd ~\n{script}"
+    );
     let output = Command::new("unshare")
         .args([
             "--mount",
@@ -104,4 +106,18 @@ fn run_gives_two_jobs_of_one_user_their_own_view_of_one_path() {
          forkvol ls npm | awk '{print $NF}'",
     );
     assert_eq!(out, "a\na\n");
+}
+
+#[test]
+fn an_ordinary_user_cannot_join_a_workspace_and_is_told_what_can() {
+    let out = as_user(
+        "forkvol attach --strict --join w --job 1 -v v -p p 2>&1 || echo \"status $?\"
+         forkvol attach --join w --job 1 -v v -p p --env-file env 2>/dev/null
+         ls -d p",
+    );
+    assert!(
+        out.contains("cannot be joined by an ordinary user; only who may bind"),
+        "{out}"
+    );
+    assert!(out.ends_with("status 14\np\n"), "{out}");
 }

@@ -1,5 +1,6 @@
 //! The start of a job: forks made, mounted and put in place, one after the other, each step noted before the next.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -12,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::plan::{Plan, plans};
 use super::state::{self, Agent, Job, Jobs, Spot, Volume};
-use super::{Attach, Existing, Link, finish, job_name, live_forks, variables, within};
+use super::{Attach, Existing, Link, finish, job_name, join, live_forks, variables, within};
 use crate::cli::client::Client;
 use crate::cli::ending::When;
 use crate::cli::forks;
@@ -45,7 +46,10 @@ pub fn attach(
             plans.clone(),
             name.clone(),
         );
-        move || make(&context, &options, &plans, &name)
+        move || match &options.join {
+            Some(workspace) => join::make(&context, &options, &plans, &name, workspace),
+            None => make(&context, &options, &plans, &name),
+        }
     });
     let job = match made {
         Ok(job) => job,
@@ -119,7 +123,7 @@ fn without_cache(plans: &[Plan], name: &str, failure: &Failure) -> Job {
     job
 }
 
-fn empty(plan: &Plan) -> Volume {
+pub(super) fn empty(plan: &Plan) -> Volume {
     Volume {
         volume: plan.wish.volume.clone(),
         commit: Some(plan.commit),
@@ -132,11 +136,12 @@ fn empty(plan: &Plan) -> Volume {
         degraded: None,
         refused: None,
         trust: "off".into(),
+        shared: false,
     }
 }
 
 /// What was asked for, as text that is the same for the same question.
-fn question(plans: &[Plan]) -> String {
+pub(super) fn question(plans: &[Plan]) -> String {
     let one = |plan: &Plan| {
         let o = &plan.fork;
         let fork = (
@@ -159,7 +164,7 @@ fn question(plans: &[Plan]) -> String {
 }
 
 /// The processes without which the job is over.
-fn agents(options: &Attach) -> Vec<Agent> {
+pub(super) fn agents(options: &Attach) -> Vec<Agent> {
     let named = std::env::var("BUILDKITE_AGENT_PID").ok();
     let named = named.and_then(|pid| pid.parse().ok());
     let pids = named.iter().chain(&options.agent_pid);
@@ -173,33 +178,13 @@ fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Resu
     let mut client = context.connect()?;
     let live = live_forks(&mut client)?;
     let _alone = jobs.lock(name)?;
-    if let Some(job) = jobs.load(name)? {
-        let is_stale = job.is_stale(&live);
-        if !is_stale && job.asked == asked {
-            return Ok(job);
-        }
-        if !is_stale {
-            let message = format!("job {name} is attached with other volumes, paths or options");
-            return Err(
-                Failure::new(Code::Usage, message).hint(format!("forkvol finish --job {name}"))
-            );
-        }
-        finish::drop_job(context, &jobs, &job)?;
+    if let Some(job) = known(context, &jobs, name, &asked, &live)? {
+        return Ok(job);
     }
     let strict = options.options.strict;
     let mut job = Job::new(name.into(), asked, When::OnSuccess, strict, agents(options));
     jobs.save(&job)?;
-    let mut work = Work {
-        context,
-        options,
-        jobs: &jobs,
-        others: jobs
-            .all()?
-            .into_iter()
-            .filter(|job| !job.is_stale(&live))
-            .collect(),
-        by: By::default_for_caller(),
-    };
+    let mut work = Work::new(context, options, &jobs, &live, By::default_for_caller())?;
     for plan in plans {
         job.volumes.push(empty(plan));
         if let Err(failure) = work.volume(&mut client, &mut job, plan) {
@@ -213,7 +198,29 @@ fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Resu
     Ok(job)
 }
 
-struct Work<'a> {
+/// The job as it is, if it has what is asked for; what is left of an earlier one of that name is taken away.
+pub(super) fn known(
+    context: &Context,
+    jobs: &Jobs,
+    name: &str,
+    asked: &str,
+    live: &HashSet<String>,
+) -> Result<Option<Job>, Failure> {
+    let Some(job) = jobs.load(name)? else {
+        return Ok(None);
+    };
+    if job.is_stale(live) {
+        finish::drop_job(context, jobs, &job)?;
+        return Ok(None);
+    }
+    if job.asked == asked {
+        return Ok(Some(job));
+    }
+    let message = format!("job {name} is attached with other volumes, paths or options");
+    Err(Failure::new(Code::Usage, message).hint(format!("forkvol finish --job {name}")))
+}
+
+pub(super) struct Work<'a> {
     context: &'a Context,
     options: &'a Attach,
     jobs: &'a Jobs,
@@ -228,8 +235,30 @@ fn current(job: &mut Job) -> &mut Volume {
         .expect("a volume was added before anything is done for it")
 }
 
-impl Work<'_> {
-    fn volume(&mut self, client: &mut Client, job: &mut Job, plan: &Plan) -> Result<(), Failure> {
+impl<'a> Work<'a> {
+    pub(super) fn new(
+        context: &'a Context,
+        options: &'a Attach,
+        jobs: &'a Jobs,
+        live: &HashSet<String>,
+        by: By,
+    ) -> Result<Work<'a>, Failure> {
+        let others = jobs.all()?.into_iter();
+        Ok(Work {
+            context,
+            options,
+            jobs,
+            others: others.filter(|job| !job.is_stale(live)).collect(),
+            by,
+        })
+    }
+
+    pub(super) fn volume(
+        &mut self,
+        client: &mut Client,
+        job: &mut Job,
+        plan: &Plan,
+    ) -> Result<(), Failure> {
         let (wish, link) = (&plan.wish, plan.link);
         let direct = self.by == By::Helper && link == Link::Bind;
         let mut targets = Vec::new();
@@ -314,7 +343,11 @@ impl Work<'_> {
     }
 
     /// Where a path leads, with the folders that had to be made for it.
-    fn place(&self, plan: &Plan, path: &Path) -> Result<(Target, Vec<PathBuf>), Failure> {
+    pub(super) fn place(
+        &self,
+        plan: &Plan,
+        path: &Path,
+    ) -> Result<(Target, Vec<PathBuf>), Failure> {
         let is_link = plan.link == Link::Symlink;
         if is_link && path.file_name().is_some_and(|name| name == "node_modules") {
             return Err(Failure::new(
@@ -338,7 +371,7 @@ impl Work<'_> {
     }
 
     /// Opens what a path holds, where that is to be copied; refuses content where there may be none.
-    fn look_at(&self, plan: &Plan, path: &Path) -> Result<Option<File>, Failure> {
+    pub(super) fn look_at(&self, plan: &Plan, path: &Path) -> Result<Option<File>, Failure> {
         let failed = |e: io::Error| Failure::new(Code::Failed, format!("{}: {e}", path.display()));
         let is_empty = fs::read_dir(path).map_err(failed)?.next().is_none();
         let refuse = |why: &str| {
@@ -368,7 +401,7 @@ impl Work<'_> {
         Ok(folder)
     }
 
-    fn put_in_place(&self, link: Link, from: &Path, to: &Path) -> Result<(), Failure> {
+    pub(super) fn put_in_place(&self, link: Link, from: &Path, to: &Path) -> Result<(), Failure> {
         let result = match link {
             Link::Bind => kernel::bind(from, to),
             // It was made, or was empty: it gives way to the link.

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::state::{Job, Jobs, Spot, Volume};
-use super::{Finish, Link, job_name, live_forks, within};
+use super::{Finish, Link, job_name, join, live_forks, within};
 use crate::cli::client::Client;
 use crate::cli::ending::End;
 use crate::cli::forks::{self, take};
@@ -23,7 +23,10 @@ pub fn finish(context: &Context, options: &Finish) -> Result<(), Failure> {
         let (context, options) = (context.clone(), options.clone());
         within(options.deadline, move || drop_stale(&context))
     } else {
-        let name = job_name(options.job.as_deref())?;
+        let name = match &options.join {
+            Some(workspace) => join::job_of(workspace),
+            None => job_name(options.job.as_deref())?,
+        };
         let (context, options) = (context.clone(), options.clone());
         within(options.deadline, move || {
             finish_job(&context, &options, &name)
@@ -52,7 +55,8 @@ fn drop_stale(context: &Context) -> Result<Value, Failure> {
         let Some(job) = jobs.load(&job.job)? else {
             continue;
         };
-        if !job.is_stale(&live_forks(&mut context.connect()?)?) {
+        let stale = job.is_stale(&live_forks(&mut context.connect()?)?);
+        if !stale && !join::is_lonely(&jobs, &job)? {
             continue;
         }
         drop_job(context, &jobs, &job)?;
@@ -69,10 +73,16 @@ fn drop_stale(context: &Context) -> Result<Value, Failure> {
 pub fn drop_job(context: &Context, jobs: &Jobs, job: &Job) -> Result<(), Failure> {
     let mut client = context.connect()?;
     for volume in &job.volumes {
-        drop_fork(&mut client, volume)?;
-        take_apart(Some(&mut client), volume, By::default_for_caller(), true);
+        drop_volume(&mut client, volume)?;
     }
     jobs.remove(&job.job)
+}
+
+/// Drops a volume's fork and takes it from its places.
+pub fn drop_volume(client: &mut Client, volume: &Volume) -> Result<(), Failure> {
+    drop_fork(client, volume)?;
+    take_apart(Some(client), volume, By::default_for_caller(), true);
+    Ok(())
 }
 
 fn drop_fork(client: &mut Client, volume: &Volume) -> Result<(), Failure> {
@@ -97,6 +107,18 @@ fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, 
     let Some(mut job) = jobs.load(name)? else {
         return Ok(json!({ "finish": null }));
     };
+    if let Some(workspace) = job.joined.clone() {
+        for volume in job.volumes.iter().rev() {
+            take_apart(None, volume, By::default_for_caller(), true);
+        }
+        jobs.remove(name)?;
+        join::left(context, &jobs, &workspace)?;
+        output::note(&format!("job {name} left its workspace"));
+        return Ok(json!({"finish": {"job": name, "left": workspace}}));
+    }
+    if job.shared.is_some() && !options.keep {
+        join::dissolve(&jobs, name)?;
+    }
     let end = options
         .outcome
         .unwrap_or_else(|| End::of_status(options.status.unwrap_or(1)));
@@ -297,7 +319,7 @@ pub fn take_apart(mut client: Option<&mut Client>, volume: &Volume, by: By, with
             _ => {}
         }
     }
-    if let Some(mount) = &volume.mount {
+    if let Some(mount) = volume.mount.as_ref().filter(|_| !volume.shared) {
         mounting::detach_by(client, mount, by);
     }
     remove_folders(volume, with_paths);

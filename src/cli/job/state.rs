@@ -10,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use super::Link;
+use super::join::Shared;
 use crate::cli::ending::{End, When};
 use crate::cli::place::Place;
 use crate::protocol::{Code, Failure, Mount};
@@ -48,6 +49,12 @@ pub struct Job {
     pub volumes: Vec<Volume>,
     /// How it ended, once that is known.
     pub end: Option<End>,
+    /// It is a workspace, for others to join.
+    #[serde(default)]
+    pub shared: Option<Shared>,
+    /// The workspace whose volumes it has.
+    #[serde(default)]
+    pub joined: Option<String>,
 }
 
 /// A volume of a job. What is None could not be had.
@@ -72,6 +79,9 @@ pub struct Volume {
     /// What the daemon judged of the job: off, trusted or untrusted.
     #[serde(default)]
     pub trust: String,
+    /// Its mount is a workspace's, which goes on without this job.
+    #[serde(default)]
+    pub shared: bool,
 }
 
 /// A path of a job.
@@ -110,6 +120,8 @@ impl Job {
             created: now(),
             volumes: Vec::new(),
             end: None,
+            shared: None,
+            joined: None,
         }
     }
 
@@ -414,6 +426,7 @@ mod tests {
     fn volume(hit: &str) -> Volume {
         Volume {
             trust: String::new(),
+            shared: false,
             volume: "v".into(),
             commit: None,
             fork: None,

@@ -1,0 +1,272 @@
+//! Workspaces: forks that the steps of one build share, at several places and in several containers at once.
+//!
+//! A workspace is a job of its own without paths; what joins it is a job whose volumes are the workspace's. All of them are binds
+//! of one mount, so that a write is seen by all at once, and file watches work.
+
+use serde::{Deserialize, Serialize};
+
+use clap::ValueEnum;
+
+use super::attach::{self, Work};
+use super::plan::Plan;
+use super::state::{self, Job, Jobs, Spot, Volume};
+use super::{Attach, Link, finish};
+use crate::cli::Context;
+use crate::cli::client::Client;
+use crate::cli::ending::When;
+use crate::cli::mounting::{self, By};
+use crate::cli::output::warn;
+use crate::cli::paths;
+use crate::protocol::{Code, Failure};
+use crate::sys::mount as kernel;
+
+/// A workspace that nobody has joined for so many seconds is over.
+const LONELY: u64 = 3600;
+
+/// When a workspace ends, and what becomes of it then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Lifetime {
+    /// With its last member; thrown away.
+    Step,
+    /// With `finish --join`; thrown away.
+    Stage,
+    /// With `finish --join`; thrown away.
+    #[default]
+    Build,
+    /// With `finish --join`; committed as its outcome says.
+    Pipeline,
+}
+
+/// What makes a job a workspace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shared {
+    pub lifetime: Lifetime,
+    /// Seconds since 1970: when somebody joined or left it last.
+    pub touched: u64,
+}
+
+/// The name of a workspace's job.
+pub fn job_of(name: &str) -> String {
+    format!("workspace.{}", state::safe_name(name))
+}
+
+/// Makes a member of a workspace, and the workspace with its first.
+pub fn make(
+    context: &Context,
+    options: &Attach,
+    plans: &[Plan],
+    name: &str,
+    workspace: &str,
+) -> Result<Job, Failure> {
+    let by = By::default_for_caller();
+    if by == By::Helper {
+        let message = format!("workspace {workspace} cannot be joined by an ordinary user");
+        return Err(Failure::new(Code::Policy, message)
+            .hint("only who may bind folders can join: run the hook as root, or in a user namespace of its own"));
+    }
+    if let Some(plan) = plans.iter().find(|plan| plan.link != Link::Bind) {
+        let message = format!(
+            "volume {} of a workspace can only be bound",
+            plan.wish.volume
+        );
+        return Err(Failure::new(Code::Usage, message));
+    }
+    let mut client = context.connect()?;
+    let jobs = Jobs::of(&context.place)?;
+    let asked = format!("{workspace}\n{}", attach::question(plans));
+    let live = super::live_forks(&mut client)?;
+    let _alone = jobs.lock(name)?;
+    if let Some(job) = attach::known(context, &jobs, name, &asked, &live)? {
+        return Ok(job);
+    }
+    let shared = job_of(workspace);
+    let _nobody_else = jobs.lock(&shared)?;
+    let mut work = Work::new(context, options, &jobs, &live, by)?;
+    let mut common = match jobs.load(&shared)? {
+        Some(job) if !job.is_stale(&live) => job,
+        left => {
+            if let Some(left) = left {
+                finish::drop_job(context, &jobs, &left)?;
+            }
+            let lifetime = options.lifetime.unwrap_or_default();
+            let when = match lifetime {
+                Lifetime::Pipeline => options.commit.unwrap_or(When::OnSuccess),
+                _ => When::Never,
+            };
+            let mut job = Job::new(shared.clone(), String::new(), when, true, Vec::new());
+            job.shared = Some(Shared {
+                lifetime,
+                touched: state::now(),
+            });
+            jobs.save(&job)?;
+            job
+        }
+    };
+    let made = fill(&mut work, &mut client, &jobs, &mut common, plans);
+    if let Err(failure) = made {
+        if common.volumes.is_empty() {
+            finish::drop_job(context, &jobs, &common)?;
+        }
+        return Err(failure);
+    }
+    let strict = options.options.strict;
+    let mut job = Job::new(
+        name.into(),
+        asked,
+        When::Never,
+        strict,
+        attach::agents(options),
+    );
+    job.joined = Some(shared);
+    jobs.save(&job)?;
+    for plan in plans {
+        if let Err(failure) = bind(&work, &jobs, &mut job, &common, plan) {
+            finish::drop_job(context, &jobs, &job)?;
+            return Err(failure);
+        }
+    }
+    touch(&jobs, &mut common)?;
+    Ok(job)
+}
+
+/// Gives a workspace the volumes that it does not have yet.
+fn fill(
+    work: &mut Work<'_>,
+    client: &mut Client,
+    jobs: &Jobs,
+    common: &mut Job,
+    plans: &[Plan],
+) -> Result<(), Failure> {
+    let commits = common
+        .shared
+        .is_some_and(|s| s.lifetime == Lifetime::Pipeline);
+    for plan in plans {
+        if common.volumes.iter().any(|v| v.volume == plan.wish.volume) {
+            continue;
+        }
+        let mut plan = plan.clone();
+        plan.wish.paths.clear();
+        plan.commit = common.commit;
+        plan.fork.ephemeral |= !commits;
+        // That concerns the member, not the workspace.
+        plan.fork.read_only = false;
+        common.volumes.push(attach::empty(&plan));
+        if let Err(failure) = work.volume(client, common, &plan) {
+            if let Some(volume) = common.volumes.pop() {
+                finish::drop_volume(client, &volume)?;
+            }
+            jobs.save(common)?;
+            return Err(failure);
+        }
+    }
+    jobs.save(common)
+}
+
+/// Puts a volume of a workspace in a member's places.
+fn bind(
+    work: &Work<'_>,
+    jobs: &Jobs,
+    job: &mut Job,
+    common: &Job,
+    plan: &Plan,
+) -> Result<(), Failure> {
+    let known = common.volumes.iter().find(|v| v.volume == plan.wish.volume);
+    let Some((volume, mount)) = known.and_then(|v| v.mount.as_ref().map(|mount| (v, mount))) else {
+        let message = format!("the workspace has no volume {}", plan.wish.volume);
+        return Err(Failure::new(Code::Failed, message));
+    };
+    let root = mounting::mount_path(mount);
+    if !mounting::is_on_top(root, mount.device) {
+        let message = format!(
+            "the workspace's mount {} is not seen from here",
+            root.display()
+        );
+        return Err(Failure::new(Code::Policy, message)
+            .hint("it was made in another mount namespace: give this container the folder of the mounts, bound rshared"));
+    }
+    job.volumes.push(Volume {
+        fork: None,
+        folder: None,
+        paths: Vec::new(),
+        shared: true,
+        ..volume.clone()
+    });
+    let at = job.volumes.len() - 1;
+    for path in &plan.wish.paths {
+        let (target, made) = work.place(plan, path)?;
+        work.look_at(plan, &target.path)?;
+        let inside = match &target.folder {
+            Some(folder) => root.join(folder),
+            None => root.to_owned(),
+        };
+        if !inside.is_dir() {
+            paths::make_folder_open(&inside)?;
+        }
+        job.volumes[at].paths.push(Spot {
+            path: target.path.clone(),
+            inner: target.folder,
+            link: Some(Link::Bind),
+            mount: None,
+            made,
+        });
+        jobs.save(job)?;
+        work.put_in_place(Link::Bind, &inside, &target.path)?;
+        if plan.fork.read_only {
+            kernel::make_bind_read_only(&target.path).map_err(|e| {
+                let message = format!("{} cannot be made read-only: {e}", target.path.display());
+                Failure::new(Code::Failed, message)
+            })?;
+        }
+    }
+    jobs.save(job)
+}
+
+fn touch(jobs: &Jobs, common: &mut Job) -> Result<(), Failure> {
+    if let Some(shared) = &mut common.shared {
+        shared.touched = state::now();
+    }
+    jobs.save(common)
+}
+
+fn members(jobs: &Jobs, workspace: &str) -> Result<Vec<Job>, Failure> {
+    let of = |job: &Job| job.joined.as_deref() == Some(workspace);
+    Ok(jobs.all()?.into_iter().filter(of).collect())
+}
+
+/// After a member has left: the workspace ends with its last one if that was its lifetime.
+pub fn left(context: &Context, jobs: &Jobs, workspace: &str) -> Result<(), Failure> {
+    let _nobody_else = jobs.lock(workspace)?;
+    let Some(mut common) = jobs.load(workspace)? else {
+        return Ok(());
+    };
+    let is_step = common.shared.is_some_and(|s| s.lifetime == Lifetime::Step);
+    if is_step && members(jobs, workspace)?.is_empty() {
+        return finish::drop_job(context, jobs, &common);
+    }
+    touch(jobs, &mut common)
+}
+
+/// Takes a workspace from those who are in it still, before it ends.
+pub fn dissolve(jobs: &Jobs, workspace: &str) -> Result<(), Failure> {
+    for job in members(jobs, workspace)? {
+        warn(&format!(
+            "job {} is in the workspace still; it is gone for it",
+            job.job
+        ));
+        for volume in &job.volumes {
+            finish::take_apart(None, volume, By::default_for_caller(), true);
+        }
+        jobs.remove(&job.job)?;
+    }
+    Ok(())
+}
+
+/// Whether nobody has been in a workspace for long.
+pub fn is_lonely(jobs: &Jobs, job: &Job) -> Result<bool, Failure> {
+    let Some(shared) = job.shared else {
+        return Ok(false);
+    };
+    let alone = members(jobs, &job.job)?.is_empty();
+    Ok(alone && state::now().saturating_sub(shared.touched) > LONELY)
+}

@@ -1,0 +1,164 @@
+//! Forks that the steps of one build share.
+
+use rustix::fs::inotify;
+
+use super::*;
+
+/// Joins a workspace; returns what attach says.
+fn join(cli: &Cli, job: &str, more: &[&str]) -> serde_json::Value {
+    let root = cli.path("mounts");
+    let all = [
+        &["attach", "--strict", "--join", "build-7", "--job", job][..],
+        &["--mount-root", root.to_str().unwrap()],
+        more,
+    ]
+    .concat();
+    cli.json(&all)["attach"].clone()
+}
+
+fn forks(cli: &Cli) -> usize {
+    cli.json(&["forks"])["forks"].as_array().unwrap().len()
+}
+
+/// Waits in another mount namespace, as a container would, until a file is there.
+fn wait_inside(path: &Path) -> std::process::Child {
+    let script = format!(
+        "for n in $(seq 500); do [ -e {0} ] && exec cat {0}; sleep 0.02; done; exit 1",
+        path.display()
+    );
+    Command::new("unshare")
+        .args(["--mount", "bash", "-c", &script])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+#[test]
+fn what_one_member_writes_another_sees_at_once() {
+    let cli = Cli::new();
+    join(&cli, "a", &["-v", "work", "-p", "a"]);
+    join(&cli, "b", &["-v", "work", "-p", "deep/b"]);
+    assert_eq!(forks(&cli), 1, "both are in one fork");
+    let other = wait_inside(&cli.path("deep/b/signal"));
+    let watch = inotify::init(inotify::CreateFlags::NONBLOCK).unwrap();
+    inotify::add_watch(&watch, cli.path("deep/b"), inotify::WatchFlags::CREATE).unwrap();
+    fs::write(cli.path("a/half"), "now").unwrap();
+    fs::rename(cli.path("a/half"), cli.path("a/signal")).unwrap();
+    let read = other.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&read.stdout), "now");
+    let mut buffer = [std::mem::MaybeUninit::uninit(); 512];
+    let mut events = inotify::Reader::new(&watch, &mut buffer);
+    let event = events.next().unwrap();
+    assert_eq!(
+        event.file_name().unwrap().to_bytes(),
+        b"half",
+        "a watch tells of it"
+    );
+    assert_eq!(
+        fs::metadata(cli.path("a/signal")).unwrap().len(),
+        fs::metadata(cli.path("deep/b/signal")).unwrap().len()
+    );
+    cli.ok(&["finish", "--job", "a", "--status", "0"]);
+    assert!(!cli.path("a").exists() && cli.path("deep/b/signal").exists());
+    cli.ok(&["finish", "--job", "b", "--status", "0"]);
+    assert!(!cli.path("deep").exists());
+    cli.ok(&["finish", "--join", "build-7", "--status", "0"]);
+    assert_eq!(
+        (forks(&cli), cli.path("mounts/workspace.build-7").exists()),
+        (0, false)
+    );
+    assert!(
+        cli.json(&["volume", "show", "work"])["volume"]["head"].is_null(),
+        "a build's workspace is thrown away"
+    );
+}
+
+#[test]
+fn the_workspace_of_a_pipeline_is_committed_at_its_end_without_credentials() {
+    let cli = Cli::new();
+    let pipeline = ["-v", "work", "-p", "a", "--lifetime", "pipeline"];
+    join(&cli, "a", &pipeline);
+    fs::write(cli.path("a/result"), "r").unwrap();
+    fs::write(cli.path("a/.npmrc"), "//registry/:_authToken=secret").unwrap();
+    cli.ok(&["finish", "--job", "a", "--status", "0"]);
+    join(&cli, "b", &["-v", "work", "-p", "b"]);
+    assert!(
+        cli.path("b/.npmrc").exists(),
+        "it is passed on within the build"
+    );
+    cli.ok(&["finish", "--job", "b", "--status", "1"]);
+    cli.ok(&["finish", "--join", "build-7", "--status", "0"]);
+    let names = cli.ok(&["ls", "work"]);
+    assert!(
+        names.contains("result") && !names.contains(".npmrc"),
+        "{names}"
+    );
+
+    join(&cli, "a", &pipeline);
+    fs::write(cli.path("a/result"), "of a build that fails").unwrap();
+    cli.ok(&["finish", "--join", "build-7", "--outcome", "failure"]);
+    assert_eq!(cli.ok(&["cat", "work:result"]), "r");
+    assert!(
+        !cli.path("a").exists(),
+        "who was in it still has its place back"
+    );
+    assert_eq!(cli.json(&["jobs"])["jobs"], serde_json::json!([]));
+}
+
+#[test]
+fn a_member_that_asked_to_read_only_cannot_write_and_others_can() {
+    let cli = Cli::new();
+    join(&cli, "a", &["-v", "work", "-p", "a"]);
+    join(&cli, "b", &["-v", "work", "-p", "b", "--read-only"]);
+    fs::write(cli.path("a/f"), "x").unwrap();
+    assert_eq!(fs::read(cli.path("b/f")).unwrap(), b"x");
+    let error = fs::write(cli.path("b/f"), "y").unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(30), "read-only filesystem");
+    fs::write(cli.path("a/f"), "z").unwrap();
+}
+
+#[test]
+fn the_workspace_of_a_step_ends_with_its_last_member() {
+    let cli = Cli::new();
+    for job in ["a", "b"] {
+        join(&cli, job, &["-v", "work", "-p", job, "--lifetime", "step"]);
+    }
+    cli.ok(&["finish", "--job", "a", "--status", "0"]);
+    assert_eq!(forks(&cli), 1);
+    cli.ok(&["finish", "--job", "b", "--status", "0"]);
+    assert_eq!(forks(&cli), 0);
+}
+
+#[test]
+fn shards_that_do_not_share_have_each_its_own_fork_of_the_seed() {
+    let cli = Cli::new();
+    let seeded = cli.run(
+        "db",
+        &cli.path("data"),
+        "for n in {1..50}; do echo $n > data/$n; done",
+    );
+    assert!(seeded.status.success());
+    for shard in 1..=4 {
+        let (name, path) = (shard.to_string(), format!("shard{shard}"));
+        let at = cli.path("mounts");
+        cli.ok(&[
+            "attach",
+            "--strict",
+            "--job",
+            &name,
+            "-v",
+            "db",
+            "-p",
+            &path,
+            "--mount-root",
+            at.to_str().unwrap(),
+        ]);
+        fs::write(cli.path(&path).join("1"), &name).unwrap();
+    }
+    for shard in 1..=4 {
+        let own = fs::read_to_string(cli.path(&format!("shard{shard}/1"))).unwrap();
+        assert_eq!(own, shard.to_string());
+        cli.ok(&["finish", "--job", &own, "--status", "1"]);
+    }
+    assert_eq!(cli.ok(&["cat", "db:1"]), "1");
+}
