@@ -115,6 +115,8 @@ pub struct Fork {
     holds: (AtomicI64, AtomicI64),
     /// Some file has, or had, several names.
     has_links: AtomicBool,
+    /// Bytes of files that the commit under way has gone through.
+    ingested: AtomicU64,
     damage: OnceLock<String>,
     started: Instant,
 }
@@ -251,6 +253,7 @@ impl Fork {
                 AtomicI64::new(origin.holds.1 as i64),
             ),
             has_links: AtomicBool::new(origin.has_links),
+            ingested: AtomicU64::new(0),
             damage: OnceLock::new(),
             started: Instant::now(),
         })
@@ -533,6 +536,19 @@ impl Fork {
         for ino in orphans {
             self.drop_orphan(ino);
         }
+    }
+
+    /// Notes that a commit begins, or how much more of the files it has gone through.
+    pub fn note_ingested(&self, bytes: Option<u64>) {
+        match bytes {
+            Some(bytes) => self.ingested.fetch_add(bytes, Ordering::Relaxed),
+            None => self.ingested.swap(0, Ordering::Relaxed),
+        };
+    }
+
+    /// Bytes of files that the commit under way has gone through, or the last one.
+    pub fn ingested(&self) -> u64 {
+        self.ingested.load(Ordering::Relaxed)
     }
 
     /// Notes that a file was given one more name.

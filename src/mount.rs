@@ -358,7 +358,10 @@ impl Filesystem for Mount {
     ) {
         self.caller(request, "read");
         match self.fs.read(self.ino(ino), offset, size as usize) {
-            Ok(bytes) => reply.data(&bytes),
+            Ok(bytes) => {
+                self.requests.count_read(bytes.len());
+                reply.data(&bytes);
+            }
             Err(error) => reply.error(self.fail("read", &error)),
         }
     }

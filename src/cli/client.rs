@@ -95,6 +95,22 @@ impl Client {
         }
     }
 
+    /// A second connection to the same daemon, if it can be had.
+    pub fn beside(&self) -> Option<Client> {
+        let stream = socket::connect(&self.socket).ok()?;
+        let mut connection = Connection::new(stream);
+        connection.send(&Request::Hello(Hello::ours())).ok()?;
+        let greeting = connection.receive(MAX_ANSWER, Some(HELLO_TIMEOUT));
+        match greeting {
+            Ok(Answer::Hello(hello)) => Some(Client {
+                connection,
+                socket: self.socket.clone(),
+                hello,
+            }),
+            _ => None,
+        }
+    }
+
     /// Asks for something.
     pub fn call(&mut self, request: &Request) -> Result<Value, Failure> {
         self.call_with_fd(request, None)

@@ -27,9 +27,9 @@ pub enum End {
 }
 
 impl End {
-    /// The end of a job whose command exited with this status.
-    pub fn of_status(status: i32) -> End {
-        if status == 0 {
+    /// The end of a job whose command exited with this status; 0 and those of `successes` are good.
+    pub fn of_status(status: i32, successes: &[i32]) -> End {
+        if status == 0 || successes.contains(&status) {
             End::Success
         } else {
             End::Failure
@@ -54,6 +54,14 @@ impl When {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn other_statuses_than_0_are_good_only_where_that_was_said() {
+        assert_eq!(End::of_status(0, &[]), End::Success);
+        assert_eq!(End::of_status(3, &[]), End::Failure);
+        assert_eq!(End::of_status(3, &[2, 3]), End::Success);
+        assert_eq!(End::of_status(-1, &[2, 3]), End::Failure);
+    }
 
     #[test]
     fn a_commit_depends_on_the_end_and_a_cancelled_or_unknown_one_never_commits() {

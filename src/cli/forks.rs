@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
+use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -33,6 +34,13 @@ pub struct ForkFacts {
     /// Why it will not be committed, as far as that is known.
     pub refused: Option<String>,
     pub mounts: Vec<Mount>,
+    /// Bytes written, read by the kernel, and gone through by a commit.
+    #[serde(default)]
+    pub bytes: u64,
+    #[serde(default)]
+    pub read: u64,
+    #[serde(default)]
+    pub ingested: u64,
     pub read_only: bool,
     pub suid: bool,
     pub dev: bool,
@@ -258,7 +266,7 @@ pub fn commit(context: &Context, options: &CommitOptions) -> Result<(), Failure>
         force: options.force,
         when: protocol::When::Always,
     });
-    let answer = client.call(&request)?;
+    let answer = watched(&mut client, std::slice::from_ref(&fork.id), &request)?;
     let commit: Value = take(&answer, "/commits/0")?;
     for mount in take::<Vec<Mount>>(&commit, "/mounts")? {
         mounting::detach(&mut client, &mount);
@@ -272,6 +280,39 @@ pub fn commit(context: &Context, options: &CommitOptions) -> Result<(), Failure>
     note_excluded(&commit);
     output::show(context.json, &json!({"commit": commit}), |_| {
         version_name(&commit)
+    })
+}
+
+/// Asks for a commit and shows how far it has come, where it takes long and somebody looks.
+pub fn watched(client: &mut Client, forks: &[String], request: &Request) -> Result<Value, Failure> {
+    const PATIENCE: Duration = Duration::from_millis(400);
+    let bar = output::progress(Some(0));
+    if bar.is_hidden() {
+        return client.call(request);
+    }
+    let beside = client.beside();
+    let (done, is_done) = crossbeam::channel::bounded::<()>(0);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            // Without a second connection nothing is shown.
+            let Some(mut client) = beside else { return };
+            while is_done
+                .recv_timeout(PATIENCE)
+                .is_err_and(|e| e.is_timeout())
+            {
+                let facts = |fork: &String| {
+                    let answer = client.call(&Request::Find { fork: fork.clone() });
+                    take::<ForkFacts>(&answer.unwrap_or_default(), "/fork").ok()
+                };
+                let known: Vec<ForkFacts> = forks.iter().filter_map(facts).collect();
+                bar.set_length(known.iter().map(|fork| fork.bytes).sum());
+                bar.set_position(known.iter().map(|fork| fork.ingested).sum());
+            }
+            bar.finish_and_clear();
+        });
+        let result = client.call(request);
+        drop(done);
+        result
     })
 }
 

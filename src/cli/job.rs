@@ -93,6 +93,9 @@ pub struct Finish {
     /// The exit status of the job's command
     #[arg(long, value_name = "N", conflicts_with_all = ["outcome", "stale"])]
     status: Option<i32>,
+    /// Exit statuses that are a success, beside 0
+    #[arg(long, value_name = "STATUS", value_delimiter = ',')]
+    success: Vec<i32>,
     /// How the job ended
     #[arg(long, value_enum, conflicts_with = "stale", required_unless_present_any = ["status", "stale"])]
     outcome: Option<End>,

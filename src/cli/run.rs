@@ -36,6 +36,9 @@ pub struct Run {
     /// When to commit
     #[arg(long, value_enum, value_name = "WHEN", default_value = "on-success")]
     commit: When,
+    /// Exit statuses that are a success, beside 0
+    #[arg(long, value_name = "STATUS", value_delimiter = ',')]
+    success: Vec<i32>,
     /// Write what happened into this file, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -362,7 +365,12 @@ impl<'a> Job<'a> {
         let ids: Vec<String> = self.forks.iter().map(|used| used.fork.id.clone()).collect();
         let options = &self.run.options;
         let wanted = !options.read_only && !options.ephemeral;
-        let Some(when) = self.run.commit.at(outcome.end()).filter(|_| wanted) else {
+        let Some(when) = self
+            .run
+            .commit
+            .at(outcome.end(&self.run.success))
+            .filter(|_| wanted)
+        else {
             client.call(&Request::Abandon { forks: ids })?;
             return Ok(Vec::new());
         };
@@ -370,11 +378,12 @@ impl<'a> Job<'a> {
             .iter()
             .for_each(|used| forks::write_back(&used.mount));
         let commit = protocol::Commit::of(ids.clone(), when);
-        let answer = client.call(&Request::Commit(commit)).inspect_err(|_| {
-            // Nothing else will come back for them.
-            ids.iter()
-                .for_each(|id| forks::drop_unused(&mut client, id));
-        })?;
+        let answer =
+            forks::watched(&mut client, &ids, &Request::Commit(commit)).inspect_err(|_| {
+                // Nothing else will come back for them.
+                ids.iter()
+                    .for_each(|id| forks::drop_unused(&mut client, id));
+            })?;
         let commits: Vec<Value> = take(&answer, "/commits")?;
         commits.iter().for_each(forks::note_excluded);
         Ok(commits)
@@ -477,6 +486,9 @@ mod tests {
         let (_, rest) = manual.split_once("```json run\n").unwrap();
         let example: Value = serde_json::from_str(rest.split("```").next().unwrap()).unwrap();
         let fork = ForkFacts {
+            bytes: 0,
+            read: 0,
+            ingested: 0,
             trust: "off".into(),
             refused: None,
             id: "f-0123456789ab".into(),

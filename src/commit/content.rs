@@ -84,13 +84,10 @@ impl Source<'_> {
 
     fn chunk(&self, ino: Ino, inode: &Inode, from: u64, to: u64) -> Result<(u64, Value), FsError> {
         let bytes = self.read(ino, inode, from, to)?;
-        Ok((
-            from,
-            Value::Chunk {
-                len: to - from,
-                id: self.ingest.chunk(&bytes)?,
-            },
-        ))
+        let id = self.ingest.chunk(&bytes)?;
+        self.fork.note_ingested(Some(to - from));
+        let len = to - from;
+        Ok((from, Value::Chunk { len, id }))
     }
 
     /// Cuts one run of data.

@@ -98,6 +98,8 @@ pub fn fork(fork: &ForkInfo) -> Value {
         "size": fork.size,
         "changed": fork.changed,
         "bytes": fork.bytes,
+        "read": fork.read,
+        "ingested": fork.ingested,
         "requests": fork.requests,
     })
 }
@@ -234,6 +236,8 @@ mod tests {
             size: 0,
             changed: 0,
             bytes: 0,
+            read: 8192,
+            ingested: 0,
             requests: [("lookup", 120), ("read", 3)].into(),
         };
         let the_commit = Committed {

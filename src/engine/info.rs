@@ -96,6 +96,10 @@ pub struct ForkInfo {
     pub changed: u64,
     /// Bytes charged against its size.
     pub bytes: u64,
+    /// Bytes that its kernel has read, which is less than what programs have.
+    pub read: u64,
+    /// Bytes of files that the commit under way has gone through, or the last one.
+    pub ingested: u64,
     pub requests: BTreeMap<&'static str, u64>,
 }
 
@@ -157,6 +161,8 @@ impl Engine {
             size: record.options.size,
             changed: delta.changed + record.moved.map_or(0, |moved| moved.changed),
             bytes: delta.bytes,
+            read: live.requests.read(),
+            ingested: live.fork.as_ref().map_or(0, |fork| fork.ingested()),
             requests: live.requests.counts(),
         })
     }

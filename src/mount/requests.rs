@@ -40,11 +40,17 @@ const KINDS: [&str; 32] = [
 
 /// Counters by kind of request.
 #[derive(Debug)]
-pub struct Requests([AtomicU64; KINDS.len()]);
+pub struct Requests {
+    kinds: [AtomicU64; KINDS.len()],
+    read: AtomicU64,
+}
 
 impl Default for Requests {
     fn default() -> Self {
-        Requests([const { AtomicU64::new(0) }; KINDS.len()])
+        Requests {
+            kinds: [const { AtomicU64::new(0) }; KINDS.len()],
+            read: AtomicU64::new(0),
+        }
     }
 }
 
@@ -56,13 +62,23 @@ impl Requests {
             .iter()
             .position(|k| k.len() == kind.len() && *k == kind)
         {
-            self.0[at].fetch_add(1, Ordering::Relaxed);
+            self.kinds[at].fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// Counts bytes that were read.
+    pub fn count_read(&self, bytes: usize) {
+        self.read.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// How many bytes were read.
+    pub fn read(&self) -> u64 {
+        self.read.load(Ordering::Relaxed)
     }
 
     /// Returns the counts that are not zero.
     pub fn counts(&self) -> BTreeMap<&'static str, u64> {
-        let counts = self.0.iter().map(|count| count.load(Ordering::Relaxed));
+        let counts = self.kinds.iter().map(|count| count.load(Ordering::Relaxed));
         KINDS
             .into_iter()
             .zip(counts)

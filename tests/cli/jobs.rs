@@ -330,3 +330,64 @@ fn a_read_only_volume_without_a_folder_for_a_path_leaves_the_path_as_it_is() {
     ];
     assert_eq!(cli.ok(&run), "x");
 }
+
+#[test]
+fn other_statuses_than_0_commit_only_where_they_were_named() {
+    let cli = Cli::new();
+    for (status, success, head) in [
+        ("3", "2,4", serde_json::Value::Null),
+        ("4", "2,4", 1.into()),
+    ] {
+        cli.attach("1", &["-v", "v", "-p", "c"]);
+        fs::write(cli.path("c/f"), status).unwrap();
+        cli.ok(&[
+            "finish",
+            "--job",
+            "1",
+            "--status",
+            status,
+            "--success",
+            success,
+        ]);
+        assert_eq!(cli.json(&["volume", "show", "v"])["volume"]["head"], head);
+    }
+    let path = cli.path("c");
+    let output = cli.call(&[
+        "run",
+        "--success",
+        "7",
+        "-v",
+        "v",
+        "-p",
+        path.to_str().unwrap(),
+        "--",
+        "bash",
+        "-c",
+        "rm c/f; exit 7",
+    ]);
+    assert_eq!(
+        output.status.code(),
+        Some(7),
+        "the status stays the command's"
+    );
+    assert_eq!(cli.ok(&["ls", "v"]), "");
+}
+
+#[test]
+fn a_job_ends_with_one_line_that_says_what_it_cost_and_brought() {
+    let cli = Cli::new();
+    cli.attach("1", &["-v", "v", "-p", "c"]);
+    fs::write(cli.path("c/f"), vec![7; 100_000]).unwrap();
+    let output = cli.call(&["finish", "--job", "1", "--status", "0"]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 1, "{text}");
+    for part in [
+        "job 1: v (empty hit, forked in ",
+        " ms, 0 B read, ",
+        "KiB written) committed as v@1, ",
+        " newly stored",
+    ] {
+        assert!(lines[0].contains(part), "{part} in {text}");
+    }
+}

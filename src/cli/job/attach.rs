@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 use clap::ArgMatches;
 use serde_json::{Value, json};
@@ -38,7 +39,7 @@ pub fn attach(
     variables::refuse_clash(plans.iter().map(|plan| &plan.wish))?;
     let name = job_name(options.job.as_deref())?;
     let strict = options.options.strict;
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     let made = within(options.deadline, {
         let (context, options, plans, name) = (
             context.clone(),
@@ -137,6 +138,7 @@ pub(super) fn empty(plan: &Plan) -> Volume {
         refused: None,
         trust: "off".into(),
         shared: false,
+        took: 0.0,
     }
 }
 
@@ -187,7 +189,10 @@ fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Resu
     let mut work = Work::new(context, options, &jobs, &live, By::default_for_caller())?;
     for plan in plans {
         job.volumes.push(empty(plan));
-        if let Err(failure) = work.volume(&mut client, &mut job, plan) {
+        let begun = Instant::now();
+        let made = work.volume(&mut client, &mut job, plan);
+        current(&mut job).took = begun.elapsed().as_secs_f64();
+        if let Err(failure) = made {
             if strict {
                 finish::drop_job(context, &jobs, &job)?;
                 return Err(failure);
@@ -195,6 +200,7 @@ fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Resu
             work.go_without(&mut client, &mut job, plan, &failure)?;
         }
     }
+    jobs.save(&job)?;
     Ok(job)
 }
 

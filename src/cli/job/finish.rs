@@ -11,12 +11,15 @@ use super::state::{Job, Jobs, Spot, Volume};
 use super::{Finish, Link, job_name, join, live_forks, within};
 use crate::cli::client::Client;
 use crate::cli::ending::End;
-use crate::cli::forks::{self, take};
+use crate::cli::forks::{self, ForkFacts, take};
 use crate::cli::mounting::{self, By};
 use crate::cli::output::{self, warn};
 use crate::cli::volumes::version_name;
 use crate::cli::{Context, exit};
 use crate::protocol::{self, Code, Failure, Request};
+
+/// For each volume of a job what became of it, and how many bytes were newly stored.
+type Outcomes = BTreeMap<String, (String, u64)>;
 
 pub fn finish(context: &Context, options: &Finish) -> Result<(), Failure> {
     let result = if options.stale {
@@ -121,7 +124,7 @@ fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, 
     }
     let end = options
         .outcome
-        .unwrap_or_else(|| End::of_status(options.status.unwrap_or(1)));
+        .unwrap_or_else(|| End::of_status(options.status.unwrap_or(1), &options.success));
     let of = |volume: &Volume| {
         options
             .commit
@@ -135,7 +138,8 @@ fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, 
         job.end = Some(end);
         jobs.save(&job)?;
     }
-    let mut outcomes = BTreeMap::new();
+    let mut outcomes = Outcomes::new();
+    let traffic = traffic(&mut client, &job);
     let result = settle(&mut client, &job, when, options.keep, &mut outcomes);
     if let Err(failure) = &result
         && failure.code == Code::Unreachable
@@ -150,12 +154,49 @@ fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, 
         jobs.remove(name)?;
     }
     result?;
-    let said: Vec<String> = outcomes
+    let said: Vec<String> = job
+        .volumes
         .iter()
-        .map(|(volume, what)| format!("{volume} {what}"))
+        .filter_map(|volume| {
+            let (what, stored) = outcomes.get(&volume.volume)?;
+            let stored = match stored {
+                0 => String::new(),
+                stored => format!(", {} newly stored", output::size(*stored)),
+            };
+            let traffic = traffic.get(&volume.volume).map_or("", String::as_str);
+            Some(format!(
+                "{} ({} hit, forked in {:.0} ms{traffic}) {what}{stored}",
+                volume.volume,
+                volume.hit,
+                volume.took * 1e3
+            ))
+        })
         .collect();
     output::note(&format!("job {name}: {}", said.join(", ")));
+    let outcomes: BTreeMap<&String, &String> =
+        outcomes.iter().map(|(v, (what, _))| (v, what)).collect();
     Ok(json!({"finish": {"job": name, "outcome": end, "volumes": outcomes}}))
+}
+
+/// What was read and written in each volume.
+fn traffic(client: &mut Client, job: &Job) -> BTreeMap<String, String> {
+    let mut out = BTreeMap::new();
+    for volume in &job.volumes {
+        let Some(fork) = volume.fork.clone() else {
+            continue;
+        };
+        // It only adorns a line: what cannot be had is not said.
+        let found = client.call(&Request::Find { fork });
+        if let Ok(facts) = found.and_then(|answer| take::<ForkFacts>(&answer, "/fork")) {
+            let text = format!(
+                ", {} read, {} written",
+                output::size(facts.read),
+                output::size(facts.bytes)
+            );
+            out.insert(volume.volume.clone(), text);
+        }
+    }
+    out
 }
 
 /// Commits what is to be committed, all or none of what is committed under one condition, and drops the rest. `when` is told for each
@@ -165,7 +206,7 @@ fn settle(
     job: &Job,
     mut when: Vec<Option<protocol::When>>,
     keep: bool,
-    outcomes: &mut BTreeMap<String, String>,
+    outcomes: &mut Outcomes,
 ) -> Result<(), Failure> {
     // All or none: what one path lost says that the job was not what it seemed.
     if when.iter().any(Option::is_some) {
@@ -186,10 +227,10 @@ fn settle(
             },
             (Some(why), Some(_)) => {
                 warn(&format!("{} is not committed: {why}", volume.volume));
-                outcomes.insert(volume.volume.clone(), "not committed".into());
+                outcomes.insert(volume.volume.clone(), ("not committed".into(), 0));
             }
             (_, None) => {
-                outcomes.insert(volume.volume.clone(), "abandoned".into());
+                outcomes.insert(volume.volume.clone(), ("abandoned".into(), 0));
             }
         }
     }
@@ -214,7 +255,7 @@ fn commit(
     when: protocol::When,
     volumes: &[&Volume],
     keep: bool,
-    outcomes: &mut BTreeMap<String, String>,
+    outcomes: &mut Outcomes,
 ) -> Result<(), Failure> {
     let forks: Vec<String> = volumes.iter().filter_map(|v| v.fork.clone()).collect();
     if forks.is_empty() {
@@ -226,14 +267,18 @@ fn commit(
         keep,
         ..protocol::Commit::of(forks, when)
     });
-    match client.call(&request) {
+    let ids: Vec<String> = volumes.iter().filter_map(|v| v.fork.clone()).collect();
+    match forks::watched(client, &ids, &request) {
         Ok(answer) => {
             let commits: Vec<Value> = take(&answer, "/commits")?;
             for volume in volumes {
                 let commit = commits.iter().find(|c| c["fork"] == json!(volume.fork));
                 let what = match commit.filter(|c| !c["version"].is_null()) {
-                    Some(commit) => format!("committed as {}", version_name(commit).trim()),
-                    None => "unchanged".into(),
+                    Some(commit) => (
+                        format!("committed as {}", version_name(commit).trim()),
+                        commit["version"]["new_bytes"].as_u64().unwrap_or_default(),
+                    ),
+                    None => ("unchanged".into(), 0),
                 };
                 outcomes.insert(volume.volume.clone(), what);
             }
@@ -241,7 +286,7 @@ fn commit(
         // One batch: where one fork is over already, an earlier finish had got that far.
         Err(failure) if failure.code == Code::NotFound => {
             for volume in volumes {
-                outcomes.insert(volume.volume.clone(), "ended before".into());
+                outcomes.insert(volume.volume.clone(), ("ended before".into(), 0));
             }
         }
         Err(failure) => return Err(failure),

@@ -79,6 +79,9 @@ pub struct Volume {
     /// What the daemon judged of the job: off, trusted or untrusted.
     #[serde(default)]
     pub trust: String,
+    /// How long it took to attach it, in seconds.
+    #[serde(default)]
+    pub took: f64,
     /// Its mount is a workspace's, which goes on without this job.
     #[serde(default)]
     pub shared: bool,
@@ -427,6 +430,7 @@ mod tests {
         Volume {
             trust: String::new(),
             shared: false,
+            took: 0.0,
             volume: "v".into(),
             commit: None,
             fork: None,

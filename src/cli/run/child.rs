@@ -60,11 +60,11 @@ impl Outcome {
         }
     }
 
-    pub fn end(&self) -> End {
+    pub fn end(&self, successes: &[i32]) -> End {
         if self.cancelled {
             End::Cancelled
         } else {
-            End::of_status(self.status.into())
+            End::of_status(self.status.into(), successes)
         }
     }
 }
