@@ -121,7 +121,49 @@ fn examine(context: &Context) -> Vec<Finding> {
     findings.extend(dead_mounts());
     findings.push(ids());
     findings.push(trust(context));
+    findings.extend(idle_cores());
     findings
+}
+
+const CPUIDLE: &str = "/sys/devices/system/cpu/cpuidle/current_driver";
+const HALT_POLL: &str = "/sys/module/haltpoll/parameters/guest_halt_poll_ns";
+/// The kernel's own default.
+const HALT_POLL_NS: &str = "200000";
+
+/// Whether the cores of a virtual machine poll for a while before they halt: waking a halted one is most of the price of a request.
+fn idle_cores() -> Option<Finding> {
+    let read = |path: &str| {
+        fs::read_to_string(path)
+            .ok()
+            .map(|text| text.trim().to_owned())
+    };
+    let is_guest = read("/proc/cpuinfo").is_some_and(|text| text.contains(" hypervisor"));
+    idle_cores_of(
+        is_guest,
+        read(CPUIDLE).as_deref(),
+        read(HALT_POLL).as_deref(),
+    )
+}
+
+fn idle_cores_of(is_guest: bool, driver: Option<&str>, polls: Option<&str>) -> Option<Finding> {
+    let what = "idle cores";
+    match (driver, polls) {
+        _ if !is_guest => None,
+        (Some("haltpoll"), Some("0")) => Some(Finding::warning(
+            what,
+            "they halt at once, and waking one makes each request up to three times as dear",
+            "forkvol doctor --fix=halt-polling (root; until the next boot), or leave it to `wakeful`",
+        )),
+        (Some("haltpoll"), Some(ns)) => Some(Finding::ok(
+            what,
+            format!("they poll for {ns} ns before they halt"),
+        )),
+        _ => Some(Finding::warning(
+            what,
+            "this virtual machine has no driver that polls before a core halts, which makes each request dearer",
+            "modprobe cpuidle-haltpoll force=Y (root), or leave it to `wakeful`",
+        )),
+    }
 }
 
 fn trust(context: &Context) -> Finding {
@@ -364,12 +406,19 @@ fn ids() -> Finding {
 
 /// Mends what needs no change of the kernel.
 fn mend(context: &Context, what: Option<&str>) -> Result<(), Failure> {
-    if let Some(unknown) = what.filter(|w| !matches!(*w, "store" | "mounts")) {
+    if let Some(unknown) = what.filter(|w| !matches!(*w, "store" | "mounts" | "halt-polling")) {
         return Err(Failure::new(
             Code::Usage,
             format!("there is nothing to fix called {unknown}"),
         )
-        .hint("store or mounts"));
+        .hint("store, mounts or halt-polling"));
+    }
+    // The kernel is changed only where that was asked for by name.
+    if what == Some("halt-polling") {
+        return fs::write(HALT_POLL, HALT_POLL_NS).map_err(|e| {
+            Failure::new(Code::Failed, format!("cannot set {HALT_POLL}: {e}"))
+                .hint("run it as root, on a machine whose cpuidle driver is haltpoll")
+        });
     }
     let wanted = |name: &str| what.is_none_or(|w| w == name);
     if wanted("store")
@@ -409,5 +458,21 @@ fn unmount_dead(path: &Path) -> Result<(), Failure> {
         Ok(status) if status.success() => Ok(()),
         Ok(_) => Err(failed("fusermount3 refused".into())),
         Err(e) => Err(failed(format!("fusermount3: {e}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cores_that_halt_at_once_are_found_in_virtual_machines_alone() {
+        let grade = |guest, driver, polls| {
+            idle_cores_of(guest, driver, polls).map(|finding| finding.grade == Grade::Warning)
+        };
+        assert_eq!(grade(false, Some("intel_idle"), None), None);
+        assert_eq!(grade(true, Some("haltpoll"), Some("0")), Some(true));
+        assert_eq!(grade(true, Some("haltpoll"), Some("200000")), Some(false));
+        assert_eq!(grade(true, Some("none"), None), Some(true));
     }
 }
