@@ -5,6 +5,7 @@
 
 mod archive;
 mod commit;
+mod error;
 mod info;
 mod read;
 mod retention;
@@ -13,6 +14,7 @@ mod serving;
 mod tests;
 mod trust;
 mod upkeep;
+mod versions;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -34,7 +36,9 @@ use crate::tree::NodeId;
 use crate::volume::{self, Found, VersionSpec};
 
 pub use archive::Imported;
-pub use commit::{CommitRequest, Committed, Repaired, When};
+pub use commit::{CommitRequest, Committed, When};
+use error::Result;
+pub use error::{Code, EngineError};
 pub use info::{ForkInfo, MountInfo, VersionInfo, VolumeInfo};
 pub use read::{DiffEntry, DiffKind, ListEntry};
 pub use retention::{Collected, Keep, Policy};
@@ -42,80 +46,7 @@ pub use serving::Served;
 use serving::Sessions;
 pub use store::{CheckReport, GcReport, LeftOut, Stats};
 pub use trust::{Asker, JobFacts, TrustPolicy};
-
-/// The kinds of failure, one per exit status of the command line.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Code {
-    Failed,
-    Usage,
-    NotFound,
-    HeadMoved,
-    Damaged,
-    Policy,
-    Busy,
-    NoSpace,
-}
-
-/// Why something was not done, in one line, and what may help.
-#[derive(Debug, thiserror::Error)]
-#[error("{message}")]
-pub struct EngineError {
-    pub code: Code,
-    pub message: String,
-    pub hint: Option<String>,
-}
-
-impl EngineError {
-    fn new(code: Code, message: impl Into<String>) -> EngineError {
-        EngineError {
-            code,
-            message: message.into(),
-            hint: None,
-        }
-    }
-
-    fn hint(mut self, hint: impl Into<String>) -> EngineError {
-        self.hint = Some(hint.into());
-        self
-    }
-}
-
-impl From<StoreError> for EngineError {
-    fn from(error: StoreError) -> EngineError {
-        let message = error.to_string();
-        match error {
-            StoreError::Missing { .. } | StoreError::Corrupt { .. } => EngineError::new(Code::Damaged, message)
-                .hint("`forkvol check` says which versions it hits, `forkvol check --repair` sets them aside"),
-            StoreError::Newer { .. } | StoreError::NotAStore { .. } => EngineError::new(Code::Failed, message),
-            StoreError::Locked { .. } => EngineError::new(Code::Busy, message),
-            StoreError::NoSpace => {
-                EngineError::new(Code::NoSpace, message).hint("free some room, or run `forkvol gc`")
-            }
-            StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-                EngineError::new(Code::NoSpace, message)
-            }
-            StoreError::Io { .. } | StoreError::Database(_) | StoreError::Lost => EngineError::new(Code::Failed, message),
-        }
-    }
-}
-
-impl From<FsError> for EngineError {
-    fn from(error: FsError) -> EngineError {
-        match error {
-            FsError::Store(error) => error.into(),
-            FsError::NoSpace => EngineError::new(Code::NoSpace, error.to_string()),
-            FsError::Io(e) if e.kind() == std::io::ErrorKind::StorageFull => {
-                EngineError::new(Code::NoSpace, "the disk of the store is full")
-            }
-            FsError::ReadOnly => {
-                EngineError::new(Code::Busy, "a commit of the fork is under way or done")
-            }
-            other => EngineError::new(Code::Failed, other.to_string()),
-        }
-    }
-}
-
-type Result<T> = std::result::Result<T, EngineError>;
+pub use versions::Repaired;
 
 /// How an engine works.
 #[derive(Clone, Debug)]
