@@ -1,7 +1,11 @@
 //! The content of one file as the tree holds it: by its bytes and holes alone, however it came to have them.
 
 use std::io;
+use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crossbeam::channel;
 
 use crate::chunk::{self, INLINE_MAX, SINGLE_MAX};
 use crate::fork::Fork;
@@ -13,11 +17,16 @@ use crate::record::{Ino, Value};
 use crate::store::Ingest;
 use crate::tree::NodeId;
 
+/// A run of data that is stored by several threads, in bytes.
+const LONG: u64 = 4 << 20;
+
 /// Where the bytes of a file come from, and where its chunks go.
 pub struct Source<'a> {
     pub fork: &'a Fork,
     pub root: NodeId,
     pub ingest: &'a Ingest,
+    /// How many threads store the chunks of a long run.
+    pub threads: usize,
     /// Work is given up, with `Interrupted`, as soon as this is not 0.
     pub wanted: Option<&'a AtomicUsize>,
 }
@@ -84,53 +93,124 @@ impl Source<'_> {
 
     fn chunk(&self, ino: Ino, inode: &Inode, from: u64, to: u64) -> Result<(u64, Value), FsError> {
         let bytes = self.read(ino, inode, from, to)?;
-        let id = self.ingest.chunk(&bytes)?;
-        self.fork.note_ingested(Some(to - from));
-        let len = to - from;
-        Ok((from, Value::Chunk { len, id }))
+        Ok((from, self.stored(&bytes)?))
     }
 
-    /// Cuts one run of data.
+    /// Cuts one run of data, and stores its chunks: those of a long one in several threads.
     fn cut(
+        &self,
+        ino: Ino,
+        inode: &Inode,
+        run: (u64, u64),
+        old: &Old,
+        out: &mut Vec<(u64, Value)>,
+    ) -> Result<(), FsError> {
+        if self.threads < 2 || run.1 - run.0 < LONG {
+            return self.each_piece(ino, inode, run, old, |at, piece| {
+                let value = match piece {
+                    Piece::Known(value) => value,
+                    Piece::New(bytes, range) => self.stored(&bytes[range])?,
+                };
+                out.push((at, value));
+                Ok(())
+            });
+        }
+        let mut found: Vec<(u64, Option<Value>)> = Vec::new();
+        let (pieces, work) = channel::bounded::<(usize, Arc<Vec<u8>>, Range<usize>)>(self.threads);
+        let stored = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..self.threads)
+                .map(|_| {
+                    let work = work.clone();
+                    scope.spawn(move || -> Result<Vec<(usize, Value)>, FsError> {
+                        let store = |(at, bytes, range): (usize, Arc<Vec<u8>>, Range<usize>)| {
+                            Ok((at, self.stored(&bytes[range])?))
+                        };
+                        work.into_iter().map(store).collect()
+                    })
+                })
+                .collect();
+            // Whoever sends must see when all workers have failed.
+            drop(work);
+            let cut = self.each_piece(ino, inode, run, old, |at, piece| {
+                let value = match piece {
+                    Piece::Known(value) => Some(value),
+                    Piece::New(bytes, range) => {
+                        let sent = pieces.send((found.len(), bytes, range));
+                        sent.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+                        None
+                    }
+                };
+                found.push((at, value));
+                Ok(())
+            });
+            drop(pieces);
+            let mut stored = Vec::new();
+            for worker in workers {
+                stored.extend(worker.join().expect("a panic ends the process")?);
+            }
+            cut.map(|()| stored)
+        })?;
+        for (index, value) in stored {
+            found[index].1 = Some(value);
+        }
+        out.extend(
+            found
+                .into_iter()
+                .filter_map(|(at, value)| Some((at, value?))),
+        );
+        Ok(())
+    }
+
+    fn stored(&self, bytes: &[u8]) -> Result<Value, FsError> {
+        let id = self.ingest.chunk(bytes)?;
+        let len = bytes.len() as u64;
+        self.fork.note_ingested(Some(len));
+        Ok(Value::Chunk { len, id })
+    }
+
+    /// Goes through one run of data, piece by piece.
+    fn each_piece(
         &self,
         ino: Ino,
         inode: &Inode,
         (from, to): (u64, u64),
         old: &Old,
-        out: &mut Vec<(u64, Value)>,
+        mut each: impl FnMut(u64, Piece) -> Result<(), FsError>,
     ) -> Result<(), FsError> {
         let mut at = from;
-        let mut buffer: Vec<u8> = Vec::new();
+        let mut buffer = Arc::new(Vec::new());
         let mut start = at;
         while at < to {
             self.make_way()?;
             if let Some(value) = old.at(at, to) {
                 at += value.len();
-                out.push((at - value.len(), value));
+                each(at - value.len(), Piece::Known(value))?;
                 continue;
             }
             let used = (at - start) as usize;
             let want = ((to - at) as usize).min(chunk::MAX + 1);
             if used > buffer.len() || buffer.len() - used < want {
                 let end = to.min(at + 4 * chunk::MAX as u64);
-                buffer = self.read(ino, inode, at, end)?;
+                buffer = Arc::new(self.read(ino, inode, at, end)?);
                 start = at;
             }
-            let rest = &buffer[(at - start) as usize..];
+            let skip = (at - start) as usize;
+            let rest = &buffer[skip..];
             let at_end = start + buffer.len() as u64 == to;
             let len = chunk::first_cut(rest, at_end).expect("enough bytes were read to decide");
-            let id = self.ingest.chunk(&rest[..len])?;
-            out.push((
-                at,
-                Value::Chunk {
-                    len: len as u64,
-                    id,
-                },
-            ));
+            each(at, Piece::New(buffer.clone(), skip..skip + len))?;
             at += len as u64;
         }
         Ok(())
     }
+}
+
+/// A piece of a run of data.
+enum Piece {
+    /// What the base has there, and was not touched.
+    Known(Value),
+    /// Bytes that are to be stored: so much of a buffer.
+    New(Arc<Vec<u8>>, Range<usize>),
 }
 
 /// The chunks that the base has of a file, and what the fork changed under them.

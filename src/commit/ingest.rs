@@ -38,6 +38,12 @@ pub fn run(
         fork,
         root: sealed.root.id,
         ingest,
+        // Where there are many files the threads have those, and a long one has a few of its own.
+        threads: if cells.len() > BATCH {
+            threads.min(2)
+        } else {
+            threads
+        },
         wanted: None,
     };
     let next = AtomicUsize::new(0);
@@ -297,6 +303,7 @@ pub fn ahead(
         fork,
         root: root.id,
         ingest,
+        threads: 1,
         wanted: Some(wanted),
     };
     for cell in &cells {

@@ -104,3 +104,21 @@ fn what_was_ingested_ahead_and_lost_is_ingested_again() {
         Some(noise(12 << 20, 7))
     );
 }
+
+#[test]
+fn a_long_file_is_cut_alike_by_one_thread_and_by_many() {
+    let mut bench = Bench::new();
+    let bytes = noise(24 << 20, 11);
+    let mut brought = Vec::new();
+    for (threads, name) in [(1, "one"), (4, "many")] {
+        bench.threads = Some(threads);
+        bench.reopen();
+        let id = bench.fork("v");
+        put(&bench.fs(id), name, &bytes);
+        let done = bench.engine().commit(vec![id], request(false)).unwrap();
+        brought.push(done[0].version.as_ref().unwrap().new_bytes);
+        assert_eq!(get(&bench.fs(bench.fork("v")), name), Some(bytes.clone()));
+    }
+    assert!(brought[0] > 24 << 20 && brought[1] < 100_000, "{brought:?}");
+    check(&bench);
+}
