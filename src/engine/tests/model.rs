@@ -196,3 +196,32 @@ fn forks_and_versions_are_what_a_model_of_maps_says() {
         run_seed(seed);
     }
 }
+
+/// They would be of no inode there, and make a version of what changed nothing.
+#[test]
+fn attributes_of_what_only_the_fork_goes_on_with_are_in_no_version() {
+    let bench = Bench::new();
+    let id = bench.fork_with("v", |request| request.excludes = vec!["/secret".into()]);
+    let fs = bench.fs(id);
+    let new = |kind| NewNode::new(kind, 0o755);
+    let dir = fs.make(ME, ROOT, b"dir", new(Kind::Directory)).unwrap().ino;
+    let (file, secret) = (put(&fs, "file", b"1"), put(&fs, "secret", b"2"));
+    fs.rmdir(ME, ROOT, b"dir").unwrap();
+    fs.unlink(ME, ROOT, b"file").unwrap();
+    put(&fs, "plain", b"3");
+    for (value, number) in [(b"a", Some(1)), (b"b", None), (b"c", None)] {
+        for ino in [dir, file, secret] {
+            fs.setxattr(ME, ino, b"user.x", value, XattrMode::Any)
+                .unwrap();
+        }
+        assert_eq!(bench.commit(id, true), number);
+        for ino in [dir, file, secret] {
+            assert_eq!(fs.getxattr(ino, b"user.x").unwrap(), value);
+        }
+    }
+    let other = bench.fs(bench.fork("v"));
+    for ino in [dir, file, secret] {
+        assert!(other.getxattr(ino, b"user.x").is_err(), "{ino:?}");
+    }
+    check(&bench);
+}
