@@ -330,7 +330,7 @@ impl Tree {
     /// Whether a folder is `dir` or above it.
     fn is_above(&self, ino: Ino, mut dir: Ino) -> bool {
         while dir != ino && dir != ROOT {
-            dir = self.nodes[&dir].parent;
+            dir = self.nodes.get(&dir).map_or(ROOT, |node| node.parent);
         }
         dir == ino
     }
