@@ -179,3 +179,22 @@ proptest! {
         }
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn cuts_far_behind_any_edit_are_those_without_it(seed in 1_u64.., at in 0_usize..1_000_000, gone in 0_usize..3_000, new in 0_usize..3_000) {
+        let data = noise(6 << 20, seed);
+        let mut edited = data.clone();
+        edited.splice(at..at + gone, noise(new, seed ^ 1 | 2));
+        let far = at + gone + 8 * MAX;
+        let behind = |cuts: Vec<usize>, from: usize, end: usize| -> Vec<usize> {
+            cuts.into_iter().filter(|cut| *cut > from).map(|cut| end - cut).collect()
+        };
+        let a = behind(cuts(&data), far, data.len());
+        let b = behind(cuts(&edited), far - gone + new, edited.len());
+        prop_assert!(far < data.len() && !a.is_empty());
+        prop_assert_eq!(a, b);
+    }
+}

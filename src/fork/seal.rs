@@ -108,7 +108,8 @@ impl Fork {
             .collect();
         let mut frozen = std::mem::replace(&mut layers.live, live);
         for cell in &carried {
-            frozen.inodes.remove(&cell.ino);
+            // With its attributes: they would be of no inode in the version.
+            frozen.take_out(cell.ino);
             let mut inode = cell.state.write();
             if inode.created && inode.base.is_none() {
                 self.created.fetch_sub(1, Ordering::Relaxed);

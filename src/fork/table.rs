@@ -416,6 +416,11 @@ impl Table {
             self.removed.insert(ino);
         }
         self.forget_names(ino);
+        self.take_out(ino)
+    }
+
+    /// Takes an inode out with its extended attributes, and leaves its names.
+    pub fn take_out(&mut self, ino: Ino) -> Option<Arc<Cell>> {
         let xattrs = (ino, Name::default())..(Ino(ino.0 + 1), Name::default());
         let gone: Vec<_> = self.xattrs.range(xattrs).map(|(k, _)| k.clone()).collect();
         for key in gone {

@@ -229,3 +229,23 @@ proptest! {
         }
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn nodes_written_are_bounded_by_the_edits_whatever_the_tree(
+        size in prop::sample::select(vec![100_u64, 3_000, 40_000]),
+        touched in prop::collection::btree_map(0_u64..120_000, prop::option::of(0_u64..90), 1..20),
+    ) {
+        let (nodes, empty) = Nodes::new();
+        let root = nodes.build(empty, &big(size));
+        let count = touched.len();
+        let edit = |(n, put): (u64, Option<u64>)| {
+            let edit = put.map_or(Edit::Delete, |len| Edit::Put(vec![n as u8; len as usize]));
+            (key(n % (size * 3)), edit)
+        };
+        let (_, made) = nodes.apply(root, touched.into_iter().map(edit).collect());
+        prop_assert!(made <= 9 * count, "{} nodes for {} keys of {}", made, count, size);
+    }
+}

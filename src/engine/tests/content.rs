@@ -122,3 +122,66 @@ fn a_long_file_is_cut_alike_by_one_thread_and_by_many() {
     assert!(brought[0] > 24 << 20 && brought[1] < 100_000, "{brought:?}");
     check(&bench);
 }
+
+#[test]
+fn what_is_beyond_a_limit_of_the_manual_is_refused() {
+    let bench = Bench::new();
+    let fs = bench.fs(bench.fork("v"));
+    let file = put(&fs, "file", b"1");
+    let make = |name: &[u8], target: usize| {
+        let target = vec![b't'; target];
+        let new = NewNode {
+            target: &target,
+            ..NewNode::new(Kind::Symlink, 0o777)
+        };
+        fs.make(ME, ROOT, name, new).map(|entry| entry.ino)
+    };
+    let longest = make(&[b'n'; 255], 4095).unwrap();
+    assert_eq!(fs.readlink(longest).unwrap().len(), 4095);
+    let long = make(&[b'n'; 256], 1);
+    assert!(matches!(long, Err(FsError::NameTooLong)));
+    assert!(matches!(make(b"n", 4096), Err(FsError::NameTooLong)));
+
+    let size = |size| SetAttr {
+        size: Some(size),
+        ..SetAttr::default()
+    };
+    let most = crate::fs::SIZE_MAX;
+    fs.setattr(ME, file, size(most)).unwrap();
+    let beyond = fs.setattr(ME, file, size(most + 1));
+    assert!(matches!(beyond, Err(FsError::TooLarge)));
+    let beyond = fs.append(ME, file, b"1", false);
+    assert!(matches!(beyond, Err(FsError::TooLarge)));
+
+    let set = |name: &str, len: usize| {
+        let value = vec![1; len];
+        fs.setxattr(ME, file, name.as_bytes(), &value, XattrMode::Any)
+    };
+    set("user.largest", 65_536).unwrap();
+    let large = set("user.larger", 65_537);
+    assert!(matches!(large, Err(FsError::AttributeTooLarge)));
+    fs.removexattr(ME, file, b"user.largest").unwrap();
+    // 256 names of 255 bytes and a NUL are 64 KiB.
+    for number in 0..256 {
+        set(&format!("user.{number:0250}"), 1).unwrap();
+    }
+    assert!(matches!(set("user.one", 1), Err(FsError::NoSpace)));
+    assert_eq!(fs.listxattr(ME, file).unwrap().len(), 65_536);
+}
+
+#[test]
+fn reading_makes_no_version() {
+    let bench = Bench::new();
+    let first = bench.fork("v");
+    put(&bench.fs(first), "file", &noise(100_000, 1));
+    bench.commit(first, false);
+    let id = bench.fork("v");
+    let fs = bench.fs(id);
+    let ino = fs.lookup(ROOT, b"file").unwrap().unwrap().ino;
+    let before = fs.getattr(ino).unwrap();
+    assert_eq!(fs.read(ino, 0, 100_000).unwrap().len(), 100_000);
+    fs.readdir(ROOT, 0, |_| true).unwrap();
+    assert_eq!(fs.getattr(ino).unwrap(), before);
+    assert_eq!(fs.fork.delta_size().changed, 0);
+    assert_eq!(bench.commit(id, false), None);
+}

@@ -1,62 +1,23 @@
-//! Random work in several forks of one volume, against a model that is nothing but maps: each fork shows its base and what was
-//! done in it, and each version is exactly what its commit had before it.
+//! Random work in several forks of one volume, against a model that is nothing but maps (`tree`): each fork shows its base and what
+//! was done in it, and each version is exactly what its commit had before it.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
 
 use super::*;
-use crate::fs::Allocate;
+
+mod compare;
+mod steps;
+mod tree;
+mod xattr;
+
+use compare::compare;
+use steps::{Step, steps, work};
+use tree::Tree;
 
 const FORKS: usize = 3;
-const NAMES: u64 = 12;
-
-/// What a file holds; names of one file share its number.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct File {
-    bytes: Vec<u8>,
-    mode: u16,
-    xattr: Option<Vec<u8>>,
-}
-
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Model {
-    names: BTreeMap<String, usize>,
-    files: BTreeMap<usize, File>,
-    next: usize,
-}
-
-impl Model {
-    /// Each name with its file and how many names that has.
-    fn shown(&self) -> BTreeMap<String, (File, u32)> {
-        let links =
-            |file: usize| self.names.values().filter(|other| **other == file).count() as u32;
-        let shown = |(name, file): (&String, &usize)| {
-            (name.clone(), (self.files[file].clone(), links(*file)))
-        };
-        self.names.iter().map(shown).collect()
-    }
-}
-
-/// What a fork shows, in the same form.
-fn shown(fs: &Fs) -> BTreeMap<String, (File, u32)> {
-    let mut out = BTreeMap::new();
-    fs.readdir(ROOT, 0, |entry| {
-        let name = String::from_utf8(entry.name.to_vec()).unwrap();
-        if name != "." && name != ".." {
-            out.insert(name, entry.ino);
-        }
-        true
-    })
-    .unwrap();
-    let of = |(name, ino): (String, Ino)| {
-        let attr = fs.getattr(ino).unwrap();
-        assert!(attr.blocks <= attr.size.div_ceil(4096) * 8, "{attr:?}");
-        let file = File {
-            bytes: fs.read(ino, 0, attr.size as usize).unwrap(),
-            mode: attr.mode,
-            xattr: fs.getxattr(ino, b"user.x").ok(),
-        };
-        (name, (file, attr.nlink))
-    };
-    out.into_iter().map(of).collect()
-}
 
 pub(super) struct Random(pub(super) u64);
 
@@ -67,208 +28,200 @@ impl Random {
         self.0 ^= self.0 << 17;
         self.0 % limit
     }
-
-    fn name(&mut self) -> String {
-        format!("n{}", self.below(NAMES))
-    }
-
-    /// Mostly small, sometimes of several chunks.
-    fn size(&mut self) -> usize {
-        let most = [600, 5_000, 40_000, 300_000][self.below(4) as usize];
-        self.below(most) as usize
-    }
 }
 
-/// Does one thing in a fork and in its model.
-fn step(random: &mut Random, fs: &Fs, model: &mut Model) {
-    let name = random.name();
-    let at = |name: &str| {
-        fs.lookup(ROOT, name.as_bytes())
-            .unwrap()
-            .map(|entry| entry.ino)
-    };
-    let Some(&file) = model.names.get(&name) else {
-        assert_eq!(at(&name), None, "{name}");
-        let new = NewNode::new(Kind::File, 0o644);
-        fs.make(ME, ROOT, name.as_bytes(), new).unwrap();
-        model.next += 1;
-        model.names.insert(name, model.next);
-        let made = File {
-            mode: 0o644,
-            ..File::default()
+/// A volume with its forks and versions, and what they are to be.
+struct World {
+    bench: Bench,
+    acl: bool,
+    versions: BTreeMap<u64, Tree>,
+    forks: Vec<Forked>,
+    turn: usize,
+}
+
+struct Forked {
+    id: ForkId,
+    tree: Tree,
+    base: Option<u64>,
+}
+
+impl World {
+    fn new(acl: bool) -> World {
+        let mut world = World {
+            bench: Bench::new(),
+            acl,
+            versions: BTreeMap::new(),
+            forks: Vec::new(),
+            turn: 0,
         };
-        model.files.insert(model.next, made);
-        return;
-    };
-    let ino = at(&name).unwrap();
-    let held = model.files.get_mut(&file).unwrap();
-    match random.below(10) {
-        0..=3 => {
-            let (offset, size) = (random.size(), random.size());
-            let data = noise(size.max(1), random.below(1 << 40) + 1);
-            fs.write(ME, ino, offset as u64, &data, false).unwrap();
-            held.bytes
-                .resize(held.bytes.len().max(offset + data.len()), 0);
-            held.bytes[offset..offset + data.len()].copy_from_slice(&data);
+        for _ in 0..FORKS {
+            let fork = world.fork(None);
+            world.forks.push(fork);
         }
-        4 => {
-            let size = random.size();
-            let set = SetAttr {
-                size: Some(size as u64),
-                ..SetAttr::default()
-            };
-            fs.setattr(ME, ino, set).unwrap();
-            held.bytes.resize(size, 0);
-        }
-        5 => {
-            let (offset, len) = (random.size(), random.size() + 1);
-            fs.fallocate(ME, ino, offset as u64, len as u64, Allocate::Punch)
-                .unwrap();
-            let end = held.bytes.len().min(offset + len);
-            if offset < end {
-                held.bytes[offset..end].fill(0);
-            }
-        }
-        6 => {
-            let (mode, value) = (
-                0o600 + random.below(64) as u16,
-                noise(random.size() % 3_000 + 1, 5),
-            );
-            let set = SetAttr {
-                mode: Some(mode),
-                ..SetAttr::default()
-            };
-            fs.setattr(ME, ino, set).unwrap();
-            fs.setxattr(ME, ino, b"user.x", &value, XattrMode::Any)
-                .unwrap();
-            (held.mode, held.xattr) = (mode, Some(value));
-        }
-        7 => {
-            fs.unlink(ME, ROOT, name.as_bytes()).unwrap();
-            model.names.remove(&name);
-        }
-        8 => {
-            let to = random.name();
-            if let Some(other) = model.names.get(&to).copied() {
-                let pair = ((ROOT, name.as_bytes()), (ROOT, to.as_bytes()));
-                let mode = [RenameMode::Replace, RenameMode::Exchange][random.below(2) as usize];
-                fs.rename(ME, pair.0, pair.1, mode).unwrap();
-                // Two names of one file: a rename does nothing.
-                if mode == RenameMode::Exchange {
-                    model.names.insert(name, other);
-                    model.names.insert(to, file);
-                } else if other != file {
-                    model.names.remove(&name);
-                    model.names.insert(to, file);
-                }
-            } else {
-                fs.link(ME, ino, ROOT, to.as_bytes()).unwrap();
-                model.names.insert(to, file);
-            }
-        }
-        _ => {
-            let to = random.name();
-            if let Some(other) = model.names.get(&to).copied().filter(|other| *other != file) {
-                let target = at(&to).unwrap();
-                let len = held.bytes.len();
-                let bytes = held.bytes.clone();
-                let done = fs
-                    .copy_range(ME, (ino, 0), (target, 0), len as u64)
-                    .unwrap() as usize;
-                let target = model.files.get_mut(&other).unwrap();
-                target.bytes.resize(target.bytes.len().max(done), 0);
-                target.bytes[..done].copy_from_slice(&bytes[..done]);
-            }
-        }
+        world
     }
-}
 
-fn run(seed: u64) {
-    eprintln!("seed {seed}");
-    let mut random = Random(seed);
-    let mut bench = Bench::new();
-    let mut versions: BTreeMap<u64, Model> = BTreeMap::new();
-    let mut forks: Vec<(ForkId, Model)> = Vec::new();
-    for _ in 0..220 {
-        if forks.len() < FORKS {
-            let id = bench.fork("v");
-            let head = versions.last_key_value();
-            forks.push((id, head.map(|(_, model)| model.clone()).unwrap_or_default()));
-        }
-        let at = random.below(forks.len() as u64) as usize;
-        let (id, model) = &mut forks[at];
-        let fs = bench.fs(*id);
-        for _ in 0..random.below(12) {
-            step(&mut random, &fs, model);
-        }
-        // No kernel holds anything: what has no name is gone.
-        fs.fork.end_session(0);
-        drop(fs);
-        match random.below(12) {
-            0 | 1 => {
-                if let Some(number) = bench.commit(*id, true) {
-                    versions.insert(number, model.clone());
-                }
-            }
-            2 => {
-                let (id, model) = forks.swap_remove(at);
-                if let Some(number) = bench.commit(id, false) {
-                    versions.insert(number, model);
-                }
-            }
-            3 => {
-                let (id, _) = forks.swap_remove(at);
-                bench.engine().abandon(id).unwrap();
-            }
-            4 => {
-                let live = bench.engine().live(*id).unwrap();
-                bench.engine().move_to_private_root(&live).unwrap();
-            }
-            5 => bench.reopen(),
-            6 => drop(bench.engine().gc(false).unwrap()),
-            _ => {}
-        }
-        for (id, model) in &forks {
-            assert_eq!(
-                shown(&bench.fs(*id)),
-                model.shown(),
-                "fork {id}, seed {seed}"
-            );
-        }
-    }
-    for version in bench.engine().log("v").unwrap() {
-        let id = bench.fork_with("v", |request| {
-            request.from = Some(format!("v@{}", version.number));
+    /// A fork of the head, or of the version that a number chooses.
+    fn fork(&self, from: Option<u16>) -> Forked {
+        let numbers: Vec<u64> = self.versions.keys().copied().collect();
+        let base = match from {
+            Some(pick) if !numbers.is_empty() => Some(numbers[usize::from(pick) % numbers.len()]),
+            _ => numbers.last().copied(),
+        };
+        let id = self.bench.fork_with("v", |request| {
+            request.acl = self.acl;
+            request.from = base.map(|number| format!("v@{number}"));
         });
-        let expected = versions[&version.number].shown();
-        assert_eq!(
-            shown(&bench.fs(id)),
-            expected,
-            "v@{}, seed {seed}",
-            version.number
+        let tree = base.map_or_else(
+            || Tree::new(self.acl),
+            |number| self.versions[&number].clone(),
         );
-        assert_eq!(
-            version.files,
-            expected_files(&versions[&version.number]),
-            "v@{}",
-            version.number
-        );
-        bench.engine().abandon(id).unwrap();
+        Forked { id, tree, base }
     }
-    check(&bench);
+
+    fn step(&mut self, step: &Step) {
+        let fork = &mut self.forks[self.turn];
+        match *step {
+            Step::Turn(turn) => {
+                compare(&self.bench.fs(fork.id), &mut fork.tree);
+                self.turn = usize::from(turn) % FORKS;
+            }
+            Step::Commit { keep } => self.commit(keep),
+            Step::Abandon(from) => {
+                self.bench.engine().abandon(fork.id).unwrap();
+                self.forks[self.turn] = self.fork(from);
+            }
+            Step::Move => {
+                let live = self.bench.engine().live(fork.id).unwrap();
+                self.bench.engine().move_to_private_root(&live).unwrap();
+                compare(&self.bench.fs(fork.id), &mut fork.tree);
+            }
+            Step::Restart => {
+                self.bench.reopen();
+                for fork in &mut self.forks {
+                    fork.tree.end_session();
+                    compare(&self.bench.fs(fork.id), &mut fork.tree);
+                }
+            }
+            Step::Gc => drop(self.bench.engine().gc(false).unwrap()),
+            _ => work(&self.bench.fs(fork.id), &mut fork.tree, step),
+        }
+    }
+
+    fn commit(&mut self, keep: bool) {
+        let fork = &mut self.forks[self.turn];
+        compare(&self.bench.fs(fork.id), &mut fork.tree);
+        let base = fork.base.map(|number| &self.versions[&number]);
+        let said = base.is_none_or(|base| !fork.tree.is_like(base));
+        let number = self.bench.commit(fork.id, keep);
+        assert_eq!(number.is_some(), said, "whether there is a version to make");
+        if let Some(number) = number {
+            assert_eq!(number, self.versions.len() as u64 + 1);
+            self.versions.insert(number, fork.tree.committed());
+            fork.base = Some(number);
+        }
+        if keep {
+            compare(&self.bench.fs(fork.id), &mut fork.tree);
+        } else {
+            self.forks[self.turn] = self.fork(None);
+        }
+    }
+
+    /// Everything at the end: the forks, all versions, and the store.
+    fn end(mut self) {
+        for fork in &mut self.forks {
+            compare(&self.bench.fs(fork.id), &mut fork.tree);
+        }
+        let log = self.bench.engine().log("v");
+        for version in log.into_iter().flatten() {
+            let mut fork = self.fork(Some(version.number as u16 - 1));
+            compare(&self.bench.fs(fork.id), &mut fork.tree);
+            let (number, files) = (version.number, fork.tree.nodes.len());
+            assert_eq!(version.files, files as u64, "v@{number}");
+            self.bench.engine().abandon(fork.id).unwrap();
+        }
+        check(&self.bench);
+    }
 }
 
-/// The files with a name, and the root.
-fn expected_files(model: &Model) -> u64 {
-    let named: std::collections::BTreeSet<_> = model.names.values().collect();
-    named.len() as u64 + 1
+fn run(acl: bool, steps: &[Step]) {
+    let mut world = World::new(acl);
+    for step in steps {
+        world.step(step);
+    }
+    world.end();
 }
 
+/// What a seed stands for.
+fn run_seed(seed: u64) {
+    eprintln!("seed {seed}");
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    let config = Config {
+        cases: 1,
+        failure_persistence: None,
+        max_shrink_time: 120_000,
+        max_shrink_iters: 20_000,
+        ..Config::default()
+    };
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
+    let mut runner = TestRunner::new_with_rng(config, rng);
+    let done = runner.run(&(proptest::bool::ANY, steps()), |(acl, steps)| {
+        run(acl, &steps);
+        Ok(())
+    });
+    match done {
+        Ok(()) => {}
+        Err(TestError::Fail(why, (acl, steps))) => {
+            panic!("seed {seed}, with ACLs: {acl}: {why}\n{steps:?}")
+        }
+        Err(error) => panic!("seed {seed}: {error}"),
+    }
+}
+
+/// `FORKVOL_MODEL_SEED` runs one seed, `FORKVOL_MODEL_SECONDS` goes on for so long.
 #[test]
 fn forks_and_versions_are_what_a_model_of_maps_says() {
-    for seed in [1, 0x5eed, 77_777] {
-        run(seed);
+    let number = |name| std::env::var(name).ok().map(|text| text.parse().unwrap());
+    if let Some(seed) = number("FORKVOL_MODEL_SEED") {
+        return run_seed(seed);
     }
-    // Another one each time; what fails is printed above.
-    run(u64::from(std::process::id()) << 20 | 1);
+    let time = Duration::from_secs(number("FORKVOL_MODEL_SECONDS").unwrap_or(8));
+    let begun = Instant::now();
+    (0..4).for_each(run_seed);
+    // Others each time; what fails is printed above.
+    let mut seed = u64::from(std::process::id()) << 32;
+    while begun.elapsed() < time {
+        seed += 1;
+        run_seed(seed);
+    }
+}
+
+/// They would be of no inode there, and make a version of what changed nothing.
+#[test]
+fn attributes_of_what_only_the_fork_goes_on_with_are_in_no_version() {
+    let bench = Bench::new();
+    let id = bench.fork_with("v", |request| request.excludes = vec!["/secret".into()]);
+    let fs = bench.fs(id);
+    let new = |kind| NewNode::new(kind, 0o755);
+    let dir = fs.make(ME, ROOT, b"dir", new(Kind::Directory)).unwrap().ino;
+    let (file, secret) = (put(&fs, "file", b"1"), put(&fs, "secret", b"2"));
+    fs.rmdir(ME, ROOT, b"dir").unwrap();
+    fs.unlink(ME, ROOT, b"file").unwrap();
+    put(&fs, "plain", b"3");
+    for (value, number) in [(b"a", Some(1)), (b"b", None), (b"c", None)] {
+        for ino in [dir, file, secret] {
+            fs.setxattr(ME, ino, b"user.x", value, XattrMode::Any)
+                .unwrap();
+        }
+        assert_eq!(bench.commit(id, true), number);
+        for ino in [dir, file, secret] {
+            assert_eq!(fs.getxattr(ino, b"user.x").unwrap(), value);
+        }
+    }
+    let other = bench.fs(bench.fork("v"));
+    for ino in [dir, file, secret] {
+        assert!(other.getxattr(ino, b"user.x").is_err(), "{ino:?}");
+    }
+    check(&bench);
 }
