@@ -80,20 +80,32 @@ impl EngineError {
     }
 }
 
+/// What helps where a folder cannot be the store.
+const ANOTHER: &str = "choose a folder that you may write to with --store or FORKVOL_STORE";
+
 impl From<StoreError> for EngineError {
     fn from(error: StoreError) -> EngineError {
         let message = error.to_string();
         match error {
             StoreError::Missing { .. } | StoreError::Corrupt { .. } => EngineError::new(Code::Damaged, message)
                 .hint("`forkvol check` says which versions it hits, `forkvol check --repair` sets them aside"),
-            StoreError::Newer { .. } | StoreError::NotAStore { .. } => EngineError::new(Code::Failed, message),
-            StoreError::Locked { .. } => EngineError::new(Code::Busy, message),
+            StoreError::Unreadable { .. } => EngineError::new(Code::Damaged, message)
+                .hint("put back what is missing, or move the folder away to begin an empty store"),
+            StoreError::Newer { .. } => EngineError::new(Code::Failed, message),
+            StoreError::NotAStore { .. } => EngineError::new(Code::Failed, message).hint(ANOTHER),
+            StoreError::Locked { .. } => EngineError::new(Code::Busy, message)
+                .hint("end that process, or name another store with --store"),
+            // The database writes again when it can be opened again, which takes this much. Nothing can be deleted from it before.
             StoreError::NoSpace => {
-                EngineError::new(Code::NoSpace, message).hint("free some room, or run `forkvol gc`")
+                EngineError::new(Code::NoSpace, message).hint("make at least 80 MiB of room there: abandon forks, or remove other files")
             }
             StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-                EngineError::new(Code::NoSpace, message)
+                EngineError::new(Code::NoSpace, message).hint("make room there")
             }
+            StoreError::Io { source, .. } if matches!(
+                source.kind(),
+                std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem
+            ) => EngineError::new(Code::Failed, message).hint(ANOTHER),
             StoreError::Io { .. } | StoreError::Database(_) | StoreError::Lost => EngineError::new(Code::Failed, message),
         }
     }
@@ -270,6 +282,8 @@ pub struct Engine {
     upkeep: Mutex<Vec<std::thread::JoinHandle<()>>>,
     /// Forks that are over and may still be mounted, with the root that a commit gave them.
     leaving: Mutex<Vec<(Weak<Live>, Option<NodeId>)>>,
+    /// Abandoned while the disk was full: their records are still there.
+    unforgotten: Mutex<Vec<ForkId>>,
 }
 
 impl fmt::Debug for Engine {
@@ -292,6 +306,14 @@ fn boot_id() -> Result<String> {
 }
 
 impl Engine {
+    /// Looks whether a folder is a store, or can become one, and changes nothing there.
+    ///
+    /// # Errors
+    /// Why it is none for this program and this user.
+    pub fn recognise(dir: &Path) -> Result<()> {
+        Ok(Store::recognise(dir)?)
+    }
+
     /// Opens the store in `dir` and the forks that it knows.
     ///
     /// # Errors
@@ -305,7 +327,8 @@ impl Engine {
         let store = Store::open(dir, options)?;
         let boot = boot_id()?;
         let mut forks = HashMap::new();
-        for record in store.forks()? {
+        let records = store.forks().map_err(|error| error.at_open(dir))?;
+        for record in records {
             let live = reopen(&store, record, &boot);
             forks.insert(live.id, Arc::new(live));
         }
@@ -321,6 +344,7 @@ impl Engine {
             stopping: AtomicBool::new(false),
             upkeep: Mutex::default(),
             leaving: Mutex::default(),
+            unforgotten: Mutex::default(),
         });
         engine.remove_strays();
         *engine.upkeep.lock() = upkeep::start(&engine)?;
@@ -558,7 +582,12 @@ impl Engine {
     pub fn abandon(&self, id: ForkId) -> Result<Vec<MountInfo>> {
         let live = self.live(id)?;
         let _one = live.alone();
-        self.store.remove_fork(id)?;
+        match self.store.remove_fork(id) {
+            Ok(()) => {}
+            // What it wrote may be all that fills the disk, so that goes first; the record follows when there is room.
+            Err(StoreError::NoSpace) => self.unforgotten.lock().push(id),
+            Err(error) => return Err(error.into()),
+        }
         self.counters.abandoned.fetch_add(1, Ordering::Relaxed);
         log::info!("fork {id} abandoned");
         Ok(self.finish(&live, None))
@@ -615,6 +644,7 @@ impl Engine {
             thread.thread().unpark();
             thread.join().expect("a panic ends the process");
         }
+        self.forget();
         Ok(self.store.flush()?)
     }
 }

@@ -47,6 +47,7 @@ struct Walk<'a> {
     version: &'a Version,
     /// Back references of the inode that is being read.
     links: Option<(Ino, Attr, u32)>,
+    said: HashSet<(String, Vec<String>)>,
 }
 
 impl Store {
@@ -77,6 +78,7 @@ impl Store {
                     volume: &volume,
                     version,
                     links: None,
+                    said: HashSet::new(),
                 };
                 walk.node(version.root, None)?;
                 walk.end_inode();
@@ -88,6 +90,10 @@ impl Store {
 
 impl Walk<'_> {
     fn problem(&mut self, what: String, paths: Vec<String>) {
+        // A damaged file of the database hits many chunks in the same words.
+        if !self.said.insert((what.clone(), paths.clone())) {
+            return;
+        }
         self.report.problems.push(Problem {
             volume: self.volume.name.clone(),
             number: self.version.number,
