@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use serde::Serialize;
 
-use super::{NodeId, Store, StoreError, Version, VersionRef, Volume};
+use super::{NodeId, Store, StoreError, Target, Version, VersionRef, Volume};
 use crate::chunk::ChunkId;
 use crate::record::{self, Attr, Ino, Key, Kind, ROOT};
 use crate::tree::{self, Node};
@@ -20,7 +20,7 @@ pub struct CheckReport {
     pub problems: Vec<Problem>,
 }
 
-/// One damage in one version.
+/// One damage in one version; in none, with an empty name, where it is the store's own.
 #[derive(Clone, Debug, Serialize)]
 pub struct Problem {
     pub volume: String,
@@ -84,7 +84,32 @@ impl Store {
                 walk.end_inode();
             }
         }
+        match self.read_index() {
+            Ok(()) => {}
+            Err(error @ (StoreError::Missing { .. } | StoreError::Corrupt { .. })) => {
+                report.problems.push(Problem {
+                    volume: String::new(),
+                    number: 0,
+                    what: format!("the index of chunks: {error}"),
+                    paths: Vec::new(),
+                    at: None,
+                });
+            }
+            Err(error) => return Err(error),
+        }
         Ok(report)
+    }
+
+    /// Reads all that says which chunks there are.
+    fn read_index(&self) -> Result<(), StoreError> {
+        let mut from = Vec::new();
+        loop {
+            let page = self.keys(Target::Sizes, &from, 10_000)?;
+            let Some((last, _)) = page.last() else {
+                return Ok(());
+            };
+            from = [&last[..], &[0]].concat();
+        }
     }
 }
 
