@@ -71,14 +71,14 @@ enum Command {
     Jobs,
     /// Show which caches a folder's tools have, as a .forkvol.yml
     Detect {
-        #[arg(default_value = ".", value_parser = values::home_path)]
+        #[arg(default_value = ".", value_parser = values::path())]
         dir: PathBuf,
     },
     /// Fork a volume and mount it
     Fork {
         #[arg(value_parser = values::volume)]
         volume: String,
-        #[arg(value_parser = values::home_path)]
+        #[arg(value_parser = values::path())]
         mountpoint: PathBuf,
         #[command(flatten)]
         options: Box<ForkOptions>,
@@ -87,8 +87,8 @@ enum Command {
     Commit(CommitOptions),
     /// Mount a fork again that has lost its mount
     Mount {
-        fork: String,
-        #[arg(value_parser = values::home_path)]
+        fork: OsString,
+        #[arg(value_parser = values::path())]
         mountpoint: Option<PathBuf>,
     },
     /// Drop what forks have changed, and unmount them
@@ -292,7 +292,7 @@ struct ForkOptions {
 #[derive(Clone, Debug, Args)]
 struct CommitOptions {
     /// An id (f-...) or a path inside the mount
-    fork: String,
+    fork: OsString,
     /// Commit the state as of now; the fork stays mounted
     #[arg(long)]
     keep: bool,
@@ -320,7 +320,7 @@ struct CommitOptions {
 #[group(required = true, multiple = false)]
 struct AbandonOptions {
     /// An id (f-...) or a path inside the mount
-    fork: Option<String>,
+    fork: Option<OsString>,
     /// All that nothing uses any more
     #[arg(long)]
     orphans: bool,
@@ -390,12 +390,15 @@ fn misused(error: &clap::Error, is_run: bool, json: bool) -> ExitCode {
                 .unwrap_or_default()
                 .trim_start_matches("error: ")
                 .to_owned();
-            let rest: Vec<&str> = lines.filter(|l| !l.is_empty()).collect();
+            let first = first.trim_end_matches(':');
+            let rest: Vec<&str> = lines
+                .filter(|l| !l.is_empty() && !l.starts_with("For more information"))
+                .collect();
             let message = match kind {
                 ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
                     "a command is missing".into()
                 }
-                _ if rest.is_empty() => first,
+                _ if rest.is_empty() => first.into(),
                 _ => format!("{first}: {}", rest.join(", ")),
             };
             let failure = Failure::new(Code::Usage, message).hint("see forkvol --help");
@@ -509,7 +512,7 @@ fn settings(context: &Context, command: Option<&ConfigCommand>) -> Result<(), Fa
             .file
             .as_ref()
             .map_or("none".into(), |f| f.display().to_string());
-        let document = json!({"file": config.file, "ok": true});
+        let document = json!({"file": config.file.as_deref().map(output::path), "ok": true});
         return output::show(context.json, &document, |_| format!("{file}: ok\n"));
     }
     let rows: Vec<_> = config
@@ -517,7 +520,7 @@ fn settings(context: &Context, command: Option<&ConfigCommand>) -> Result<(), Fa
         .into_iter()
         .map(|(name, value, origin)| match (name, place) {
             ("store", Place::Embedded { store, named_by }) if *named_by != place::CONFIGURED => {
-                json!({"name": name, "value": store, "origin": named_by})
+                json!({"name": name, "value": output::path(store), "origin": named_by})
             }
             ("store", Place::Service) => {
                 json!({"name": name, "value": place::SERVICE_SOCKET, "origin": "the service"})
@@ -525,7 +528,7 @@ fn settings(context: &Context, command: Option<&ConfigCommand>) -> Result<(), Fa
             _ => json!({"name": name, "value": value, "origin": origin}),
         })
         .collect();
-    let document = json!({"file": config.file, "settings": rows});
+    let document = json!({"file": config.file.as_deref().map(output::path), "settings": rows});
     output::show(context.json, &document, |_| {
         output::table(
             &rows,

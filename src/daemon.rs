@@ -141,6 +141,8 @@ fn start(options: &mut Options) -> Result<Started, Failure> {
     process::large_buffers_from_kernel();
     process::set_umask(0o077);
     socket::make_store_folder(&options.store)?;
+    // Before the log: nothing is put into a folder that is no store.
+    Engine::recognise(&options.store).map_err(failure)?;
     log::start(options.embedded.then(|| options.store.join("log")))?;
     if let Err(error) = sys::raise_open_files() {
         ::log::warn!("cannot raise the limit of open files: {error}");

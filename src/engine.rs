@@ -201,6 +201,8 @@ pub struct Engine {
     upkeep: Mutex<Vec<std::thread::JoinHandle<()>>>,
     /// Forks that are over and may still be mounted, with the root that a commit gave them.
     leaving: Mutex<Vec<(Weak<Live>, Option<NodeId>)>>,
+    /// Abandoned while the disk was full: their records are still there.
+    unforgotten: Mutex<Vec<ForkId>>,
 }
 
 impl fmt::Debug for Engine {
@@ -223,6 +225,14 @@ fn boot_id() -> Result<String> {
 }
 
 impl Engine {
+    /// Looks whether a folder is a store, or can become one, and changes nothing there.
+    ///
+    /// # Errors
+    /// Why it is none for this program and this user.
+    pub fn recognise(dir: &Path) -> Result<()> {
+        Ok(Store::recognise(dir)?)
+    }
+
     /// Opens the store in `dir` and the forks that it knows.
     ///
     /// # Errors
@@ -236,7 +246,8 @@ impl Engine {
         let store = Store::open(dir, options)?;
         let boot = boot_id()?;
         let mut forks = HashMap::new();
-        for record in store.forks()? {
+        let records = store.forks().map_err(|error| error.at_open(dir))?;
+        for record in records {
             let live = reopen(&store, record, &boot);
             forks.insert(live.id, Arc::new(live));
         }
@@ -252,6 +263,7 @@ impl Engine {
             stopping: AtomicBool::new(false),
             upkeep: Mutex::default(),
             leaving: Mutex::default(),
+            unforgotten: Mutex::default(),
         });
         engine.remove_strays();
         *engine.upkeep.lock() = upkeep::start(&engine)?;
@@ -489,7 +501,12 @@ impl Engine {
     pub fn abandon(&self, id: ForkId) -> Result<Vec<MountInfo>> {
         let live = self.live(id)?;
         let _one = live.alone();
-        self.store.remove_fork(id)?;
+        match self.store.remove_fork(id) {
+            Ok(()) => {}
+            // What it wrote may be all that fills the disk, so that goes first; the record follows when there is room.
+            Err(StoreError::NoSpace) => self.unforgotten.lock().push(id),
+            Err(error) => return Err(error.into()),
+        }
         self.counters.abandoned.fetch_add(1, Ordering::Relaxed);
         log::info!("fork {id} abandoned");
         Ok(self.finish(&live, None))
@@ -546,6 +563,7 @@ impl Engine {
             thread.thread().unpark();
             thread.join().expect("a panic ends the process");
         }
+        self.forget();
         Ok(self.store.flush()?)
     }
 }

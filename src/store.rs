@@ -45,6 +45,17 @@ pub use steps::copy_folder;
 
 /// The format that this program writes; a store of a newer one is refused.
 const FORMAT: u32 = 1;
+/// What may lie in the folder of a store that has no database yet.
+const OURS: [&str; 8] = [
+    "lock",
+    "log",
+    "db",
+    "forks",
+    "state",
+    "mnt",
+    "forkvol.sock",
+    "daemon.lock",
+];
 const FAMILIES: [&str; 4] = ["meta", "nodes", "chunks", "sizes"];
 /// The longest value that is believed to be a chunk.
 const CHUNK_MAX: usize = chunk::MAX;
@@ -64,6 +75,8 @@ pub enum StoreError {
     Locked { dir: PathBuf },
     #[error("{dir} is not a store: {why}")]
     NotAStore { dir: PathBuf, why: String },
+    #[error("the store {dir} is damaged and cannot be opened: {why}")]
+    Unreadable { dir: PathBuf, why: String },
     #[error("the disk of the store is full")]
     NoSpace,
     #[error("content was lost with a write to the store that failed: run the command again")]
@@ -72,6 +85,19 @@ pub enum StoreError {
     Io { what: String, source: io::Error },
     #[error("the database of the store: {0}")]
     Database(rocksdb::Error),
+}
+
+impl StoreError {
+    /// Damage that keeps the store in `dir` from being opened: it is of no use to anybody until that is put back.
+    pub fn at_open(self, dir: &Path) -> StoreError {
+        match self {
+            StoreError::Corrupt { what: why } => StoreError::Unreadable {
+                dir: dir.into(),
+                why,
+            },
+            other => other,
+        }
+    }
 }
 
 impl From<TreeError> for StoreError {
@@ -87,7 +113,8 @@ impl From<rocksdb::Error> for StoreError {
         let text = error.to_string();
         if text.contains("No space left") || text.contains("NoSpace") {
             StoreError::NoSpace
-        } else if error.kind() == rocksdb::ErrorKind::Corruption {
+        // A file that the database knows of and that is not there is as bad as one that is wrong.
+        } else if error.kind() == rocksdb::ErrorKind::Corruption || text.contains("No such file") {
             StoreError::Corrupt {
                 what: format!("the database ({text})"),
             }
@@ -184,53 +211,17 @@ impl Store {
     /// Opens the store in `dir`, making it if the folder is empty or not there.
     ///
     /// # Errors
-    /// `Locked`, `Newer`, `NotAStore` or `Corrupt`: a store that cannot be read is never replaced by an empty one.
+    /// `Locked`, `Newer`, `NotAStore` or `Unreadable`: a store that cannot be read is never replaced by an empty one.
     pub fn open(dir: &Path, options: StoreOptions) -> Result<Arc<Store>, StoreError> {
         let io = |what: &Path| {
             let what = what.display().to_string();
             move |source| StoreError::Io { what, source }
         };
-        let not_a_store = |why: &str| StoreError::NotAStore {
-            dir: dir.into(),
-            why: why.into(),
-        };
         fs::create_dir_all(dir).map_err(io(dir))?;
+        Store::recognise(dir)?;
         let has_db = dir.join("db/CURRENT").exists();
-        if !has_db {
-            if dir.join("db").exists() && dir.join("state").exists() {
-                return Err(corrupt(&format!(
-                    "the database in {}",
-                    dir.join("db").display()
-                )));
-            }
-            let known = [
-                "lock",
-                "log",
-                "db",
-                "forks",
-                "state",
-                "mnt",
-                "forkvol.sock",
-                "daemon.lock",
-            ];
-            let strange = fs::read_dir(dir)
-                .map_err(io(dir))?
-                .filter_map(Result::ok)
-                .find(|entry| !known.iter().any(|name| entry.file_name() == *name));
-            if let Some(entry) = strange {
-                return Err(not_a_store(&format!(
-                    "it has a {:?} and no database",
-                    entry.file_name()
-                )));
-            }
-        }
         let lock_path = dir.join("lock");
-        let lock = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&lock_path);
-        let lock = lock.map_err(io(&lock_path))?;
+        let lock = lock_file(&lock_path)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(fs::TryLockError::WouldBlock) => {
@@ -242,7 +233,7 @@ impl Store {
             let folder = dir.join(folder);
             fs::create_dir_all(&folder).map_err(io(&folder))?;
         }
-        let db = open_db(dir)?;
+        let db = open_db(dir).map_err(|error| error.at_open(dir))?;
         let store = Store {
             dir: dir.into(),
             options,
@@ -261,8 +252,51 @@ impl Store {
             steps: steps::Steps::default(),
             _lock: lock,
         };
-        store.check_format(has_db)?;
+        store
+            .check_format(has_db)
+            .map_err(|error| error.at_open(dir))?;
         Ok(Arc::new(store))
+    }
+
+    /// Looks whether a folder is a store of this format or can become one, and can be written to. Nothing is made but its lock.
+    ///
+    /// # Errors
+    /// `NotAStore`, `Newer`, `Unreadable`; what the disk answered.
+    pub fn recognise(dir: &Path) -> Result<(), StoreError> {
+        let state = dir.join("state");
+        match fs::read_to_string(&state) {
+            Ok(text) => {
+                let format = text.strip_prefix("format ");
+                let format = format.and_then(|number| number.trim().parse::<u32>().ok());
+                if let Some(found) = format.filter(|found| *found > FORMAT) {
+                    let dir = dir.into();
+                    return Err(StoreError::Newer { dir, found });
+                }
+                if !dir.join("db/CURRENT").exists() {
+                    return Err(StoreError::Unreadable {
+                        dir: dir.into(),
+                        why: "its database is not there".into(),
+                    });
+                }
+            }
+            Err(_) if dir.join("db/CURRENT").exists() => {}
+            Err(_) => {
+                let strange = fs::read_dir(dir)
+                    .map_err(|source| StoreError::Io {
+                        what: dir.display().to_string(),
+                        source,
+                    })?
+                    .filter_map(Result::ok)
+                    .find(|entry| !OURS.iter().any(|name| entry.file_name() == *name));
+                if let Some(entry) = strange {
+                    return Err(StoreError::NotAStore {
+                        dir: dir.into(),
+                        why: format!("it has a {:?} and no database", entry.file_name()),
+                    });
+                }
+            }
+        }
+        lock_file(&dir.join("lock")).map(drop)
     }
 
     fn check_format(&self, had_db: bool) -> Result<(), StoreError> {
@@ -480,6 +514,15 @@ fn family(db: &DB, target: Target) -> Result<&ColumnFamily, StoreError> {
     let name = FAMILIES[target as usize];
     db.cf_handle(name)
         .ok_or_else(|| corrupt(&format!("the database (no family {name})")))
+}
+
+fn lock_file(path: &Path) -> Result<File, StoreError> {
+    let mut options = File::options();
+    let file = options.create(true).truncate(false).write(true).open(path);
+    file.map_err(|source| StoreError::Io {
+        what: path.display().to_string(),
+        source,
+    })
 }
 
 /// Opens the database with the settings found good: small buffers, little WAL, blobs for chunks, no compression of its own.

@@ -283,14 +283,13 @@ fn unreachable(path: &Path, place: &Place, error: &io::Error) -> Result<Option<C
 /// A daemon is believed only where nobody else could have put it: it runs as root, the caller or the store's owner, and its
 /// socket lies in a folder of such a user that no other may write to.
 fn believe(path: &Path, peer: &io::Result<socket::Peer>, place: &Place) -> Result<(), Failure> {
-    let doubt = |why: String| {
-        Err(Failure::new(
-            Code::Policy,
-            format!("the socket {} is not to be trusted: {why}", path.display()),
-        )
-        .hint("remove it, or name another store with --store"))
-    };
     let folder = path.parent().unwrap_or(Path::new("/"));
+    let failure = |why: String| {
+        let message = format!("the socket {} is not to be trusted: {why}", path.display());
+        Failure::new(Code::Policy, message)
+    };
+    let doubt =
+        |why: String| Err(failure(why).hint("remove it, or name another store with --store"));
     let metadata = match fs::metadata(folder) {
         Ok(metadata) => metadata,
         Err(e) => return doubt(format!("its folder cannot be looked at: {e}")),
@@ -307,7 +306,10 @@ fn believe(path: &Path, peer: &io::Result<socket::Peer>, place: &Place) -> Resul
         return doubt(format!("its folder belongs to user {}", metadata.uid()));
     }
     if metadata.mode() & 0o022 != 0 {
-        return doubt(format!("others may write to {}", folder.display()));
+        let folder = folder.display();
+        return Err(
+            failure(format!("others may write to {folder}")).hint(format!("chmod go-w {folder}"))
+        );
     }
     match peer {
         Ok(peer) if trusted.contains(&peer.uid) => Ok(()),

@@ -1,7 +1,9 @@
 //! fork, mount, commit, abandon, forks.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -177,7 +179,7 @@ pub fn fork(
     output::show(context.json, &document, |_| format!("{}\n", fork.id))
 }
 
-pub fn mount(context: &Context, fork: &str, mountpoint: Option<&Path>) -> Result<(), Failure> {
+pub fn mount(context: &Context, fork: &OsStr, mountpoint: Option<&Path>) -> Result<(), Failure> {
     let mut client = context.connect()?;
     let fork = find(&mut client, fork)?;
     if fork.state == "live" {
@@ -223,11 +225,12 @@ pub fn mount(context: &Context, fork: &str, mountpoint: Option<&Path>) -> Result
 }
 
 /// Finds a fork by its id, or by a path inside its mount.
-fn find(client: &mut Client, fork: &str) -> Result<ForkFacts, Failure> {
-    if !fork.starts_with(['/', '.', '~']) {
-        return take(&client.call(&Request::Find { fork: fork.into() })?, "/fork");
+fn find(client: &mut Client, fork: &OsStr) -> Result<ForkFacts, Failure> {
+    if !matches!(fork.as_bytes().first(), Some(b'/' | b'.' | b'~')) {
+        let fork = fork.to_string_lossy().into_owned();
+        return take(&client.call(&Request::Find { fork })?, "/fork");
     }
-    let path = values::home_path(fork).map_err(|e| Failure::new(Code::Usage, e))?;
+    let path = values::at_home(fork).map_err(|e| Failure::new(Code::Usage, e))?;
     let (device, mounted) = mounting::fork_mount_of(&path)?;
     let forks: Vec<ForkFacts> = take(&client.call(&Request::Forks)?, "/forks")?;
     forks

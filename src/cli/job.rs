@@ -3,6 +3,7 @@
 //! A job is one file: what was attached, where, and by whom. It is written before anything it names is made and removed last, so
 //! that whatever was interrupted can be ended by somebody else.
 
+mod as_bytes;
 mod attach;
 mod finish;
 mod join;
@@ -37,10 +38,10 @@ pub struct Attach {
     #[command(flatten)]
     volumes: Volumes,
     /// A file whose cache key says which volumes (default: .forkvol.yml, where nothing else does)
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["volume", "path", "pipeline"], value_parser = values::home_path)]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["volume", "path", "pipeline"], value_parser = values::path())]
     config: Option<PathBuf>,
     /// A pipeline.yml whose cache keys say which volumes
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["volume", "path"], value_parser = values::home_path)]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["volume", "path"], value_parser = values::path())]
     pipeline: Option<PathBuf>,
     /// The pipeline's step: its key, its label, or #N (default: from the variables of the CI host)
     #[arg(long, value_name = "KEY|LABEL|#N", requires = "pipeline")]
@@ -63,7 +64,7 @@ pub struct Attach {
     #[arg(long, value_name = "PID")]
     agent_pid: Vec<u32>,
     /// The folder below which forks are mounted
-    #[arg(long, value_name = "DIR", value_parser = values::home_path)]
+    #[arg(long, value_name = "DIR", value_parser = values::path())]
     mount_root: Option<PathBuf>,
     /// How a path leads to its fork (default: bind)
     #[arg(long, value_enum)]

@@ -1,5 +1,7 @@
 //! Mountpoints: what may become one, mounting a fork there, and taking it away again.
 
+mod explain;
+
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::client::Client;
+use super::exit;
 use super::holders;
 use super::output::warn;
 use super::place::{Place, real_path};
@@ -16,10 +19,12 @@ use super::values::Busy;
 use crate::protocol::{Bytes, Code, Failure, Mount, Request, Serve};
 use crate::sys::mount::{self as kernel, HelperError, MountPoint, Options};
 use crate::sys::process;
+pub use explain::device as explain_device;
 
 const ENOTCONN: i32 = 107;
 const ENODEV: i32 = 19;
 const EBUSY: i32 = 16;
+const EINVAL: i32 = 22;
 
 /// Folders that the system or its users cannot do without: nothing is put over them.
 const SACRED: [&str; 24] = [
@@ -115,6 +120,10 @@ impl Mountpoint {
                     Err(e) if e.kind() == io::ErrorKind::NotFound => {
                         Err(failed(Code::Failed, "the folder above it does not exist")
                             .hint("only the last component is created"))
+                    }
+                    Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+                        Err(failed(Code::Failed, &e.to_string())
+                            .hint("choose a folder of your own"))
                     }
                     Err(e) => Err(failed(Code::Failed, &e.to_string())),
                 }
@@ -246,7 +255,7 @@ fn attach(at: &Path, manner: &Manner) -> Result<OwnedFd, Failure> {
     };
     match manner.by {
         By::Caller => {
-            let fuse = kernel::open_fuse().map_err(|e| explain_device(&e))?;
+            let fuse = kernel::open_fuse().map_err(|e| explain::device(&e))?;
             match kernel::mount_fuse(&fuse, at, &options) {
                 Ok(()) => Ok(fuse.into()),
                 Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
@@ -263,60 +272,10 @@ fn attach(at: &Path, manner: &Manner) -> Result<OwnedFd, Failure> {
         By::Helper => kernel::mount_with_helper(at, &options).map_err(|error| match error {
             HelperError::Missing => cannot("fusermount3 is not installed".into())
                 .hint("install the package fuse3, or run as root"),
-            HelperError::Refused(words) => explain_refusal(at, &words),
+            HelperError::Refused(words) => explain::refusal(at, &words),
             HelperError::Io(e) => cannot(format!("fusermount3: {e}")),
         }),
     }
-}
-
-/// Says what is to be done where the FUSE device cannot be opened.
-pub fn explain_device(error: &io::Error) -> Failure {
-    let failure = Failure::new(
-        Code::Failed,
-        format!("cannot open {}: {error}", kernel::FUSE_DEVICE),
-    );
-    match (error.kind(), error.raw_os_error()) {
-        (io::ErrorKind::NotFound, _) => failure.hint(
-            "modprobe fuse; in a container, --device /dev/fuse, or on Kubernetes a device plugin for it",
-        ),
-        // EPERM comes from a container's device rules, EACCES from the mode of the node.
-        (_, Some(1)) => failure.hint(
-            "the container's device rules forbid it: --device /dev/fuse, or on Kubernetes a device plugin for it",
-        ),
-        (io::ErrorKind::PermissionDenied, _) => {
-            failure.hint(format!("chmod 0666 {}, or run as root", kernel::FUSE_DEVICE))
-        }
-        (_, Some(ENODEV) | Some(6)) => failure.hint("modprobe fuse"),
-        _ => failure,
-    }
-}
-
-fn explain_refusal(at: &Path, words: &str) -> Failure {
-    let failure = Failure::new(
-        Code::Failed,
-        format!("cannot mount on {}: fusermount3: {words}", at.display()),
-    );
-    if words.contains("mount_max") || words.contains("too many FUSE filesystems") {
-        return failure.hint("raise mount_max in /etc/fuse.conf, or end forks: forkvol forks");
-    }
-    if words.contains("/dev/fuse") && words.contains("Permission denied") {
-        return failure.hint(format!("chmod 0666 {}", kernel::FUSE_DEVICE));
-    }
-    if words.contains("/dev/fuse") || words.contains("fuse device") {
-        return failure.hint("modprobe fuse; in a container, --device /dev/fuse");
-    }
-    if words.contains("determine username") {
-        return failure.hint("this user id has no name in /etc/passwd, which fusermount3 needs");
-    }
-    if words.contains("user_allow_other") {
-        return failure.hint("set user_allow_other in /etc/fuse.conf");
-    }
-    if words.contains("Operation not permitted") {
-        return failure.hint(
-            "fusermount3 must be setuid root and may not run under no_new_privs; or use forkvol run",
-        );
-    }
-    failure
 }
 
 /// Whether ordinary users may open their mounts to others.
@@ -370,6 +329,8 @@ pub fn mount_path(mount: &Mount) -> &Path {
 pub fn unbind(at: &Path, mount: &Mount) {
     match kernel::unbind(at) {
         Err(e) if e.raw_os_error() == Some(EBUSY) => warn_of_holders(mount),
+        // Whoever it was put there for has taken it away.
+        Err(e) if e.raw_os_error() == Some(EINVAL) => {}
         Err(e) => warn(&format!("cannot unbind {}: {e}", at.display())),
         Ok(()) => {}
     }
@@ -462,7 +423,7 @@ pub fn detach_by(client: Option<&mut Client>, mount: &Mount, by: By) {
             .remove_if_created();
         }
         Ok(()) => {}
-        Err(failure) => warn(&failure.message),
+        Err(failure) => warn(&exit::line(&failure)),
     }
 }
 
@@ -480,7 +441,12 @@ fn take_away(path: &Path, by: By) -> Result<(), Failure> {
     match by {
         By::Caller => kernel::detach_abort(path).map_err(|e| cannot_unmount(path, &e.to_string())),
         By::Helper => kernel::unmount_with_helper(path).map_err(|error| match error {
-            HelperError::Missing => cannot_unmount(path, "fusermount3 is not installed"),
+            HelperError::Missing => {
+                cannot_unmount(path, "fusermount3 is not installed").hint(format!(
+                    "install the package fuse3, then fusermount3 -uz {}",
+                    path.display()
+                ))
+            }
             HelperError::Refused(words) => cannot_unmount(path, &words),
             HelperError::Io(e) => cannot_unmount(path, &e.to_string()),
         }),
@@ -586,12 +552,5 @@ mod tests {
             fork_mount_of(Path::new("/")).unwrap_err().code,
             Code::NotFound
         );
-    }
-
-    #[test]
-    fn the_helper_is_explained() {
-        let words = "too many FUSE filesystems mounted; mount_max=N can be set in /etc/fuse.conf";
-        let failure = explain_refusal(Path::new("/m"), words);
-        assert!(failure.hint.unwrap().contains("mount_max"));
     }
 }

@@ -1,6 +1,8 @@
 //! What commands print: tables and documents on standard output, talk on standard error.
 
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
@@ -66,6 +68,11 @@ pub fn cannot_print(error: &io::Error) -> Failure {
         Code::Failed,
         format!("cannot write to standard output: {error}"),
     )
+}
+
+/// A path as documents have it.
+pub fn path(path: &Path) -> Bytes {
+    Bytes(path.as_os_str().as_bytes().to_vec())
 }
 
 /// Prints a document as one line of JSON.

@@ -37,7 +37,7 @@ pub struct Volumes {
     #[arg(short = 'v', long = "volume", value_parser = values::volume)]
     volume: Vec<String>,
     /// Where the volume before it is put; may be repeated
-    #[arg(short = 'p', long = "path", value_parser = values::home_path)]
+    #[arg(short = 'p', long = "path", value_parser = values::path())]
     path: Vec<PathBuf>,
 }
 

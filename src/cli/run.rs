@@ -18,7 +18,7 @@ use super::exit;
 use super::forks::{self, ForkFacts, take};
 use super::job::suffix;
 use super::mounting::{self, By, Mountpoint};
-use super::output::warn;
+use super::output::{self, warn};
 use super::paths::{self, Target, Volumes, Wish};
 use super::{Context, ForkOptions};
 use crate::protocol::{self, Bytes, Code, Failure, Mount, Request};
@@ -76,7 +76,7 @@ impl InUse {
             (None, Some(_)) if version.is_null() => "unchanged",
             (None, Some(_)) => "committed",
         };
-        let paths: Vec<&Path> = self.targets.iter().map(|t| t.path.as_path()).collect();
+        let paths: Vec<Bytes> = self.targets.iter().map(|t| output::path(&t.path)).collect();
         json!({
             "volume": self.fork.volume,
             "fork": self.fork.id,
@@ -459,7 +459,7 @@ impl<'a> Job<'a> {
 
 /// The document of a run.
 fn report(words: &[OsString], outcome: Outcome, begun: Instant, volumes: Vec<Value>) -> Value {
-    let command: Vec<_> = words.iter().map(|w| w.to_string_lossy()).collect();
+    let command: Vec<Bytes> = words.iter().map(|w| output::path(Path::new(w))).collect();
     json!({"run": {
         "command": command,
         "status": outcome.status,

@@ -1,7 +1,11 @@
 //! The values that options take: sizes, durations, labels, names, owners.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
+
+use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use crate::sys::process;
 
@@ -107,10 +111,18 @@ pub fn owner(text: &str) -> Result<Owner, String> {
 
 /// A path in which a leading `~` stands for the caller's home, for no shell may have looked at it.
 pub fn home_path(text: &str) -> Result<PathBuf, String> {
-    let Some(rest) = text
-        .strip_prefix('~')
-        .filter(|r| r.is_empty() || r.starts_with('/'))
-    else {
+    at_home(OsStr::new(text))
+}
+
+/// A path as an argument, which need not be text.
+pub fn path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().try_map(|text| at_home(&text))
+}
+
+/// As [`home_path`], for what need not be text.
+pub fn at_home(text: &OsStr) -> Result<PathBuf, String> {
+    let rest = text.as_bytes().strip_prefix(b"~");
+    let Some(rest) = rest.filter(|r| r.first().is_none_or(|b| *b == b'/')) else {
         return if text.is_empty() {
             Err("the path is empty".into())
         } else {
@@ -118,7 +130,8 @@ pub fn home_path(text: &str) -> Result<PathBuf, String> {
         };
     };
     let home = std::env::home_dir().ok_or("there is no home folder for ~")?;
-    Ok(home.join(rest.trim_start_matches('/')))
+    let slashes = rest.iter().take_while(|b| **b == b'/').count();
+    Ok(home.join(OsStr::from_bytes(&rest[slashes..])))
 }
 
 /// What to do about a mount that is still in use.

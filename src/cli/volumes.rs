@@ -280,16 +280,30 @@ pub fn check(context: &Context, repair: bool, yes: bool) -> Result<(), Failure> 
         Code::Damaged,
         format!("the store has {} problems", problems.len()),
     )
-    .hint("forkvol check --repair sets those versions aside"))
+    .hint(match problems.iter().all(is_of_store) {
+        true => "export what is needed, and move the store away to begin an empty one",
+        false => "forkvol check --repair sets those versions aside",
+    }))
+}
+
+/// Whether a problem is of the whole store, and so of no version that could be set aside.
+fn is_of_store(problem: &Value) -> bool {
+    problem["volume"] == ""
 }
 
 fn problem_line(problem: &Value) -> String {
     let paths = problem["paths"].as_array().cloned().unwrap_or_default();
     let paths: Vec<String> = paths.iter().map(output::path_text).collect();
+    let version = match is_of_store(problem) {
+        true => String::new(),
+        false => format!(
+            "{}@{}: ",
+            output::path_text(&problem["volume"]),
+            problem["number"]
+        ),
+    };
     format!(
-        "{}@{}: {}{}{}\n",
-        output::path_text(&problem["volume"]),
-        problem["number"],
+        "{version}{}{}{}\n",
         output::path_text(&problem["what"]),
         if paths.is_empty() { "" } else { ": " },
         paths.join(", ")

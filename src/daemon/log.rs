@@ -22,20 +22,7 @@ pub fn start(dir: Option<PathBuf>) -> Result<(), Failure> {
     let logger = Logger::try_with_str(level).map_err(failed)?.format(line);
     let logger = match dir {
         None => logger.log_to_stderr(),
-        Some(dir) => logger
-            .log_to_file(
-                FileSpec::default()
-                    .directory(dir)
-                    .basename("daemon")
-                    .suppress_timestamp(),
-            )
-            .append()
-            .cleanup_in_background_thread(false)
-            .rotate(
-                Criterion::Size(FILE_SIZE),
-                Naming::Numbers,
-                Cleanup::KeepLogFiles(OLD_FILES),
-            ),
+        Some(dir) => to_files(logger, dir, FILE_SIZE),
     };
     // The handle only reconfigures; without it the log goes on.
     logger.start().map_err(failed)?;
@@ -48,6 +35,23 @@ pub fn start(dir: Option<PathBuf>) -> Result<(), Failure> {
     Ok(())
 }
 
+/// A file, and a bounded number of older ones beside it.
+fn to_files(logger: Logger, dir: PathBuf, size: u64) -> Logger {
+    let file = FileSpec::default()
+        .directory(dir)
+        .basename("daemon")
+        .suppress_timestamp();
+    logger
+        .log_to_file(file)
+        .append()
+        .cleanup_in_background_thread(false)
+        .rotate(
+            Criterion::Size(size),
+            Naming::Numbers,
+            Cleanup::KeepLogFiles(OLD_FILES),
+        )
+}
+
 fn line(out: &mut dyn Write, _: &mut DeferredNow, record: &Record) -> io::Result<()> {
     let thread = std::thread::current();
     write!(
@@ -58,4 +62,40 @@ fn line(out: &mut dyn Write, _: &mut DeferredNow, record: &Record) -> io::Result
         thread.name().unwrap_or("-"),
         record.args()
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_log_is_bounded_and_keeps_what_is_newest() {
+        let dir = tempfile::tempdir().unwrap();
+        for run in 0..2 {
+            let logger = Logger::try_with_str("info").unwrap().format(line);
+            let (log, _handle) = to_files(logger, dir.path().into(), 1000).build().unwrap();
+            for n in 0..200 {
+                log.log(
+                    &Record::builder()
+                        .level(::log::Level::Info)
+                        .args(format_args!("line {n} of run {run}"))
+                        .build(),
+                );
+            }
+            log.flush();
+        }
+        let files: Vec<_> = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect();
+        assert_eq!(files.len(), OLD_FILES + 1, "{files:?}");
+        let texts: Vec<String> = files
+            .iter()
+            .map(|file| std::fs::read_to_string(file).unwrap())
+            .collect();
+        assert!(texts.iter().all(|text| text.len() < 1200));
+        assert!(texts.iter().any(|text| text.contains("line 199 of run 1")));
+        assert!(!texts.iter().any(|text| text.contains("of run 0")));
+        assert_eq!((FILE_SIZE, OLD_FILES + 1), (10 << 20, 5));
+    }
 }

@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use crate::protocol::{Code, Failure};
-use crate::sys::{FsKind, fs_kind, socket};
+use crate::sys::{FsKind, fs_kind, process, socket};
 
 /// A socket that clients can connect to; its name goes when this does.
 pub struct Listening {
@@ -23,10 +23,8 @@ impl Listening {
     /// Binds the socket. Called by who holds the store's lock, so that a socket that is there already is dead.
     pub fn bind(path: &Path, group: Option<u32>) -> Result<Listening, Failure> {
         Self::try_bind(path, group).map_err(|error| {
-            Failure::new(
-                Code::Failed,
-                format!("cannot listen on {}: {error}", path.display()),
-            )
+            let message = format!("cannot listen on {}: {error}", path.display());
+            Failure::new(Code::Failed, message).hint("remove what is there, or name another store")
         })
     }
 
@@ -133,9 +131,43 @@ pub fn make_store_folder(store: &Path) -> Result<FsKind, Failure> {
         .recursive(true)
         .mode(0o700)
         .create(store)
-        .map_err(failed)?;
-    Ok(kind)
+        .map_err(|e| match e.kind() {
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                failed(e).hint(ANOTHER_STORE)
+            }
+            _ => failed(e),
+        })?;
+    refuse_shared(store).map(|()| kind)
 }
+
+/// A folder in which others could put a socket is no place for one, and a database that two users write to is soon open to neither.
+fn refuse_shared(store: &Path) -> Result<(), Failure> {
+    let name = store.display();
+    let failed =
+        |e: io::Error| Failure::new(Code::Failed, format!("cannot use the store {name}: {e}"));
+    if fs::metadata(store).map_err(failed)?.mode() & 0o022 != 0 {
+        let message = format!("the store {name} can be written to by others");
+        return Err(Failure::new(Code::Policy, message).hint(format!("chmod go-w {name}")));
+    }
+    let owner = match fs::metadata(store.join("db")) {
+        Ok(metadata) => metadata.uid(),
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound) => return Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+            return Err(failed(e).hint(ANOTHER_STORE));
+        }
+        Err(e) => return Err(failed(e)),
+    };
+    if owner != process::euid() {
+        let message = format!("the store {name} belongs to user {owner}");
+        return Err(Failure::new(Code::Policy, message).hint(format!(
+            "run this as user {owner}, or name a store of your own with --store"
+        )));
+    }
+    Ok(())
+}
+
+/// What helps where a store cannot be used by who wants it.
+const ANOTHER_STORE: &str = "choose a folder that you may write to with --store or FORKVOL_STORE";
 
 #[cfg(test)]
 mod tests {

@@ -40,20 +40,32 @@ impl EngineError {
     }
 }
 
+/// What helps where a folder cannot be the store.
+const ANOTHER: &str = "choose a folder that you may write to with --store or FORKVOL_STORE";
+
 impl From<StoreError> for EngineError {
     fn from(error: StoreError) -> EngineError {
         let message = error.to_string();
         match error {
             StoreError::Missing { .. } | StoreError::Corrupt { .. } => EngineError::new(Code::Damaged, message)
                 .hint("`forkvol check` says which versions it hits, `forkvol check --repair` sets them aside"),
-            StoreError::Newer { .. } | StoreError::NotAStore { .. } => EngineError::new(Code::Failed, message),
-            StoreError::Locked { .. } => EngineError::new(Code::Busy, message),
+            StoreError::Unreadable { .. } => EngineError::new(Code::Damaged, message)
+                .hint("put back what is missing, or move the folder away to begin an empty store"),
+            StoreError::Newer { .. } => EngineError::new(Code::Failed, message),
+            StoreError::NotAStore { .. } => EngineError::new(Code::Failed, message).hint(ANOTHER),
+            StoreError::Locked { .. } => EngineError::new(Code::Busy, message)
+                .hint("end that process, or name another store with --store"),
+            // The database writes again when it can be opened again, which takes this much. Nothing can be deleted from it before.
             StoreError::NoSpace => {
-                EngineError::new(Code::NoSpace, message).hint("free some room, or run `forkvol gc`")
+                EngineError::new(Code::NoSpace, message).hint("make at least 80 MiB of room there: abandon forks, or remove other files")
             }
             StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-                EngineError::new(Code::NoSpace, message)
+                EngineError::new(Code::NoSpace, message).hint("make room there")
             }
+            StoreError::Io { source, .. } if matches!(
+                source.kind(),
+                std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem
+            ) => EngineError::new(Code::Failed, message).hint(ANOTHER),
             StoreError::Io { .. } | StoreError::Database(_) | StoreError::Lost => EngineError::new(Code::Failed, message),
         }
     }

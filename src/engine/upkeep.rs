@@ -98,6 +98,7 @@ impl Engine {
             self.drop_orphan(live);
         }
         self.free_what_lingers();
+        self.forget();
         busy
     }
 
@@ -252,6 +253,18 @@ impl Engine {
         if self.store.reach(Step::Aside).is_ok() {
             remove_in_background(aside.as_path());
         }
+    }
+
+    /// Removes the records of forks that were abandoned while the disk was full.
+    pub(super) fn forget(&self) {
+        let mut left = self.unforgotten.lock();
+        left.retain(|id| match self.store.remove_fork(*id) {
+            Ok(()) => false,
+            Err(error) => {
+                log::debug!("the record of fork {id} is still there: {error}");
+                true
+            }
+        });
     }
 
     /// Removes folders that no fork's record names.

@@ -219,7 +219,12 @@ impl Store {
     }
 
     /// Up to `count` ids of a family from `from` on; values only of `sizes`.
-    fn keys(&self, target: Target, from: &[u8], count: usize) -> Result<Vec<Indexed>, StoreError> {
+    pub(super) fn keys(
+        &self,
+        target: Target,
+        from: &[u8],
+        count: usize,
+    ) -> Result<Vec<Indexed>, StoreError> {
         self.with(|db| {
             let mut options = ReadOptions::default();
             options.fill_cache(false);

@@ -76,6 +76,13 @@ fn a_store_of_a_newer_format_is_refused_and_left_alone() {
         open(dir.path()),
         Err(StoreError::Newer { found: 9, .. })
     ));
+    // Where even the database is of a newer kind the file beside it says so.
+    std::fs::write(dir.path().join("state"), "format 10\n").unwrap();
+    std::fs::write(dir.path().join("db/CURRENT"), "newer").unwrap();
+    assert!(matches!(
+        open(dir.path()),
+        Err(StoreError::Newer { found: 10, .. })
+    ));
 }
 
 #[test]
@@ -94,8 +101,18 @@ fn a_store_whose_database_is_gone_is_never_replaced_by_an_empty_one() {
     let dir = tempfile::tempdir().unwrap();
     drop(open(dir.path()).unwrap());
     std::fs::remove_file(dir.path().join("db/CURRENT")).unwrap();
-    assert!(matches!(open(dir.path()), Err(StoreError::Corrupt { .. })));
+    let refused = |what: &str| {
+        let error = open(dir.path()).err();
+        assert!(
+            matches!(error, Some(StoreError::Unreadable { .. })),
+            "{what}"
+        );
+    };
+    refused("CURRENT");
     assert!(!dir.path().join("db/CURRENT").exists());
+    std::fs::remove_dir_all(dir.path().join("db")).unwrap();
+    refused("the folder");
+    assert!(!dir.path().join("db").exists());
 }
 
 #[test]

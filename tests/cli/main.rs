@@ -7,8 +7,11 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 mod caches;
+mod damage;
 mod docker;
+mod environment;
 mod jobs;
+mod sockets;
 mod trust;
 mod unprivileged;
 mod workspace;

@@ -90,14 +90,11 @@ fn tell(context: &Context, options: &Attach, job: &Job) -> Result<(), Failure> {
     if let Some(path) = &options.env_file {
         variables::write(path, &variables)?;
     }
-    output::show(
-        context.json,
-        &json!({ "attach": document }),
-        |_| match options.env_file {
-            Some(_) => String::new(),
-            None => variables::for_shell(&variables),
-        },
-    )
+    match (context.json, &options.env_file) {
+        (true, _) => output::print_json(&json!({ "attach": document })),
+        (false, Some(_)) => Ok(()),
+        (false, None) => output::print(&variables::for_shell(&variables)),
+    }
 }
 
 /// A job whose cache cannot be had at all: empty folders, and why.

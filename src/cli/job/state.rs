@@ -9,8 +9,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use super::Link;
 use super::join::Shared;
+use super::{Link, as_bytes};
 use crate::cli::ending::{End, When};
 use crate::cli::place::Place;
 use crate::protocol::{Code, Failure, Mount};
@@ -70,6 +70,7 @@ pub struct Volume {
     pub hit: String,
     pub mount: Option<Mount>,
     /// The folder of its own in which it is mounted, if it is not mounted at its path.
+    #[serde(default, with = "as_bytes::maybe")]
     pub folder: Option<PathBuf>,
     pub paths: Vec<Spot>,
     /// Why the job goes without it.
@@ -90,6 +91,7 @@ pub struct Volume {
 /// A path of a job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Spot {
+    #[serde(with = "as_bytes::one")]
     pub path: PathBuf,
     /// The folder of the volume that is there; none for its root.
     pub inner: Option<String>,
@@ -99,6 +101,7 @@ pub struct Spot {
     #[serde(default)]
     pub mount: Option<Mount>,
     /// Folders that were made for it, outer ones first.
+    #[serde(with = "as_bytes::many")]
     pub made: Vec<PathBuf>,
 }
 

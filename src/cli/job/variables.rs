@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -42,26 +43,30 @@ pub fn refuse_clash<'a>(wishes: impl Iterator<Item = &'a Wish> + Clone) -> Resul
     Ok(())
 }
 
+/// A name, and a value that need not be text: paths are in it.
+type Variable = (String, Vec<u8>);
+
 /// All variables of a job, with its document as JSON in one of them.
-pub fn of(job: &Job, document: &Value) -> Vec<(String, String)> {
+pub fn of(job: &Job, document: &Value) -> Vec<Variable> {
     let mut out = vec![
-        ("FORKVOL_JOB".into(), job.job.clone()),
+        ("FORKVOL_JOB".into(), job.job.clone().into()),
         ("FORKVOL_HIT".into(), job.hit().into()),
         ("FORKVOL_TRUST".into(), job.trust().into()),
-        ("FORKVOL_JSON".into(), document.to_string()),
+        ("FORKVOL_JSON".into(), document.to_string().into()),
     ];
     for volume in &job.volumes {
         let name = suffix(&volume.volume);
-        let mut put = |key: &str, value: String| out.push((format!("FORKVOL_{key}_{name}"), value));
-        put("HIT", volume.hit.clone());
-        put("FORK", volume.fork.clone().unwrap_or_default());
-        put("VERSION", volume.base.clone().unwrap_or_default());
-        put("DIR", folder(volume).to_string_lossy().into_owned());
+        let mut put =
+            |key: &str, value: Vec<u8>| out.push((format!("FORKVOL_{key}_{name}"), value));
+        put("HIT", volume.hit.clone().into());
+        put("FORK", volume.fork.clone().unwrap_or_default().into());
+        put("VERSION", volume.base.clone().unwrap_or_default().into());
+        put("DIR", folder(volume).as_os_str().as_bytes().to_vec());
         put(
             "COMMIT",
             match not_committed(job, volume) {
-                None => "yes".into(),
-                Some(why) => format!("no: {why}"),
+                None => b"yes".to_vec(),
+                Some(why) => format!("no: {why}").into(),
             },
         );
     }
@@ -89,32 +94,44 @@ fn not_committed<'a>(job: &'a Job, volume: &'a Volume) -> Option<&'a str> {
 }
 
 /// The variables for a shell.
-pub fn for_shell(variables: &[(String, String)]) -> String {
-    variables
-        .iter()
-        .map(|(name, value)| format!("{name}='{}'\n", value.replace('\'', r"'\''")))
-        .collect()
+pub fn for_shell(variables: &[Variable]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for (name, value) in variables {
+        out.extend_from_slice(name.as_bytes());
+        out.extend_from_slice(b"='");
+        for byte in value {
+            match byte {
+                b'\'' => out.extend_from_slice(br"'\''"),
+                byte => out.push(*byte),
+            }
+        }
+        out.extend_from_slice(b"'\n");
+    }
+    out
 }
 
 /// The variables as a file that GitHub's runner reads: the end of a value is a line that no value can hold.
-fn for_github(variables: &[(String, String)]) -> io::Result<String> {
+fn for_github(variables: &[Variable]) -> io::Result<Vec<u8>> {
     let mut bits = [0; 16];
     sys::random(&mut bits)?;
     let end = format!("forkvol-{:032x}", u128::from_ne_bytes(bits));
-    Ok(variables
-        .iter()
-        .map(|(name, value)| format!("{name}<<{end}\n{value}\n{end}\n"))
-        .collect())
+    let mut out = Vec::new();
+    for (name, value) in variables {
+        out.extend_from_slice(format!("{name}<<{end}\n").as_bytes());
+        out.extend_from_slice(value);
+        out.extend_from_slice(format!("\n{end}\n").as_bytes());
+    }
+    Ok(out)
 }
 
 /// Writes the variables into a file: added to what GitHub's runner reads, else in place of what is there.
-pub fn write(path: &Path, variables: &[(String, String)]) -> Result<(), Failure> {
+pub fn write(path: &Path, variables: &[Variable]) -> Result<(), Failure> {
     let is_github = std::env::var_os("GITHUB_ENV").is_some_and(|github| github == path.as_os_str());
     let write = || match is_github {
         true => File::options()
             .append(true)
             .open(path)?
-            .write_all(for_github(variables)?.as_bytes()),
+            .write_all(&for_github(variables)?),
         false => {
             // New, and this process's own: the folder may be one that everybody writes to.
             let mut aside = path.as_os_str().to_owned();
@@ -124,7 +141,7 @@ pub fn write(path: &Path, variables: &[(String, String)]) -> Result<(), Failure>
                 .create_new(true)
                 .mode(0o600)
                 .open(&aside)?
-                .write_all(for_shell(variables).as_bytes())?;
+                .write_all(&for_shell(variables))?;
             fs::rename(aside, path)
         }
     };
@@ -141,7 +158,7 @@ mod tests {
     #[test]
     fn a_shell_reads_back_what_was_meant() {
         let hostile = "it's $HOME `id` \"x\"\nand a second line";
-        let text = for_shell(&[("A".into(), hostile.into())]);
+        let text = String::from_utf8(for_shell(&[("A".into(), hostile.into())])).unwrap();
         let out = std::process::Command::new("sh")
             .args(["-c", &format!("{text}printf %s \"$A\"")])
             .output()
