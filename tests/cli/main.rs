@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 mod caches;
 mod docker;
+mod few;
 mod full;
 mod jobs;
 mod kills;
