@@ -38,7 +38,7 @@ use crate::volume::{self, Found, VersionSpec};
 pub use archive::Imported;
 pub use commit::{CommitRequest, Committed, When};
 use error::Result;
-pub use error::{Code, EngineError};
+pub use error::{Code, EngineError, MORE_FILES};
 pub use info::{ForkInfo, MountInfo, VersionInfo, VolumeInfo};
 pub use read::{DiffEntry, DiffKind, ListEntry};
 pub use retention::{Collected, Keep, Policy};

@@ -148,6 +148,31 @@ impl Fork {
         now: Nanos,
     ) -> Result<Fork, FsError> {
         fs::create_dir(dir)?;
+        let first = origin.first_segment;
+        let made = Fork::furnish(store, dir, origin, owner, now);
+        if made.is_err() {
+            // Without opening anything: there may be no descriptor left to do it with.
+            let begun = [log::segment(dir, first), dir.join("spool")];
+            let removed = begun.iter().map(fs::remove_file).find_map(|result| {
+                result
+                    .err()
+                    .filter(|error| error.kind() != std::io::ErrorKind::NotFound)
+            });
+            if let Err(error) = removed.map_or_else(|| fs::remove_dir(dir), Err) {
+                ::log::warn!("{} is left over: {error}", dir.display());
+            }
+        }
+        made
+    }
+
+    /// Fills the folder of a new delta.
+    fn furnish(
+        store: Arc<Store>,
+        dir: &Path,
+        origin: Origin,
+        owner: (u32, u32),
+        now: Nanos,
+    ) -> Result<Fork, FsError> {
         let log = Log::create(dir, origin.id.0, origin.first_segment)?;
         let fork = Fork::with(store, dir, origin, log)?;
         if view::base_attr(&fork.store, fork.root().id, ROOT)?.is_none() {

@@ -10,7 +10,9 @@ use serde_json::{Value, json};
 
 use super::access::Who;
 use super::{Shared, documents, failure};
-use crate::engine::{self, Asker, CommitRequest, Engine, ForkInfo, ForkRequest, JobFacts, Served};
+use crate::engine::{
+    self, Asker, CommitRequest, Engine, ForkInfo, ForkRequest, JobFacts, MORE_FILES, Served,
+};
 use crate::protocol::{
     Answer, Code, Commit, Connection, Facts, Failure, Fork, FrameError, Incoming, Outgoing, Owner,
     Request, Serve, When,
@@ -298,6 +300,10 @@ impl Call<'_> {
 
     fn serve(&self, serve: &Serve, fds: Vec<OwnedFd>) -> Result<Value, Failure> {
         let usage = |message: &str| Failure::new(Code::Usage, message);
+        if fds.is_empty() {
+            let message = "no descriptor came with serve: the client sent none, or the daemon has too many open files";
+            return Err(Failure::new(Code::Failed, message).hint(MORE_FILES));
+        }
         let mut fds = fds.into_iter();
         let (Some(fd), None) = (fds.next(), fds.next()) else {
             return Err(usage("exactly one descriptor must come with serve"));

@@ -3,6 +3,12 @@
 use crate::fork::error::FsError;
 use crate::store::StoreError;
 
+const EMFILE: i32 = 24;
+const ENFILE: i32 = 23;
+
+/// What helps a daemon that may open no more files.
+pub const MORE_FILES: &str = "abandon or commit some forks, or raise the daemon's limit (LimitNOFILE= of its service, `ulimit -n`)";
+
 /// The kinds of failure, one per exit status of the command line.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Code {
@@ -78,6 +84,10 @@ impl From<FsError> for EngineError {
             FsError::NoSpace => EngineError::new(Code::NoSpace, error.to_string()),
             FsError::Io(e) if e.kind() == std::io::ErrorKind::StorageFull => {
                 EngineError::new(Code::NoSpace, "the disk of the store is full")
+            }
+            FsError::Io(e) if matches!(e.raw_os_error(), Some(EMFILE | ENFILE)) => {
+                EngineError::new(Code::Failed, "the daemon has too many open files")
+                    .hint(MORE_FILES)
             }
             FsError::ReadOnly => {
                 EngineError::new(Code::Busy, "a commit of the fork is under way or done")

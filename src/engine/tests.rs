@@ -9,6 +9,7 @@ use crate::record::{Ino, Kind, ROOT};
 mod archive;
 mod beside;
 mod content;
+mod crashes;
 mod exclude;
 mod faults;
 mod meanwhile;

@@ -59,7 +59,8 @@ pub enum LogError {
     },
 }
 
-fn segment(dir: &Path, number: u64) -> PathBuf {
+/// Where a segment of the log of a fork lies.
+pub fn segment(dir: &Path, number: u64) -> PathBuf {
     dir.join(format!("log-{number:08}"))
 }
 

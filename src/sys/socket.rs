@@ -141,6 +141,7 @@ pub fn send_with_fd(
 }
 
 /// Receives bytes, and adds the descriptors that came with them to `fds`. More than a handful is an error; all are closed then.
+/// None come where this process may open no more files: the bytes do, for whoever sent them wants an answer.
 pub fn receive_with_fds(
     socket: &UnixStream,
     buffer: &mut [u8],
@@ -173,6 +174,7 @@ pub fn receive_with_fds(
             }
         }
     };
+    let before = fds.len();
     // SAFETY: the kernel filled msg_control up to msg_controllen with whole headers; each SCM_RIGHTS header is followed by
     // descriptors that are open and belong to nobody else yet.
     unsafe {
@@ -188,7 +190,7 @@ pub fn receive_with_fds(
             header = libc::CMSG_NXTHDR(&raw const message, header);
         }
     }
-    if message.msg_flags & libc::MSG_CTRUNC != 0 {
+    if message.msg_flags & libc::MSG_CTRUNC != 0 && fds.len() > before {
         fds.clear();
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,

@@ -10,7 +10,10 @@ mod caches;
 mod damage;
 mod docker;
 mod environment;
+mod few;
+mod full;
 mod jobs;
+mod kills;
 mod sockets;
 mod trust;
 mod unprivileged;
@@ -95,7 +98,11 @@ impl Cli {
     }
 
     fn kill_daemon(&self) {
-        let pid = self.daemon_pid();
+        self.kill(self.daemon_pid());
+    }
+
+    /// Ends a daemon at once; returns when nothing is left of it.
+    fn kill(&self, pid: u32) {
         forkvol::sys::process::kill(pid, 9).unwrap();
         let begun = Instant::now();
         // Its files are closed by the last of its threads, which may outlive the first.

@@ -115,6 +115,8 @@ fn a_member_that_asked_to_read_only_cannot_write_and_others_can() {
     let error = fs::write(cli.path("b/f"), "y").unwrap_err();
     assert_eq!(error.raw_os_error(), Some(30), "read-only filesystem");
     fs::write(cli.path("a/f"), "z").unwrap();
+    cli.ok(&["finish", "--join", "build-7", "--status", "0"]);
+    assert!(!cli.path("a").exists() && !cli.path("b").exists());
 }
 
 #[test]

@@ -36,10 +36,3 @@ stress() {
   forkvol gc
   echo "summary: $1 seconds, $commits commits meanwhile"
 }
-
-# Counts the open files of the daemon that are no files of the database, which opens and closes those as it likes.
-daemon_files() {
-  local pid
-  pid=$(forkvol daemon status --json | sed 's/.*"pid":\([0-9]*\).*/\1/')
-  find "/proc/$pid/fd" -type l -printf '%l\n' | grep -cv "^$FORKVOL_STORE/db/"
-}

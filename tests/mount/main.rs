@@ -6,5 +6,6 @@ mod common;
 mod differential;
 mod exerciser;
 mod folders;
+mod gone;
 mod inherited;
 mod posix;
