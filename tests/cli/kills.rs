@@ -7,6 +7,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use forkvol::sys::mount;
+
 use super::*;
 
 /// So many kills, unless `FORKVOL_KILLS` says how many.
@@ -286,8 +288,16 @@ impl Worker {
                 true
             }
             Err(error) => {
-                let gone = [Some(107), Some(103)].contains(&error.raw_os_error());
-                assert!(gone, "{name}: {error}");
+                // However the call ended, it may only have failed because nobody serves the mount any more.
+                let begun = Instant::now();
+                while rustix::fs::statvfs(&self.mount).is_ok() {
+                    let alive = begun.elapsed() > Duration::from_secs(2);
+                    assert!(
+                        !alive,
+                        "{}: {name}: {error}, and the daemon lives",
+                        self.volume
+                    );
+                }
                 fork.pending = Some(call);
                 false
             }
@@ -342,6 +352,8 @@ impl Worker {
             cli.ok(&["abandon", id]);
         }
         if !is_there {
+            // Who lost the daemon on the way to the end could not take the mount away, or there is none.
+            mount::detach_abort(&self.mount).unwrap_or_default();
             self.fork = None;
             return;
         }
@@ -429,5 +441,5 @@ fn a_daemon_that_is_killed_at_any_moment_has_lost_nothing_that_it_acknowledged()
     }
     let [forks, keeps, commits, abandons] = done.map(AtomicUsize::into_inner);
     println!("{kills} kills: {forks} forks, {keeps} keeps, {commits} commits, {abandons} abandons");
-    assert!(keeps > 0 && forks > WORKERS, "the load is none");
+    assert!(keeps > 0 && forks >= kills, "the load is none");
 }
