@@ -1,6 +1,6 @@
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 
 use crate::common::{TestStore, sh};
 
@@ -370,4 +370,38 @@ fn the_room_of_a_committed_fork_comes_back_though_its_mount_lingers_and_it_still
         fs::write(mount.path.join("f"), "late").unwrap_err().kind(),
         std::io::ErrorKind::ReadOnlyFilesystem
     );
+}
+
+#[test]
+fn what_the_manual_says_is_not_there_is_refused_and_not_pretended() {
+    use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, ioctl_getflags, open, statx};
+    use rustix::io::Errno;
+    let store = TestStore::new();
+    let mount = store.fork("v");
+    let unnamed = open(&mount.path, OFlags::TMPFILE | OFlags::RDWR, Mode::RUSR);
+    assert_eq!(unnamed.unwrap_err(), Errno::OPNOTSUPP);
+    let path = mount.path.join("f");
+    let file = File::create(&path).unwrap();
+    assert_eq!(ioctl_getflags(&file).unwrap_err(), Errno::NOTTY);
+    let asked = StatxFlags::BTIME | StatxFlags::BASIC_STATS;
+    let found = statx(&file, "", AtFlags::EMPTY_PATH, asked).unwrap();
+    assert!(found.stx_mask & StatxFlags::BASIC_STATS.bits() != 0);
+    assert_eq!(found.stx_mask & StatxFlags::BTIME.bits(), 0);
+}
+
+#[test]
+fn a_setgid_bit_without_execution_for_the_group_outlives_a_write() {
+    let store = TestStore::new();
+    let mount = store.fork("v");
+    fs::set_permissions(&mount.path, fs::Permissions::from_mode(0o777)).unwrap();
+    let mode = |name: &str| fs::metadata(mount.path.join(name)).unwrap().mode() & 0o7777;
+    for (name, before, after) in [("stays", 0o2666, 0o2666), ("goes", 0o2676, 0o676)] {
+        fs::write(mount.path.join(name), "x").unwrap();
+        fs::set_permissions(mount.path.join(name), fs::Permissions::from_mode(before)).unwrap();
+        sh(
+            &mount.path,
+            &format!("setpriv --reuid 65534 --regid 65534 --clear-groups sh -c 'echo y >> {name}'"),
+        );
+        assert_eq!(mode(name), after, "{name}");
+    }
 }
