@@ -174,6 +174,14 @@ pub fn random(buffer: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Lets the calling thread give way to others that want its core: whoever waits for a request goes before a commit's work. Nothing is
+/// lost where the kernel refuses.
+pub fn step_back() {
+    const STEP: libc::c_int = 10;
+    // SAFETY: no memory is passed; 0 means the calling thread.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, STEP) };
+}
+
 /// Lets the calling thread run, and use the disk, only when nobody else wants to.
 pub fn idle_priority() -> io::Result<()> {
     const IOPRIO_WHO_PROCESS: libc::c_int = 1;

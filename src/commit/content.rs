@@ -122,6 +122,7 @@ impl Source<'_> {
                 .map(|_| {
                     let work = work.clone();
                     scope.spawn(move || -> Result<Vec<(usize, Value)>, FsError> {
+                        crate::sys::step_back();
                         let store = |(at, bytes, range): (usize, Arc<Vec<u8>>, Range<usize>)| {
                             Ok((at, self.stored(&bytes[range])?))
                         };

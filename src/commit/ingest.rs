@@ -68,7 +68,11 @@ pub fn run(
         1
     };
     let results: Vec<_> = std::thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let beside = || {
+            crate::sys::step_back();
+            work()
+        };
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(beside)).collect();
         let mut results = vec![work()];
         results.extend(
             others

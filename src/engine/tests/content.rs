@@ -185,3 +185,46 @@ fn reading_makes_no_version() {
     assert_eq!(fs.fork.delta_size().changed, 0);
     assert_eq!(bench.commit(id, false), None);
 }
+
+#[test]
+fn an_inode_takes_as_many_links_as_the_manual_says_and_no_more() {
+    use crate::fs::LINK_MAX;
+    assert_eq!(LINK_MAX, 1_048_576);
+    let bench = Bench::new();
+    let fs = bench.fs(bench.fork("v"));
+    let file = put(&fs, "file", b"1");
+    // So many are too slow to make one by one.
+    let cell = fs.fork.cell(file).unwrap().unwrap();
+    cell.state.write().attr.nlink = LINK_MAX - 1;
+    let last = fs.link(ME, file, ROOT, b"last").unwrap();
+    assert_eq!(last.attr.nlink, LINK_MAX);
+    let more = fs.link(ME, file, ROOT, b"more");
+    assert!(matches!(more, Err(FsError::TooManyLinks)));
+}
+
+#[test]
+fn so_many_names_of_one_hash_fit_in_a_folder_as_the_manual_says_and_no_more() {
+    let bench = Bench::new();
+    let fs = bench.fs(bench.fork("v"));
+    let file = put(&fs, "file", b"1");
+    // Nobody knows two names of one hash, so the entries are given that of the name to come.
+    let hash = crate::record::hash56(b"new");
+    let enter = |names: std::ops::Range<u32>| {
+        let mut tx = fs.fork.begin().unwrap();
+        tx.lock(&[ROOT, file]).unwrap();
+        for n in names {
+            let name = format!("collides {n}");
+            tx.set_entry(ROOT, hash, name.as_bytes(), Some((file, Kind::File)));
+        }
+        tx.finish(ME.request).unwrap();
+    };
+    enter(0..127);
+    put(&fs, "new", b"the 128th");
+    fs.unlink(ME, ROOT, b"new").unwrap();
+    enter(127..128);
+    let node = NewNode::new(Kind::File, 0o644);
+    let full = fs.make(ME, ROOT, b"new", node);
+    assert!(matches!(full, Err(FsError::NoSpace)));
+    assert_eq!(get(&fs, "file"), Some(b"1".to_vec()));
+    fs.make(ME, ROOT, b"of another hash", node).unwrap();
+}
