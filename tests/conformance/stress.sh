@@ -30,7 +30,11 @@ stress() {
   # What leaves itself out has been left out above, with its reason.
   diff <(grep skipping "$work/stress.out") /dev/null
   forkvol commit "$mount"
-  # Nothing is left of the fork, and nothing of its commits but what they hold.
+  # Nothing is left of the fork, whose folder goes in the background, and nothing of its commits but what they hold.
+  for _ in {1..100}; do
+    [[ -z $(ls "$FORKVOL_STORE/forks") ]] && break
+    sleep 0.1
+  done
   diff <(ls "$FORKVOL_STORE/forks") /dev/null
   diff <(daemon_files) <(echo "$before")
   forkvol gc
