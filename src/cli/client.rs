@@ -45,6 +45,7 @@ const KEPT_VARIABLES: [&str; 12] = [
 pub struct Client {
     connection: Connection,
     socket: PathBuf,
+    place: Place,
     hello: Hello,
 }
 
@@ -81,6 +82,7 @@ impl Client {
             Ok(Answer::Hello(hello)) => Ok(Some(Client {
                 connection,
                 socket: path.into(),
+                place: place.clone(),
                 hello,
             })),
             Ok(Answer::Error(failure)) => Err(failure),
@@ -97,18 +99,7 @@ impl Client {
 
     /// A second connection to the same daemon, if it can be had.
     pub fn beside(&self) -> Option<Client> {
-        let stream = socket::connect(&self.socket).ok()?;
-        let mut connection = Connection::new(stream);
-        connection.send(&Request::Hello(Hello::ours())).ok()?;
-        let greeting = connection.receive(MAX_ANSWER, Some(HELLO_TIMEOUT));
-        match greeting {
-            Ok(Answer::Hello(hello)) => Some(Client {
-                connection,
-                socket: self.socket.clone(),
-                hello,
-            }),
-            _ => None,
-        }
+        Client::at(&self.socket, &self.place).ok().flatten()
     }
 
     /// Asks for something.

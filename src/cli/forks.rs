@@ -259,7 +259,7 @@ pub fn commit(context: &Context, options: &CommitOptions) -> Result<(), Failure>
         }
         write_back(mount);
     }
-    let request = Request::Commit(protocol::Commit {
+    let request = protocol::Commit {
         forks: vec![fork.id.clone()],
         keep: options.keep,
         labels: options.label.iter().cloned().collect(),
@@ -268,8 +268,8 @@ pub fn commit(context: &Context, options: &CommitOptions) -> Result<(), Failure>
         if_base: options.if_base,
         force: options.force,
         when: protocol::When::Always,
-    });
-    let answer = watched(&mut client, std::slice::from_ref(&fork.id), &request)?;
+    };
+    let answer = watched(&mut client, request)?;
     let commit: Value = take(&answer, "/commits/0")?;
     for mount in take::<Vec<Mount>>(&commit, "/mounts")? {
         mounting::detach(&mut client, &mount);
@@ -287,12 +287,13 @@ pub fn commit(context: &Context, options: &CommitOptions) -> Result<(), Failure>
 }
 
 /// Asks for a commit and shows how far it has come, where it takes long and somebody looks.
-pub fn watched(client: &mut Client, forks: &[String], request: &Request) -> Result<Value, Failure> {
+pub fn watched(client: &mut Client, commit: protocol::Commit) -> Result<Value, Failure> {
     const PATIENCE: Duration = Duration::from_millis(400);
     let bar = output::progress(Some(0));
     if bar.is_hidden() {
-        return client.call(request);
+        return client.call(&Request::Commit(commit));
     }
+    let forks = commit.forks.clone();
     let beside = client.beside();
     let (done, is_done) = crossbeam::channel::bounded::<()>(0);
     std::thread::scope(|scope| {
@@ -313,7 +314,7 @@ pub fn watched(client: &mut Client, forks: &[String], request: &Request) -> Resu
             }
             bar.finish_and_clear();
         });
-        let result = client.call(request);
+        let result = client.call(&Request::Commit(commit));
         drop(done);
         result
     })

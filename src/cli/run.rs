@@ -378,12 +378,11 @@ impl<'a> Job<'a> {
             .iter()
             .for_each(|used| forks::write_back(&used.mount));
         let commit = protocol::Commit::of(ids.clone(), when);
-        let answer =
-            forks::watched(&mut client, &ids, &Request::Commit(commit)).inspect_err(|_| {
-                // Nothing else will come back for them.
-                ids.iter()
-                    .for_each(|id| forks::drop_unused(&mut client, id));
-            })?;
+        let answer = forks::watched(&mut client, commit).inspect_err(|_| {
+            // Nothing else will come back for them.
+            ids.iter()
+                .for_each(|id| forks::drop_unused(&mut client, id));
+        })?;
         let commits: Vec<Value> = take(&answer, "/commits")?;
         commits.iter().for_each(forks::note_excluded);
         Ok(commits)

@@ -105,20 +105,19 @@ fn without_cache(plans: &[Plan], name: &str, failure: &Failure) -> Job {
         let mut volume = empty(plan);
         volume.degraded = Some(exit::line(failure));
         for path in &plan.wish.paths {
-            if let Err(error) = fs::create_dir_all(path) {
-                warn(&format!("cannot make {}: {error}", path.display()));
-            }
-            volume.paths.push(Spot {
-                path: path.clone(),
-                inner: None,
-                link: None,
-                mount: None,
-                made: Vec::new(),
-            });
+            make_plain(path);
+            volume.paths.push(Spot::plain(path.clone(), Vec::new()));
         }
         job.volumes.push(volume);
     }
     job
+}
+
+/// Makes the folder that a job has where its cache cannot be had.
+fn make_plain(path: &Path) {
+    if let Err(error) = fs::create_dir_all(path) {
+        warn(&format!("cannot make {}: {error}", path.display()));
+    }
 }
 
 pub(super) fn empty(plan: &Plan) -> Volume {
@@ -177,7 +176,7 @@ fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Resu
     let mut client = context.connect()?;
     let live = live_forks(&mut client)?;
     let _alone = jobs.lock(name)?;
-    if let Some(job) = known(context, &jobs, name, &asked, &live)? {
+    if let Some(job) = known(&mut client, &jobs, name, &asked, &live)? {
         return Ok(job);
     }
     let strict = options.options.strict;
@@ -191,7 +190,7 @@ fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Resu
         current(&mut job).took = begun.elapsed().as_secs_f64();
         if let Err(failure) = made {
             if strict {
-                finish::drop_job(context, &jobs, &job)?;
+                finish::drop_job(&mut client, &jobs, &job)?;
                 return Err(failure);
             }
             work.go_without(&mut client, &mut job, plan, &failure)?;
@@ -203,7 +202,7 @@ fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Resu
 
 /// The job as it is, if it has what is asked for; what is left of an earlier one of that name is taken away.
 pub(super) fn known(
-    context: &Context,
+    client: &mut Client,
     jobs: &Jobs,
     name: &str,
     asked: &str,
@@ -213,7 +212,7 @@ pub(super) fn known(
         return Ok(None);
     };
     if job.is_stale(live) {
-        finish::drop_job(context, jobs, &job)?;
+        finish::drop_job(client, jobs, &job)?;
         return Ok(None);
     }
     if job.asked == asked {
@@ -268,11 +267,8 @@ impl<'a> Work<'a> {
         for path in &wish.paths {
             let (target, made) = self.place(plan, path)?;
             current(job).paths.push(Spot {
-                path: target.path.clone(),
                 inner: target.folder.clone(),
-                link: None,
-                mount: None,
-                made,
+                ..Spot::plain(target.path.clone(), made)
             });
             targets.push(target);
         }
@@ -444,17 +440,9 @@ impl<'a> Work<'a> {
         }
         for path in plan.wish.paths.iter().skip(volume.paths.len()) {
             let made = paths::missing(path).unwrap_or_default();
-            if let Err(error) = fs::create_dir_all(path) {
-                warn(&format!("cannot make {}: {error}", path.display()));
-            }
+            make_plain(path);
             let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
-            volume.paths.push(Spot {
-                path,
-                inner: None,
-                link: None,
-                mount: None,
-                made,
-            });
+            volume.paths.push(Spot::plain(path, made));
         }
         volume.mount = None;
         volume.folder = None;

@@ -58,11 +58,11 @@ fn drop_stale(context: &Context) -> Result<Value, Failure> {
         let Some(job) = jobs.load(&job.job)? else {
             continue;
         };
-        let stale = job.is_stale(&live_forks(&mut context.connect()?)?);
-        if !stale && !join::is_lonely(&jobs, &job)? {
+        let mut client = context.connect()?;
+        if !job.is_stale(&live_forks(&mut client)?) && !join::is_lonely(&jobs, &job)? {
             continue;
         }
-        drop_job(context, &jobs, &job)?;
+        drop_job(&mut client, &jobs, &job)?;
         output::note(&format!(
             "job {} is over without an end: its forks are abandoned",
             job.job
@@ -73,10 +73,9 @@ fn drop_stale(context: &Context) -> Result<Value, Failure> {
 }
 
 /// Ends a job without committing anything.
-pub fn drop_job(context: &Context, jobs: &Jobs, job: &Job) -> Result<(), Failure> {
-    let mut client = context.connect()?;
+pub fn drop_job(client: &mut Client, jobs: &Jobs, job: &Job) -> Result<(), Failure> {
     for volume in &job.volumes {
-        drop_volume(&mut client, volume)?;
+        drop_volume(client, volume)?;
     }
     jobs.remove(&job.job)
 }
@@ -263,12 +262,11 @@ fn commit(
     }
     let mounts = volumes.iter().flat_map(|v| v.mounts());
     mounts.for_each(forks::write_back);
-    let request = Request::Commit(protocol::Commit {
+    let request = protocol::Commit {
         keep,
         ..protocol::Commit::of(forks, when)
-    });
-    let ids: Vec<String> = volumes.iter().filter_map(|v| v.fork.clone()).collect();
-    match forks::watched(client, &ids, &request) {
+    };
+    match forks::watched(client, request) {
         Ok(answer) => {
             let commits: Vec<Value> = take(&answer, "/commits")?;
             for volume in volumes {

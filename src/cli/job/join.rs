@@ -77,7 +77,7 @@ pub fn make(
     let asked = format!("{workspace}\n{}", attach::question(plans));
     let live = super::live_forks(&mut client)?;
     let _alone = jobs.lock(name)?;
-    if let Some(job) = attach::known(context, &jobs, name, &asked, &live)? {
+    if let Some(job) = attach::known(&mut client, &jobs, name, &asked, &live)? {
         return Ok(job);
     }
     let shared = job_of(workspace);
@@ -87,7 +87,7 @@ pub fn make(
         Some(job) if !job.is_stale(&live) => job,
         left => {
             if let Some(left) = left {
-                finish::drop_job(context, &jobs, &left)?;
+                finish::drop_job(&mut client, &jobs, &left)?;
             }
             let lifetime = options.lifetime.unwrap_or_default();
             let when = match lifetime {
@@ -106,7 +106,7 @@ pub fn make(
     let made = fill(&mut work, &mut client, &jobs, &mut common, plans);
     if let Err(failure) = made {
         if common.volumes.is_empty() {
-            finish::drop_job(context, &jobs, &common)?;
+            finish::drop_job(&mut client, &jobs, &common)?;
         }
         return Err(failure);
     }
@@ -122,7 +122,7 @@ pub fn make(
     jobs.save(&job)?;
     for plan in plans {
         if let Err(failure) = bind(&work, &jobs, &mut job, &common, plan) {
-            finish::drop_job(context, &jobs, &job)?;
+            finish::drop_job(&mut client, &jobs, &job)?;
             return Err(failure);
         }
     }
@@ -204,11 +204,9 @@ fn bind(
             paths::make_folder_open(&inside)?;
         }
         job.volumes[at].paths.push(Spot {
-            path: target.path.clone(),
             inner: target.folder,
             link: Some(Link::Bind),
-            mount: None,
-            made,
+            ..Spot::plain(target.path.clone(), made)
         });
         jobs.save(job)?;
         work.put_in_place(Link::Bind, &inside, &target.path)?;
@@ -242,7 +240,7 @@ pub fn left(context: &Context, jobs: &Jobs, workspace: &str) -> Result<(), Failu
     };
     let is_step = common.shared.is_some_and(|s| s.lifetime == Lifetime::Step);
     if is_step && members(jobs, workspace)?.is_empty() {
-        return finish::drop_job(context, jobs, &common);
+        return finish::drop_job(&mut context.connect()?, jobs, &common);
     }
     touch(jobs, &mut common)
 }

@@ -105,6 +105,19 @@ pub struct Spot {
     pub made: Vec<PathBuf>,
 }
 
+impl Spot {
+    /// A path where nothing was put, with the folders that were made for it.
+    pub fn plain(path: PathBuf, made: Vec<PathBuf>) -> Spot {
+        Spot {
+            path,
+            inner: None,
+            link: None,
+            mount: None,
+            made,
+        }
+    }
+}
+
 impl Volume {
     /// All mounts of its fork.
     pub fn mounts(&self) -> impl Iterator<Item = &Mount> {
