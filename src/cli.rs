@@ -22,7 +22,6 @@ mod volumes;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
@@ -349,7 +348,7 @@ impl Context {
 }
 
 /// Parses the arguments of this process, does what they say, and returns its exit status.
-pub fn main() -> ExitCode {
+pub fn main() -> u8 {
     let arguments: Vec<OsString> = std::env::args_os().collect();
     // Before the command's own arguments begin.
     let own = arguments.iter().skip(1).take_while(|a| *a != "--");
@@ -372,12 +371,12 @@ pub fn main() -> ExitCode {
 }
 
 /// Help and version go to standard output; a mistake is one line like every other error.
-fn misused(error: &clap::Error, is_run: bool, json: bool) -> ExitCode {
+fn misused(error: &clap::Error, is_run: bool, json: bool) -> u8 {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             process::default_sigpipe();
             print!("{error}");
-            ExitCode::SUCCESS
+            0
         }
         kind => {
             let text = error.to_string();
@@ -412,7 +411,7 @@ fn misused(error: &clap::Error, is_run: bool, json: bool) -> ExitCode {
     }
 }
 
-fn dispatch(cli: Cli, matches: &ArgMatches) -> ExitCode {
+fn dispatch(cli: Cli, matches: &ArgMatches) -> u8 {
     if cli.quiet {
         output::be_quiet();
     }
@@ -441,12 +440,12 @@ fn dispatch(cli: Cli, matches: &ArgMatches) -> ExitCode {
     if let Command::Attach(attach) = cli.command {
         let matches = matches.subcommand_matches("attach");
         return match context().and_then(|context| job::attach(&context, *attach, matches)) {
-            Ok(()) => ExitCode::SUCCESS,
+            Ok(()) => 0,
             Err(failure) => exit::report(&failure, json),
         };
     }
     match context().and_then(|context| execute(&context, cli.command)) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(failure) => exit::report(&failure, json),
     }
 }

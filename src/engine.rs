@@ -55,8 +55,8 @@ pub struct EngineConfig {
     pub cache: u64,
     /// Bytes of the disk that forks may not fill; None: 2 %, at least 1 GiB.
     pub reserve: Option<u64>,
-    /// Threads that ingest; None: one a core.
-    pub threads: Option<usize>,
+    /// Threads that ingest. The default is one a core; finding out how many there are takes a while.
+    pub threads: usize,
     /// A job's fork without a mount is abandoned after this.
     pub orphan_after: Duration,
     /// Bytes of memory that the table of a fork may take before it moves to a private root.
@@ -74,7 +74,7 @@ impl Default for EngineConfig {
         EngineConfig {
             cache: 128 << 20,
             reserve: None,
-            threads: None,
+            threads: std::thread::available_parallelism().map_or(2, usize::from),
             orphan_after,
             table: 64 << 20,
             wakeful: false,
@@ -272,11 +272,6 @@ impl Engine {
 
     fn fork_dir(&self, id: ForkId) -> PathBuf {
         self.store.dir().join("forks").join(id.to_string())
-    }
-
-    fn threads(&self) -> usize {
-        let cores = || std::thread::available_parallelism().map_or(2, usize::from);
-        self.config.threads.unwrap_or_else(cores)
     }
 
     /// Finds the version that a text names.

@@ -1,7 +1,5 @@
 //! The program `forkvol`: all of it is in the library.
 
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    forkvol::cli::main()
+fn main() {
+    forkvol::sys::process::end(forkvol::cli::main())
 }

@@ -127,6 +127,7 @@ fn run(
         false => None,
         true => Some(announce()?),
     };
+    let default = EngineConfig::default();
     daemon::run(Options {
         store,
         socket,
@@ -137,12 +138,12 @@ fn run(
         engine: EngineConfig {
             cache: config.cache(),
             reserve: config.reserve(),
-            threads: config.threads(),
+            threads: config.threads().unwrap_or(default.threads),
             orphan_after: config.orphan_after(),
             wakeful: config.wakeful(),
             retention: config.retention().clone(),
             trust: config.trust().cloned(),
-            ..EngineConfig::default()
+            ..default
         },
         announce,
     })

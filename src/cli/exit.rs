@@ -1,7 +1,5 @@
 //! How a command ends: exit statuses, and an error as one line.
 
-use std::process::ExitCode;
-
 use serde_json::json;
 
 use super::output;
@@ -29,12 +27,12 @@ pub fn status(code: Code) -> u8 {
 }
 
 /// Says on standard error what failed, and returns the status to end with.
-pub fn report(failure: &Failure, json: bool) -> ExitCode {
+pub fn report(failure: &Failure, json: bool) -> u8 {
     report_as(failure, status(failure.code), json)
 }
 
 /// As [`report`], with another status than the failure's own.
-pub fn report_as(failure: &Failure, status: u8, json: bool) -> ExitCode {
+pub fn report_as(failure: &Failure, status: u8, json: bool) -> u8 {
     eprintln!("forkvol: {}", line(failure));
     if json {
         let (message, hint) = (&failure.message, &failure.hint);
@@ -43,7 +41,7 @@ pub fn report_as(failure: &Failure, status: u8, json: bool) -> ExitCode {
             json!({"error": {"code": status, "message": message, "hint": hint}})
         );
     }
-    ExitCode::from(status)
+    status
 }
 
 /// The failure and its remedy in one line.

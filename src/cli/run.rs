@@ -6,7 +6,6 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::{ArgMatches, Args};
@@ -91,7 +90,7 @@ impl InUse {
 }
 
 /// Runs the command; the status is the command's own wherever it ran.
-pub fn run(context: &Context, run: Run, matches: Option<&ArgMatches>) -> ExitCode {
+pub fn run(context: &Context, run: Run, matches: Option<&ArgMatches>) -> u8 {
     let begun = Instant::now();
     let fail = |failure: &Failure| exit::report_as(failure, exit::RUN_FAILED, context.json);
     let signals = match child::watch_signals() {
@@ -116,12 +115,11 @@ pub fn run(context: &Context, run: Run, matches: Option<&ArgMatches>) -> ExitCod
         Ok(outcome) => {
             let (volumes, failed) = job.finish(outcome);
             job.report(outcome, begun, volumes);
-            let status = if failed && run.options.strict {
+            if failed && run.options.strict {
                 exit::RUN_FAILED
             } else {
                 outcome.status
-            };
-            ExitCode::from(status)
+            }
         }
         Err(not_run) => {
             job.give_up();

@@ -222,7 +222,7 @@ fn name_edits(
     Ok(())
 }
 
-/// Applies edits to the tree; other threads compress and store the new nodes meanwhile.
+/// Applies edits to the tree; other threads, if there may be some, compress and store the new nodes meanwhile.
 fn apply(
     store: &Arc<Store>,
     root: NodeId,
@@ -230,9 +230,19 @@ fn apply(
     ingest: &Arc<Ingest>,
     threads: usize,
 ) -> Result<NodeId, FsError> {
+    if threads < 2 {
+        let mut stored = Ok(());
+        let root = tree::apply(&**store, root, edits, &mut |id, bytes, node| {
+            if stored.is_ok() {
+                stored = ingest.node(id, &bytes, node);
+            }
+        })?;
+        stored?;
+        return Ok(root);
+    }
     let (to, from) = channel::bounded::<(NodeId, Vec<u8>, Arc<Node>)>(256);
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads.max(1))
+        let workers: Vec<_> = (0..threads)
             .map(|_| {
                 let from = from.clone();
                 scope.spawn(move || -> Result<(), StoreError> {

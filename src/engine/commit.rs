@@ -97,7 +97,7 @@ impl Engine {
         let mut prepared: Vec<(usize, Ingested)> = Vec::new();
         for (index, live) in lives.iter().enumerate() {
             live.drop_lost();
-            match prepare(live.fork()?, request.keep, self.threads()) {
+            match prepare(live.fork()?, request.keep, self.config.threads) {
                 Ok(ingested) => prepared.push((index, ingested)),
                 Err(error) => {
                     prepared.iter().for_each(|(_, done)| done.fork.thaw());
@@ -388,7 +388,7 @@ impl Engine {
         }
         let fork = live.fork()?;
         live.drop_lost();
-        let done = prepare(fork, true, self.threads())?;
+        let done = prepare(fork, true, self.config.threads)?;
         let result = self.put_private_root(live, &done);
         match &result {
             Ok(private) => {

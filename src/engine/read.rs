@@ -74,7 +74,7 @@ impl Engine {
         let id = text.parse().map_err(|()| super::no_fork(text))?;
         let live = self.live(id)?;
         let _one = live.alone();
-        let prepared = crate::commit::prepare(live.fork()?, true, self.threads())?;
+        let prepared = crate::commit::prepare(live.fork()?, true, self.config.threads)?;
         let root = prepared.root;
         let lease = self.store.lease(root);
         // The edits go back into the fork; what was ingested stays for as long as it is read, and is garbage then.

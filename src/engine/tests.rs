@@ -35,7 +35,7 @@ struct Bench {
     retention: Policy,
     /// Where in `dir` the store lies.
     place: String,
-    threads: Option<usize>,
+    threads: usize,
 }
 
 impl Bench {
@@ -51,7 +51,7 @@ impl Bench {
             // What the disk of the tests has free is not theirs.
             retention: Policy::new(None, Some(0)),
             place: "store".into(),
-            threads: None,
+            threads: EngineConfig::default().threads,
         };
         bench.reopen();
         bench

@@ -1,6 +1,6 @@
 //! Processes and signals: blocking and reading signals, starting a command with a clean mask, starting the daemon.
 
-use std::io;
+use std::io::{self, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
@@ -35,6 +35,13 @@ fn is_alive(process: BorrowedFd<'_>) -> bool {
     };
     // SAFETY: one pollfd is passed, which is valid for the call.
     unsafe { libc::poll(&raw mut poll, 1, 0) == 0 }
+}
+
+/// Ends the process without the destructors of C++ statics, which take as long as a request and may meet threads that still run.
+pub fn end(status: u8) -> ! {
+    let _ = std::io::stdout().flush();
+    // SAFETY: it takes a number and does not return.
+    unsafe { libc::_exit(i32::from(status)) }
 }
 
 /// A signal that was sent to this process.

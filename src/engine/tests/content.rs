@@ -111,7 +111,7 @@ fn a_long_file_is_cut_alike_by_one_thread_and_by_many() {
     let bytes = noise(24 << 20, 11);
     let mut brought = Vec::new();
     for (threads, name) in [(1, "one"), (4, "many")] {
-        bench.threads = Some(threads);
+        bench.threads = threads;
         bench.reopen();
         let id = bench.fork("v");
         put(&bench.fs(id), name, &bytes);

@@ -36,7 +36,7 @@ pub(super) fn bench_on(store: &Path, retention: &Policy) -> Bench {
         retention: retention.clone(),
         place: "store".into(),
         // So that each run reaches the same steps as often.
-        threads: Some(1),
+        threads: 1,
     };
     bench.reopen();
     bench

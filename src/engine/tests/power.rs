@@ -65,7 +65,7 @@ impl Drop for Until<'_> {
 /// Commits again and again, and cuts the power at random moments meanwhile.
 fn commit_and_cut(seed: u64) {
     let mut bench = Bench::new();
-    bench.threads = Some(1);
+    bench.threads = 1;
     bench.reopen();
     let engine = bench.engine().clone();
     let synced = Arc::new(Mutex::new(wal(engine.store.dir())));
@@ -172,7 +172,7 @@ fn examine(moment: Moment, seed: u64) {
         table: EngineConfig::default().table,
         retention: Policy::new(None, Some(0)),
         place: ".".into(),
-        threads: Some(1),
+        threads: 1,
     };
     bench.reopen();
     check(&bench);
