@@ -46,24 +46,35 @@ pub fn check_name(name: &str) -> Result<(), NameError> {
     }
 }
 
-/// Makes one part of a volume's name of what comes from outside, such as a branch: what is not legal becomes `-`, and then 8 hex
-/// digits of the hash of the whole are appended, so that two that differ stay two.
-pub fn legal_part(text: &str) -> String {
-    const LONGEST: usize = 48;
-    let keep = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-    let made: String = text
-        .chars()
-        .map(|c| if keep(c) { c } else { '-' })
-        .take(LONGEST)
-        .collect();
-    let made = made.trim_matches(|c: char| !c.is_ascii_alphanumeric());
-    if made == text && !made.is_empty() {
-        return made.into();
+/// Makes what comes from outside, such as a branch, a legal part of a volume's name, and no more than one part of it. What is not
+/// legal becomes `-`, and `longest` characters of it are followed by the first digits of the whole's hash. So is done with what
+/// looks as if it had been: no two texts meet.
+pub fn legal_part(text: &str, longest: usize) -> String {
+    let harmless = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    let edge = |c: char| c.is_ascii_alphanumeric();
+    let looks_changed = text.rsplit_once('-').is_some_and(|(_, digits)| {
+        digits.len() == 8 && digits.bytes().all(|b| b.is_ascii_hexdigit())
+    });
+    // Such parts of names say who may write to a volume.
+    let reserved = matches!(text, "branch" | "untrusted");
+    let is_fine = text.len() <= longest
+        && text.chars().all(harmless)
+        && text.starts_with(edge)
+        && text.ends_with(edge);
+    if is_fine && !reserved && !looks_changed {
+        return text.into();
     }
+    let kept: String = text
+        .chars()
+        .map(|c| if harmless(c) { c } else { '-' })
+        .take(longest)
+        .collect();
+    let kept = match kept.trim_start_matches(|c: char| !edge(c)) {
+        "" => "x",
+        kept => kept,
+    };
     let hash = blake3::hash(text.as_bytes()).to_hex();
-    format!("{made}-{}", &hash[..8])
-        .trim_start_matches('-')
-        .into()
+    format!("{kept}-{}", &hash[..8])
 }
 
 impl std::str::FromStr for VersionSpec {
@@ -177,9 +188,9 @@ mod tests {
 
     #[test]
     fn parts_of_names_from_outside_are_made_legal_and_stay_apart() {
-        assert_eq!(legal_part("pr-12"), "pr-12");
+        assert_eq!(legal_part("pr-12", 48), "pr-12");
         let long = "a".repeat(200);
-        let texts = [
+        let mut texts: Vec<String> = [
             "feature/x",
             "feature-x",
             "feature x",
@@ -191,9 +202,18 @@ mod tests {
             "a-",
             &long,
             "a@1",
-        ];
+            "branch",
+            "untrusted",
+        ]
+        .map(str::to_owned)
+        .into();
+        // Whoever knows what a text becomes may call something else by that.
+        let known: Vec<String> = texts.iter().map(|text| legal_part(text, 48)).collect();
+        texts.extend(known.into_iter().filter(|made| made != "feature-x"));
+        let bare = |text: &String| blake3::hash(text.as_bytes()).to_hex()[..8].to_owned();
+        texts.extend(texts.clone().iter().map(bare));
         let made: std::collections::HashSet<String> =
-            texts.iter().map(|text| legal_part(text)).collect();
+            texts.iter().map(|text| legal_part(text, 48)).collect();
         assert_eq!(made.len(), texts.len(), "{made:?}");
         for part in &made {
             assert!(
@@ -201,6 +221,7 @@ mod tests {
                 "{part}"
             );
             assert!(!part.contains('/') && part.len() < 60);
+            assert!(part != "branch" && part != "untrusted");
         }
     }
 
