@@ -1,6 +1,10 @@
-//! Names of volumes and versions: what is legal, and which version a text names.
+//! Names of volumes and versions: what is legal, which version a text names, and which names a pattern means.
+
+mod pattern;
 
 use crate::store::{Store, StoreError, Version, VersionRef, Volume};
+
+pub use pattern::Patterns;
 
 /// A text that names a version: `VOLUME`, `VOLUME@head`, `VOLUME@NUMBER` or `VOLUME@xHEX`.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -4,10 +4,9 @@
 //! Pure, save for the counting of room. The verdict is made once, when a fork is made, and stands in its record; a commit reads
 //! nothing else.
 
-use ignore::gitignore::{Gitignore, GitignoreBuilder};
-
 use super::{Code, Engine, EngineError, ForkRequest, Result};
 use crate::store::{self, Verdict};
+use crate::volume::Patterns;
 
 /// The part of a volume's name behind which the scopes of untrusted jobs stand.
 const UNTRUSTED: &str = "/untrusted/";
@@ -25,7 +24,7 @@ pub struct TrustPolicy {
     pub scopes: bool,
     /// Bytes that all untrusted volumes may take.
     pub limit: u64,
-    readable: Gitignore,
+    readable: Patterns,
 }
 
 impl Default for TrustPolicy {
@@ -35,7 +34,7 @@ impl Default for TrustPolicy {
             protected_only: false,
             scopes: false,
             limit: LIMIT,
-            readable: Gitignore::empty(),
+            readable: Patterns::default(),
         }
     }
 }
@@ -66,20 +65,13 @@ impl TrustPolicy {
     /// # Errors
     /// What is wrong with a pattern.
     pub fn set_readable(&mut self, patterns: &[String]) -> std::result::Result<(), String> {
-        let mut builder = GitignoreBuilder::new("/");
-        for pattern in patterns {
-            let wrong = |e: ignore::Error| format!("the pattern {pattern:?}: {e}");
-            builder
-                .add_line(None, &format!("/{pattern}"))
-                .map_err(wrong)?;
-        }
-        self.readable = builder.build().map_err(|e| e.to_string())?;
+        self.readable = Patterns::of_names(patterns.iter().map(String::as_str))?;
         Ok(())
     }
 
     /// Whether untrusted jobs may read a volume of trusted ones.
     pub fn may_read(&self, volume: &str) -> bool {
-        !is_untrusted(volume) && self.readable.matched(volume, false).is_ignore()
+        !is_untrusted(volume) && self.readable.name(volume.as_bytes(), false)
     }
 
     /// What a job may do. On doubt it is not trusted.
