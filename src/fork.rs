@@ -563,12 +563,14 @@ impl Fork {
         }
     }
 
-    /// Notes that a commit begins, or how much more of the files it has gone through.
-    pub fn note_ingested(&self, bytes: Option<u64>) {
-        match bytes {
-            Some(bytes) => self.ingested.fetch_add(bytes, Ordering::Relaxed),
-            None => self.ingested.swap(0, Ordering::Relaxed),
-        };
+    /// Notes that a commit begins, which has gone through nothing yet.
+    pub fn begin_ingest(&self) {
+        self.ingested.store(0, Ordering::Relaxed);
+    }
+
+    /// Notes how much more of the files the commit has gone through.
+    pub fn note_ingested(&self, bytes: u64) {
+        self.ingested.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Bytes of files that the commit under way has gone through, or the last one.

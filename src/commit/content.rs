@@ -165,7 +165,10 @@ impl Source<'_> {
     fn stored(&self, bytes: &[u8]) -> Result<Value, FsError> {
         let id = self.ingest.chunk(bytes)?;
         let len = bytes.len() as u64;
-        self.fork.note_ingested(Some(len));
+        // What is done ahead is no progress of a commit.
+        if self.wanted.is_none() {
+            self.fork.note_ingested(len);
+        }
         Ok(Value::Chunk { len, id })
     }
 
