@@ -477,9 +477,10 @@ impl Engine {
     /// All forks, oldest first.
     pub fn forks(&self) -> Result<Vec<ForkInfo>> {
         let lives: Vec<Arc<Live>> = self.forks.lock().values().cloned().collect();
+        let mut taken = None;
         let mut infos = lives
             .iter()
-            .map(|live| self.info(live))
+            .map(|live| self.info_of_many(live, &mut taken))
             .collect::<Result<Vec<_>>>()?;
         infos.sort_by(|a, b| (a.created, &a.id).cmp(&(b.created, &b.id)));
         Ok(infos)

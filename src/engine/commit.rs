@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use super::{Code, Engine, EngineError, Live, MountInfo, Result, VersionInfo, no_fork, now};
 use crate::commit::{Changed, Ingested, changed, charge, prepare};
 use crate::fork::Private;
-use crate::store::{self, ForkChange, ForkId, Ingest, LeftOut, Publish, VersionRef};
+use crate::store::{self, ForkChange, ForkId, ForkOptions, Ingest, LeftOut, Publish, VersionRef};
 use crate::tree::NodeId;
 
 /// When a commit makes a version.
@@ -47,6 +47,17 @@ pub struct Committed {
     pub excluded: LeftOut,
 }
 
+/// What a fork was made to be that is never committed, whoever asks.
+pub(super) fn never_commits(options: &ForkOptions) -> Option<&'static str> {
+    if options.read_only {
+        Some("read-only")
+    } else if options.ephemeral {
+        Some("ephemeral")
+    } else {
+        None
+    }
+}
+
 impl Engine {
     /// Commits forks, all or none. The new versions are heads when this returns.
     ///
@@ -73,25 +84,19 @@ impl Engine {
         lives: &[Arc<Live>],
         request: &CommitRequest,
     ) -> Result<Vec<Committed>> {
+        let mut taken = None;
         for live in lives {
             if live.over.load(Ordering::Acquire) {
                 return Err(no_fork(&live.id.to_string()));
             }
             live.fork()?;
-            let record = live.record.lock();
-            let refuse = |why: &str| {
-                Err(EngineError::new(
-                    Code::Policy,
-                    format!("fork {} {why}", live.id),
-                ))
-            };
-            if record.options.read_only {
-                return refuse("is read-only and never commits");
+            let record = live.record.lock().clone();
+            if let Some(kind) = never_commits(&record.options) {
+                let message = format!("fork {} is {kind} and never commits", live.id);
+                return Err(EngineError::new(Code::Policy, message)
+                    .hint(format!("`forkvol abandon {}` drops it", live.id)));
             }
-            if record.options.ephemeral {
-                return refuse("is ephemeral and never commits");
-            }
-            self.check_verdict(&record)?;
+            self.check_verdict(&record, &mut taken)?;
         }
         self.check_heads(lives, request)?;
         let mut prepared: Vec<(usize, Ingested)> = Vec::new();

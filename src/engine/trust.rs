@@ -145,8 +145,12 @@ pub(super) fn confine(
 }
 
 impl Engine {
-    /// Fails if a fork may not be committed because of whose it is.
-    pub(super) fn check_verdict(&self, record: &store::Fork) -> Result<()> {
+    /// Fails if a fork may not be committed because of whose it is. `taken` is what untrusted volumes take, if it was counted.
+    pub(super) fn check_verdict(
+        &self,
+        record: &store::Fork,
+        taken: &mut Option<u64>,
+    ) -> Result<()> {
         match record.verdict {
             Verdict::Off | Verdict::Trusted => Ok(()),
             Verdict::Nothing => {
@@ -158,7 +162,10 @@ impl Engine {
                 let Some(limit) = self.config.trust.as_ref().map(|policy| policy.limit) else {
                     return Ok(());
                 };
-                let taken = self.untrusted_bytes()?;
+                let taken = match *taken {
+                    Some(taken) => taken,
+                    None => *taken.insert(self.untrusted_bytes()?),
+                };
                 if taken < limit {
                     return Ok(());
                 }
