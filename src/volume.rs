@@ -25,10 +25,8 @@ pub enum Which {
 /// Why a name or a version is none.
 #[derive(Debug, thiserror::Error)]
 pub enum NameError {
-    #[error(
-        "{0:?} is no volume name: 1 to 128 of A-Z a-z 0-9 . _ - /, beginning and ending with a letter or digit, no empty, \".\" or \"..\" part"
-    )]
-    Volume(String),
+    #[error("{0:?} is not a volume's name: {1}")]
+    Volume(String, &'static str),
     #[error(
         "{0:?} is no version: write VOLUME, VOLUME@head, VOLUME@NUMBER or VOLUME@xHEX with at least 6 hex digits"
     )]
@@ -37,17 +35,20 @@ pub enum NameError {
 
 /// Checks the name of a volume.
 pub fn check_name(name: &str) -> Result<(), NameError> {
-    let legal = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
-    let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
-    let parts = name
-        .split('/')
-        .all(|part| !part.is_empty() && part != "." && part != "..");
-    let edges = edge(name.chars().next()) && edge(name.chars().next_back());
-    if name.len() <= 128 && name.chars().all(legal) && edges && parts {
-        Ok(())
+    let legal = |b: u8| b.is_ascii_alphanumeric() || b"._-/".contains(&b);
+    let edge = |c: char| c.is_ascii_alphanumeric();
+    let why = if name.is_empty() || name.len() > 128 {
+        "it must have 1 to 128 characters"
+    } else if !name.bytes().all(legal) {
+        "only letters, digits and . _ - / are allowed"
+    } else if name.split('/').any(|part| matches!(part, "" | "." | "..")) {
+        "no part between slashes may be empty, \".\" or \"..\""
+    } else if !name.starts_with(edge) || !name.ends_with(edge) {
+        "it must start and end with a letter or a digit"
     } else {
-        Err(NameError::Volume(name.into()))
-    }
+        return Ok(());
+    };
+    Err(NameError::Volume(name.into(), why))
 }
 
 /// Makes what comes from outside, such as a branch, a legal part of a volume's name, and no more than one part of it. What is not
