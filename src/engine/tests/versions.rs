@@ -1,5 +1,7 @@
 //! What becomes of versions behind their commits: moved, taken back, compared, damaged, removed.
 
+use std::collections::BTreeSet;
+
 use super::*;
 
 #[test]
@@ -178,6 +180,34 @@ fn a_fork_of_a_head_that_cannot_be_read_is_made_from_the_newest_whole_version() 
         .unwrap();
     assert_eq!(fork.base.as_deref(), Some("v@1"));
     assert!(bench.engine().log("v").unwrap()[0].damaged.is_some());
+}
+
+#[test]
+fn of_forks_and_renames_to_one_name_at_once_each_volume_keeps_a_name_of_its_own() {
+    let bench = Bench::new();
+    let olds: Vec<String> = (0..8).map(|n| format!("old{n}")).collect();
+    for old in &olds {
+        bench.commit(bench.fork(old), false);
+    }
+    let start = std::sync::Barrier::new(olds.len() + 1);
+    let renamed = std::thread::scope(|scope| {
+        let rename = |old| {
+            start.wait();
+            bench.engine().rename_volume(old, "new").is_ok()
+        };
+        let all: Vec<_> = olds
+            .iter()
+            .map(|old| scope.spawn(move || rename(old)))
+            .collect();
+        start.wait();
+        bench.fork("new");
+        let done = all.into_iter().map(|one| one.join().unwrap());
+        done.filter(|renamed| *renamed).count()
+    });
+    assert!(renamed <= 1);
+    let volumes = bench.engine().volumes().unwrap();
+    let names: BTreeSet<&str> = volumes.iter().map(|v| v.name.as_str()).collect();
+    assert_eq!(names.len(), volumes.len(), "{names:?}");
 }
 
 #[test]
