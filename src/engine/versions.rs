@@ -27,10 +27,10 @@ impl Engine {
             number: version.number,
         };
         if let Some(why) = self.store.damage(at)? {
-            return Err(EngineError::new(
-                Code::Damaged,
-                format!("{text} was set aside: {why}"),
-            ));
+            let message = format!("{text} was set aside: {why}");
+            return Err(EngineError::new(Code::Damaged, message).hint(format!(
+                "`forkvol log {name}` shows which versions are whole"
+            )));
         }
         let again = store::Version {
             base: Some(at),
