@@ -22,13 +22,14 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard, RwLock};
 
 use crate::fork::Fork;
 use crate::mount::{Requests, Wakeful};
 use crate::store::{self, ForkId, Ingest, Store, StoreError, StoreOptions};
+use crate::sys::now;
 use crate::tree::NodeId;
 use crate::volume::{self, Found, VersionSpec};
 
@@ -173,13 +174,6 @@ impl fmt::Debug for Engine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Engine({})", self.store.dir().display())
     }
-}
-
-fn now() -> i64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
 
 fn boot_id() -> Result<String> {

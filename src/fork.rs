@@ -318,8 +318,7 @@ impl Fork {
     /// How much the fork changed.
     pub fn delta_size(&self) -> DeltaSize {
         let layers = self.layers.read();
-        let tables = std::iter::once(&layers.live).chain(layers.frozen.as_deref());
-        let changed = tables.map(Table::changes).sum();
+        let changed = layers.tables().map(Table::changes).sum();
         drop(layers);
         DeltaSize {
             changed,
@@ -330,8 +329,8 @@ impl Fork {
     /// Roots that gc must keep for this fork beside its own: what inodes show that were carried over a seal.
     pub fn roots(&self) -> Vec<NodeId> {
         let layers = self.layers.read();
-        let tables = std::iter::once(&layers.live).chain(layers.frozen.as_deref());
-        let carried = tables
+        let carried = layers
+            .tables()
             .flat_map(|table| table.inodes.values())
             .filter_map(|cell| cell.state.read().base);
         std::iter::once(layers.root.id).chain(carried).collect()
