@@ -289,7 +289,6 @@ impl Call<'_> {
                 acl: fork.acl,
                 suid: fork.suid,
                 dev: fork.dev,
-                strict: fork.strict,
                 job: fork.job,
                 uid_map: fork.uid_map,
                 verdict,

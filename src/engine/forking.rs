@@ -33,7 +33,6 @@ pub struct ForkRequest {
     pub acl: bool,
     pub suid: bool,
     pub dev: bool,
-    pub strict: bool,
     pub job: Option<String>,
     /// How the user ids of who asks differ from the machine's.
     pub uid_map: Option<String>,

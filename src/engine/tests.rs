@@ -142,7 +142,6 @@ fn fork_request(volume: &str) -> ForkRequest {
         acl: false,
         suid: false,
         dev: false,
-        strict: false,
         job: None,
         uid_map: None,
         verdict: Verdict::Off,
