@@ -44,7 +44,7 @@ pub enum Changed {
 /// # Errors
 /// What the disk or the store answered; the fork goes on as before.
 pub fn prepare(fork: &Arc<Fork>, keep: bool, threads: usize) -> Result<Ingested, FsError> {
-    fork.note_ingested(None);
+    fork.begin_ingest();
     let sealed = fork.seal(keep)?;
     let ingest = Arc::new(fork.store.ingest());
     let ingested = fork.store.reach(Step::Sealed).map_err(FsError::from);

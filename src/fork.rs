@@ -9,7 +9,9 @@
 pub mod error;
 mod exclude;
 pub mod extent;
+mod known;
 pub mod log;
+mod open;
 mod seal;
 pub mod spool;
 pub mod table;
@@ -17,22 +19,21 @@ pub mod view;
 mod write;
 
 use std::collections::{HashMap, HashSet};
-use std::fs;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use parking_lot::{ArcRwLockReadGuard, Mutex, RawRwLock, RwLock, RwLockReadGuard};
 
-use crate::record::{Attr, Ino, Kind, Nanos, ROOT};
+use crate::record::Ino;
 use crate::store::{ForkId, Lease, Store, StoreError};
 use crate::tree::NodeId;
 use error::FsError;
 pub use exclude::Excludes;
 use extent::{Extent, PAGE};
-use log::{Log, LogError, Request};
+use log::Log;
 pub use seal::Sealed;
 use spool::Spool;
 use table::{Cell, Edit, Inode, Table};
@@ -136,196 +137,6 @@ pub struct DeltaSize {
 }
 
 impl Fork {
-    /// Makes the delta of a new fork in `dir`. The root directory of a volume without versions belongs to `owner` (uid, gid).
-    ///
-    /// # Errors
-    /// What the disk or the store answered.
-    pub fn create(
-        store: Arc<Store>,
-        dir: &Path,
-        origin: Origin,
-        owner: (u32, u32),
-        now: Nanos,
-    ) -> Result<Fork, FsError> {
-        fs::create_dir(dir)?;
-        let first = origin.first_segment;
-        let made = Fork::furnish(store, dir, origin, owner, now);
-        if made.is_err() {
-            // Without opening anything: there may be no descriptor left to do it with.
-            let begun = [log::segment(dir, first), dir.join("spool")];
-            let removed = begun.iter().map(fs::remove_file).find_map(|result| {
-                result
-                    .err()
-                    .filter(|error| error.kind() != std::io::ErrorKind::NotFound)
-            });
-            if let Err(error) = removed.map_or_else(|| fs::remove_dir(dir), Err) {
-                ::log::warn!("{} is left over: {error}", dir.display());
-            }
-        }
-        made
-    }
-
-    /// Fills the folder of a new delta.
-    fn furnish(
-        store: Arc<Store>,
-        dir: &Path,
-        origin: Origin,
-        owner: (u32, u32),
-        now: Nanos,
-    ) -> Result<Fork, FsError> {
-        let log = Log::create(dir, origin.id.0, origin.first_segment)?;
-        let fork = Fork::with(store, dir, origin, log)?;
-        if view::base_attr(&fork.store, fork.root().id, ROOT)?.is_none() {
-            let attr = Attr {
-                kind: Kind::Directory,
-                mode: 0o755,
-                uid: owner.0,
-                gid: owner.1,
-                rdev: 0,
-                nlink: 2,
-                size: 0,
-                blocks: 0,
-                atime: now,
-                mtime: now,
-                ctime: now,
-                btime: now,
-                parent: ROOT,
-            };
-            let edit = Edit::Attr {
-                ino: ROOT,
-                attr: attr.clone(),
-            };
-            fork.log.lock().append(Request::default(), [&edit])?;
-            let cell = Cell::new(ROOT, Inode::created(attr));
-            fork.layers.write().live.inodes.insert(ROOT, cell);
-            fork.created.store(1, Ordering::Relaxed);
-            fork.count(0, 1);
-        }
-        Ok(fork)
-    }
-
-    /// Opens the delta of a fork after a restart, with everything that had been acknowledged.
-    ///
-    /// # Errors
-    /// A damaged log, or what the disk or the store answered.
-    pub fn open(store: Arc<Store>, dir: &Path, origin: Origin) -> Result<Fork, FsError> {
-        let (id, first) = (origin.id.0, origin.first_segment);
-        // The log is replayed into the fork that goes on writing it, so it is opened twice: once to be read whole.
-        let log = Log::replay(dir, id, first, |_, _| {}).map_err(log_error)?;
-        let fork = Fork::with(store, dir, origin, log)?;
-        let mut failed = None;
-        let replayed = Log::replay(dir, id, first, |_, edits| {
-            if failed.is_none() {
-                failed = fork.replay(&edits).err();
-            }
-        });
-        if let Some(error) = failed {
-            return Err(error);
-        }
-        *fork.log.lock() = replayed.map_err(log_error)?;
-        let layers = fork.layers.read();
-        let extents = layers.live.inodes.values().flat_map(|cell| {
-            cell.state
-                .read()
-                .content
-                .extents
-                .iter()
-                .collect::<Vec<Extent>>()
-        });
-        fork.spool.adopt(extents);
-        let mut created = 0;
-        for cell in layers.live.inodes.values() {
-            let inode = cell.state.read();
-            created += u64::from(inode.created && inode.base.is_none());
-            if inode.attr.kind != Kind::Directory && inode.attr.nlink > 1 {
-                fork.note_link();
-            }
-        }
-        fork.created.store(created, Ordering::Relaxed);
-        drop(layers);
-        Ok(fork)
-    }
-
-    fn with(store: Arc<Store>, dir: &Path, origin: Origin, log: Log) -> Result<Fork, FsError> {
-        let root = root(&store, origin.root);
-        let spool = Spool::open(&dir.join("spool"))?;
-        let layers = Layers {
-            root,
-            live: Table::default(),
-            frozen: None,
-            carried: 0,
-        };
-        let numbers = Numbers {
-            left: 0..0,
-            next_lease: LEASE.start,
-        };
-        Ok(Fork {
-            id: origin.id,
-            store,
-            spool,
-            dir: dir.into(),
-            size: origin.size,
-            excludes: origin.excludes,
-            gate: Arc::new(RwLock::new(Gate::Open)),
-            layers: RwLock::new(layers),
-            log: Mutex::new(log),
-            numbers: Mutex::new(numbers),
-            lookups: Mutex::default(),
-            created: AtomicU64::new(0),
-            private: Mutex::new(origin.private),
-            holds: (
-                AtomicI64::new(origin.holds.0 as i64),
-                AtomicI64::new(origin.holds.1 as i64),
-            ),
-            has_links: AtomicBool::new(origin.has_links),
-            ingested: AtomicU64::new(0),
-            damage: OnceLock::new(),
-            started: Instant::now(),
-        })
-    }
-
-    /// Applies one record of the log to the table, as it was applied when it was written.
-    fn replay(&self, edits: &[Edit]) -> Result<(), FsError> {
-        let mut layers = self.layers.write();
-        for edit in edits {
-            match edit {
-                Edit::Attr { ino, attr } => {
-                    let known = self.load(&mut layers, *ino)?;
-                    let made = || Cell::new(*ino, Inode::created(attr.clone()));
-                    if !known {
-                        layers.live.inodes.insert(*ino, made());
-                        self.count(attr.blocks as i64, 1);
-                    }
-                }
-                Edit::Extent { ino, .. }
-                | Edit::Truncate { ino, .. }
-                | Edit::Orphan { ino }
-                | Edit::Remove { ino } => {
-                    self.load(&mut layers, *ino)?;
-                }
-                Edit::Carry { ino, attr, .. } => {
-                    self.load(&mut layers, *ino)?;
-                    let before = layers.live.inodes.get(ino).map(|cell| {
-                        let inode = cell.state.read();
-                        (inode.attr.blocks as i64, inode.created)
-                    });
-                    let inodes = i64::from(before.is_none());
-                    let (blocks, created) = before.unwrap_or((0, true));
-                    self.count(attr.blocks as i64 - blocks, inodes);
-                    self.apply(&mut layers, edit);
-                    if let Some(cell) = layers.live.inodes.get(ino) {
-                        cell.state.write().created = created;
-                    }
-                    continue;
-                }
-                _ => {}
-            }
-            // The room that goes is found at the end, from what is live then.
-            self.apply(&mut layers, edit);
-        }
-        Ok(())
-    }
-
     /// Applies an edit to an inode of the live table, whose cell nobody else has locked; returns the extents whose room went.
     fn apply(&self, layers: &mut Layers, edit: &Edit) -> Vec<Extent> {
         layers.live.apply(edit);
@@ -479,96 +290,14 @@ impl Fork {
         }
     }
 
-    /// Counts that the kernel of a session was told of an inode once more.
-    pub fn looked_up(&self, session: u64, ino: Ino) {
-        let mut lookups = self.lookups.lock();
-        let at = match lookups.iter().position(|(of, _)| *of == session) {
-            Some(at) => at,
-            None => {
-                lookups.push((session, HashMap::new()));
-                lookups.len() - 1
-            }
-        };
-        *lookups[at].1.entry(ino).or_default() += 1;
+    /// Notes that a commit begins, which has gone through nothing yet.
+    pub fn begin_ingest(&self) {
+        self.ingested.store(0, Ordering::Relaxed);
     }
 
-    /// Counts that the kernel of a session forgot an inode so many times; an orphan that nobody knows any more is removed.
-    pub fn forget(&self, session: u64, ino: Ino, times: u64) {
-        {
-            let mut lookups = self.lookups.lock();
-            let Some((_, known)) = lookups.iter_mut().find(|(of, _)| *of == session) else {
-                return;
-            };
-            let Some(count) = known.get_mut(&ino) else {
-                return;
-            };
-            *count = count.saturating_sub(times);
-            if *count > 0 {
-                return;
-            }
-            known.remove(&ino);
-            if lookups.iter().any(|(_, known)| known.contains_key(&ino)) {
-                return;
-            }
-        }
-        let is_orphan = {
-            let layers = self.layers.read();
-            layers
-                .live
-                .inodes
-                .get(&ino)
-                .is_some_and(|cell| cell.state.read().orphan)
-        };
-        if is_orphan {
-            self.drop_orphan(ino);
-        }
-    }
-
-    fn is_known(&self, ino: Ino) -> bool {
-        let lookups = self.lookups.lock();
-        lookups.iter().any(|(_, known)| known.contains_key(&ino))
-    }
-
-    /// Removes an orphan. If the log cannot take the record the orphan stays, which only holds room.
-    fn drop_orphan(&self, ino: Ino) {
-        let Ok(_gate) = self.enter() else { return };
-        let mut layers = self.layers.write();
-        let edit = Edit::Remove { ino };
-        if self.log.lock().append(Request::default(), [&edit]).is_ok() {
-            self.drop_room_ahead(&layers, ino);
-            let gone = self.apply(&mut layers, &edit);
-            drop(layers);
-            self.spool.release(gone);
-        }
-    }
-
-    /// Forgets what a session's kernel knew, and the orphans that only it could reach.
-    pub fn end_session(&self, session: u64) {
-        self.lookups.lock().retain(|(of, _)| *of != session);
-        self.drop_orphans();
-    }
-
-    /// Removes the orphans that no kernel knows.
-    pub fn drop_orphans(&self) {
-        let orphans: Vec<Ino> = {
-            let layers = self.layers.read();
-            let cells = layers.live.inodes.values();
-            cells
-                .filter(|cell| cell.state.read().orphan && !self.is_known(cell.ino))
-                .map(|cell| cell.ino)
-                .collect()
-        };
-        for ino in orphans {
-            self.drop_orphan(ino);
-        }
-    }
-
-    /// Notes that a commit begins, or how much more of the files it has gone through.
-    pub fn note_ingested(&self, bytes: Option<u64>) {
-        match bytes {
-            Some(bytes) => self.ingested.fetch_add(bytes, Ordering::Relaxed),
-            None => self.ingested.swap(0, Ordering::Relaxed),
-        };
+    /// Notes how much more of the files the commit has gone through.
+    pub fn note_ingested(&self, bytes: u64) {
+        self.ingested.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Bytes of files that the commit under way has gone through, or the last one.
@@ -589,8 +318,7 @@ impl Fork {
     /// How much the fork changed.
     pub fn delta_size(&self) -> DeltaSize {
         let layers = self.layers.read();
-        let tables = std::iter::once(&layers.live).chain(layers.frozen.as_deref());
-        let changed = tables.map(Table::changes).sum();
+        let changed = layers.tables().map(Table::changes).sum();
         drop(layers);
         DeltaSize {
             changed,
@@ -601,8 +329,8 @@ impl Fork {
     /// Roots that gc must keep for this fork beside its own: what inodes show that were carried over a seal.
     pub fn roots(&self) -> Vec<NodeId> {
         let layers = self.layers.read();
-        let tables = std::iter::once(&layers.live).chain(layers.frozen.as_deref());
-        let carried = tables
+        let carried = layers
+            .tables()
             .flat_map(|table| table.inodes.values())
             .filter_map(|cell| cell.state.read().base);
         std::iter::once(layers.root.id).chain(carried).collect()
@@ -628,7 +356,7 @@ impl Fork {
         self.damage.get().map(String::as_str)
     }
 
-    /// Shows the published version to what still holds the mount, until it goes.
+    /// Answers nothing any more.
     pub fn end(&self) {
         *self.gate.write() = Gate::Ended;
     }
@@ -639,14 +367,4 @@ fn root(store: &Arc<Store>, id: NodeId) -> Arc<Root> {
         id,
         _lease: store.lease(id),
     })
-}
-
-fn log_error(error: LogError) -> FsError {
-    match error {
-        LogError::Io(_, error) => FsError::Io(error),
-        damaged @ LogError::Damaged { .. } => StoreError::Corrupt {
-            what: damaged.to_string(),
-        }
-        .into(),
-    }
 }

@@ -13,14 +13,14 @@ mod rename;
 mod xattr;
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::fork::error::FsError;
 use crate::fork::extent::PAGE;
 use crate::fork::log::Request;
 use crate::fork::view::{InodeView, Listed};
 use crate::fork::{Fork, Layers};
-use crate::record::{Attr, Ino, Kind, NAME_MAX, Nanos, ROOT, hash56};
+use crate::record::{Attr, Ino, Kind, NAME_MAX, ROOT, hash56};
+use crate::sys::now;
 
 pub use attr::SetAttr;
 pub use io::{Allocate, Seek};
@@ -85,13 +85,6 @@ pub struct Fs {
     root: Ino,
     /// A file may have names outside the folder, which another kernel caches.
     shares_links: bool,
-}
-
-fn now() -> Nanos {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
 
 /// Checks a name as every operation that takes one must.

@@ -1,6 +1,7 @@
 //! A fork behind the kernel's FUSE: unpacks a request, calls `fs`, packs the reply. The only user of fuser.
 
 mod errno;
+mod negotiate;
 mod reply;
 mod requests;
 pub mod session;
@@ -10,25 +11,24 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use fuser::{
-    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType,
-    Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner,
-    OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
-    ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
-    Request, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags,
+    Generation, INodeNo, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl,
+    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use crate::fork::log::Request as RequestId;
 use crate::fs::{Allocate, Caller, Fs, NewNode, RenameMode, Seek, SetAttr, XattrMode};
 use crate::record::{Ino, Kind, ROOT};
-use reply::{FOREVER, file_attr, file_type, sent};
+pub use negotiate::negotiate;
+pub use reply::{FOREVER, nothing};
+use reply::{file_attr, file_type, sent};
 pub use requests::Requests;
 pub use wakeful::Wakeful;
 
-/// The largest READ and WRITE.
-const MAX_IO: u32 = 1 << 20;
 /// The flag of an open file that is written at its end.
 const O_APPEND: i32 = 0o2000;
 /// Entries read for one reply of a listing.
@@ -80,33 +80,7 @@ impl Mount {
 
 impl Filesystem for Mount {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
-        let mut wanted = vec![
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_DO_READDIRPLUS,
-            InitFlags::FUSE_READDIRPLUS_AUTO,
-            InitFlags::FUSE_NO_OPEN_SUPPORT,
-            InitFlags::FUSE_NO_OPENDIR_SUPPORT,
-            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
-            InitFlags::FUSE_CACHE_SYMLINKS,
-        ];
-        if self.fs.options.acl {
-            wanted.extend([InitFlags::FUSE_POSIX_ACL, InitFlags::FUSE_DONT_MASK]);
-        }
-        for flag in wanted {
-            // An older kernel has fewer; each one is asked for by itself, and done without where it is not there.
-            if config.add_capabilities(flag).is_err() {
-                log::debug!("the kernel does not offer {flag:?}");
-            }
-        }
-        for result in [
-            config.set_max_write(MAX_IO),
-            config.set_max_readahead(MAX_IO),
-        ] {
-            if let Err(nearest) = result {
-                log::debug!("the kernel allows {nearest} bytes at a time");
-            }
-        }
+        negotiate(config, self.fs.options.acl);
         Ok(())
     }
 
@@ -707,26 +681,5 @@ impl Mount {
         } else {
             0
         }
-    }
-}
-
-/// An entry without inode: the kernel remembers that there is nothing of that name.
-fn nothing() -> FileAttr {
-    FileAttr {
-        ino: INodeNo(0),
-        size: 0,
-        blocks: 0,
-        atime: UNIX_EPOCH,
-        mtime: UNIX_EPOCH,
-        ctime: UNIX_EPOCH,
-        crtime: UNIX_EPOCH,
-        kind: FileType::RegularFile,
-        perm: 0,
-        nlink: 0,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        blksize: 0,
-        flags: 0,
     }
 }

@@ -4,10 +4,12 @@
 //! written until the database has been opened again, inside the process, which is tried when there is room.
 
 mod check;
+mod error;
 mod gc;
 mod ingest;
 mod keys;
 mod meta;
+mod open;
 mod steps;
 #[cfg(test)]
 mod tests;
@@ -15,23 +17,20 @@ mod wal;
 mod write;
 
 use std::collections::{HashMap, HashSet};
-use std::fs::{self, File};
-use std::io;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
-use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, IteratorMode, Options,
-    WriteBatch, WriteBufferManager,
-};
+use rocksdb::{ColumnFamily, DB, IteratorMode};
 use serde::de::DeserializeOwned;
 
 use crate::chunk::{self, ChunkId};
-use crate::tree::{self, Node, NodeId, TreeError};
+use crate::tree::{self, Node, NodeId};
 pub use check::{CheckReport, Problem};
+pub use error::StoreError;
 pub use gc::{GcReport, Stats, VolumeStats};
 pub use ingest::{ForkChange, Ingest, Publish};
 pub use meta::{
@@ -39,90 +38,14 @@ pub use meta::{
     VersionRef, Volume,
 };
 use meta::{Target, corrupt};
+use open::open_db;
 pub use steps::Step;
 #[cfg(test)]
 pub use steps::copy_folder;
 
-/// The format that this program writes; a store of a newer one is refused.
-const FORMAT: u32 = 1;
-/// What may lie in the folder of a store that has no database yet.
-const OURS: [&str; 8] = [
-    "lock",
-    "log",
-    "db",
-    "forks",
-    "state",
-    "mnt",
-    "forkvol.sock",
-    "daemon.lock",
-];
 const FAMILIES: [&str; 4] = ["meta", "nodes", "chunks", "sizes"];
 /// The longest value that is believed to be a chunk.
 const CHUNK_MAX: usize = chunk::MAX;
-
-/// Why the store could not do what it was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    #[error("{what} is missing from the store")]
-    Missing { what: String },
-    #[error("{what} is damaged")]
-    Corrupt { what: String },
-    #[error(
-        "the store {dir} has format {found}, this program knows up to {FORMAT}: use a newer forkvol"
-    )]
-    Newer { dir: PathBuf, found: u32 },
-    #[error("the store {dir} is in use by another process")]
-    Locked { dir: PathBuf },
-    #[error("{dir} is not a store: {why}")]
-    NotAStore { dir: PathBuf, why: String },
-    #[error("the store {dir} is damaged and cannot be opened: {why}")]
-    Unreadable { dir: PathBuf, why: String },
-    #[error("the disk of the store is full")]
-    NoSpace,
-    #[error("content was lost with a write to the store that failed: run the command again")]
-    Lost,
-    #[error("{what}: {source}")]
-    Io { what: String, source: io::Error },
-    #[error("the database of the store: {0}")]
-    Database(rocksdb::Error),
-}
-
-impl StoreError {
-    /// Damage that keeps the store in `dir` from being opened: it is of no use to anybody until that is put back.
-    pub fn at_open(self, dir: &Path) -> StoreError {
-        match self {
-            StoreError::Corrupt { what: why } => StoreError::Unreadable {
-                dir: dir.into(),
-                why,
-            },
-            other => other,
-        }
-    }
-}
-
-impl From<TreeError> for StoreError {
-    fn from(error: TreeError) -> StoreError {
-        StoreError::Corrupt {
-            what: format!("the tree ({error})"),
-        }
-    }
-}
-
-impl From<rocksdb::Error> for StoreError {
-    fn from(error: rocksdb::Error) -> StoreError {
-        let text = error.to_string();
-        if text.contains("No space left") || text.contains("NoSpace") {
-            StoreError::NoSpace
-        // A file that the database knows of and that is not there is as bad as one that is wrong.
-        } else if error.kind() == rocksdb::ErrorKind::Corruption || text.contains("No such file") {
-            StoreError::Corrupt {
-                what: format!("the database ({text})"),
-            }
-        } else {
-            StoreError::Database(error)
-        }
-    }
-}
 
 /// How a store is opened.
 #[derive(Clone, Copy, Debug)]
@@ -208,137 +131,6 @@ impl Drop for Lease {
 }
 
 impl Store {
-    /// Opens the store in `dir`, making it if the folder is empty or not there.
-    ///
-    /// # Errors
-    /// `Locked`, `Newer`, `NotAStore` or `Unreadable`: a store that cannot be read is never replaced by an empty one.
-    pub fn open(dir: &Path, options: StoreOptions) -> Result<Arc<Store>, StoreError> {
-        let io = |what: &Path| {
-            let what = what.display().to_string();
-            move |source| StoreError::Io { what, source }
-        };
-        fs::create_dir_all(dir).map_err(io(dir))?;
-        Store::recognise(dir)?;
-        let has_db = dir.join("db/CURRENT").exists();
-        let lock_path = dir.join("lock");
-        let lock = lock_file(&lock_path)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => {
-                return Err(StoreError::Locked { dir: dir.into() });
-            }
-            Err(fs::TryLockError::Error(error)) => return Err(io(&lock_path)(error)),
-        }
-        for folder in ["forks", "log"] {
-            let folder = dir.join(folder);
-            fs::create_dir_all(&folder).map_err(io(&folder))?;
-        }
-        let db = open_db(dir).map_err(|error| error.at_open(dir))?;
-        let store = Store {
-            dir: dir.into(),
-            options,
-            db: RwLock::new(Some(db)),
-            poisoned: Mutex::new(false),
-            reopened: AtomicU64::new(0),
-            nodes: quick_cache::sync::Cache::with_weighter(20_000, options.node_cache, NodeWeight),
-            chunks: quick_cache::sync::Cache::with_weighter(2000, options.chunk_cache, ChunkWeight),
-            publishing: Mutex::default(),
-            numbering: Mutex::default(),
-            leases: Arc::default(),
-            hands: ingest::Hands::default(),
-            unflushed: Mutex::default(),
-            space: Mutex::default(),
-            #[cfg(test)]
-            steps: steps::Steps::default(),
-            _lock: lock,
-        };
-        store
-            .check_format(has_db)
-            .map_err(|error| error.at_open(dir))?;
-        Ok(Arc::new(store))
-    }
-
-    /// Looks whether a folder is a store of this format or can become one, and can be written to. Nothing is made but its lock.
-    ///
-    /// # Errors
-    /// `NotAStore`, `Newer`, `Unreadable`; what the disk answered.
-    pub fn recognise(dir: &Path) -> Result<(), StoreError> {
-        let state = dir.join("state");
-        match fs::read_to_string(&state) {
-            Ok(text) => {
-                let format = text.strip_prefix("format ");
-                let format = format.and_then(|number| number.trim().parse::<u32>().ok());
-                if let Some(found) = format.filter(|found| *found > FORMAT) {
-                    let dir = dir.into();
-                    return Err(StoreError::Newer { dir, found });
-                }
-                if !dir.join("db/CURRENT").exists() {
-                    return Err(StoreError::Unreadable {
-                        dir: dir.into(),
-                        why: "its database is not there".into(),
-                    });
-                }
-            }
-            Err(_) if dir.join("db/CURRENT").exists() => {}
-            Err(_) => {
-                let strange = fs::read_dir(dir)
-                    .map_err(|source| StoreError::Io {
-                        what: dir.display().to_string(),
-                        source,
-                    })?
-                    .filter_map(Result::ok)
-                    .find(|entry| !OURS.iter().any(|name| entry.file_name() == *name));
-                if let Some(entry) = strange {
-                    return Err(StoreError::NotAStore {
-                        dir: dir.into(),
-                        why: format!("it has a {:?} and no database", entry.file_name()),
-                    });
-                }
-            }
-        }
-        lock_file(&dir.join("lock")).map(drop)
-    }
-
-    fn check_format(&self, had_db: bool) -> Result<(), StoreError> {
-        match self.meta(keys::FORMAT)? {
-            Some(bytes) => {
-                let found = bytes.as_slice().try_into().map(u32::from_be_bytes);
-                let found = found.map_err(|_| corrupt("the format version"))?;
-                if found > FORMAT {
-                    return Err(StoreError::Newer {
-                        dir: self.dir.clone(),
-                        found,
-                    });
-                }
-            }
-            None if had_db && self.first(&[])?.is_some() => {
-                return Err(corrupt("the format version"));
-            }
-            None => {
-                let mut batch = WriteBatch::default();
-                self.put(
-                    &mut batch,
-                    Target::Meta,
-                    keys::FORMAT,
-                    &FORMAT.to_be_bytes(),
-                )?;
-                let (id, bytes) = tree::empty();
-                self.put(&mut batch, Target::Nodes, &id.0, &chunk::pack(&bytes, 0))?;
-                self.write_synced(batch)?;
-            }
-        }
-        // Says that there was a database; written last, and again if the process ended before it came to that.
-        let state = self.dir.join("state");
-        if state.exists() {
-            return Ok(());
-        }
-        let io = |source| StoreError::Io {
-            what: state.display().to_string(),
-            source,
-        };
-        fs::write(&state, format!("format {FORMAT}\n")).map_err(io)
-    }
-
     /// The folder of the store.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -514,61 +306,6 @@ fn family(db: &DB, target: Target) -> Result<&ColumnFamily, StoreError> {
     let name = FAMILIES[target as usize];
     db.cf_handle(name)
         .ok_or_else(|| corrupt(&format!("the database (no family {name})")))
-}
-
-fn lock_file(path: &Path) -> Result<File, StoreError> {
-    let mut options = File::options();
-    let file = options.create(true).truncate(false).write(true).open(path);
-    file.map_err(|source| StoreError::Io {
-        what: path.display().to_string(),
-        source,
-    })
-}
-
-/// Opens the database with the settings found good: small buffers, little WAL, blobs for chunks, no compression of its own.
-fn open_db(dir: &Path) -> Result<DB, StoreError> {
-    let db = dir.join("db");
-    wal::trim(&db).map_err(|source| StoreError::Io {
-        what: db.display().to_string(),
-        source,
-    })?;
-    let mut options = Options::default();
-    options.create_if_missing(true);
-    options.create_missing_column_families(true);
-    options.set_max_total_wal_size(64 << 20);
-    options.set_max_open_files(256);
-    options.set_keep_log_file_num(5);
-    options.set_max_log_file_size(2 << 20);
-    options.set_log_level(rocksdb::LogLevel::Warn);
-    options.set_bytes_per_sync(1 << 20);
-    options.set_max_background_jobs(2);
-    options.set_atomic_flush(true);
-    options.set_write_buffer_manager(&WriteBufferManager::new_write_buffer_manager(
-        64 << 20,
-        false,
-    ));
-    let cache = Cache::new_lru_cache(16 << 20);
-    let tuned = |name: &str| {
-        let mut options = Options::default();
-        let mut blocks = BlockBasedOptions::default();
-        blocks.set_bloom_filter(10.0, false);
-        blocks.set_block_cache(&cache);
-        options.set_block_based_table_factory(&blocks);
-        options.set_compression_type(rocksdb::DBCompressionType::None);
-        options.set_write_buffer_size(16 << 20);
-        options.set_max_write_buffer_number(4);
-        if name == "chunks" {
-            options.set_enable_blob_files(true);
-            options.set_min_blob_size(0);
-            options.set_blob_file_size(64 << 20);
-            options.set_enable_blob_gc(true);
-            options.set_write_buffer_size(32 << 20);
-        }
-        ColumnFamilyDescriptor::new(name, options)
-    };
-    let mut families: Vec<_> = FAMILIES.iter().map(|name| tuned(name)).collect();
-    families.push(tuned("default"));
-    Ok(DB::open_cf_descriptors(&options, dir.join("db"), families)?)
 }
 
 /// The prefix of an id that stands for it where a false hit does no harm.

@@ -1,6 +1,10 @@
-//! Names of volumes and versions: what is legal, and which version a text names.
+//! Names of volumes and versions: what is legal, which version a text names, and which names a pattern means.
+
+mod pattern;
 
 use crate::store::{Store, StoreError, Version, VersionRef, Volume};
+
+pub use pattern::Patterns;
 
 /// A text that names a version: `VOLUME`, `VOLUME@head`, `VOLUME@NUMBER` or `VOLUME@xHEX`.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -21,10 +25,8 @@ pub enum Which {
 /// Why a name or a version is none.
 #[derive(Debug, thiserror::Error)]
 pub enum NameError {
-    #[error(
-        "{0:?} is no volume name: 1 to 128 of A-Z a-z 0-9 . _ - /, beginning and ending with a letter or digit, no empty, \".\" or \"..\" part"
-    )]
-    Volume(String),
+    #[error("{0:?} is not a volume's name: {1}")]
+    Volume(String, &'static str),
     #[error(
         "{0:?} is no version: write VOLUME, VOLUME@head, VOLUME@NUMBER or VOLUME@xHEX with at least 6 hex digits"
     )]
@@ -33,37 +35,51 @@ pub enum NameError {
 
 /// Checks the name of a volume.
 pub fn check_name(name: &str) -> Result<(), NameError> {
-    let legal = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
-    let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
-    let parts = name
-        .split('/')
-        .all(|part| !part.is_empty() && part != "." && part != "..");
-    let edges = edge(name.chars().next()) && edge(name.chars().next_back());
-    if name.len() <= 128 && name.chars().all(legal) && edges && parts {
-        Ok(())
+    let legal = |b: u8| b.is_ascii_alphanumeric() || b"._-/".contains(&b);
+    let edge = |c: char| c.is_ascii_alphanumeric();
+    let why = if name.is_empty() || name.len() > 128 {
+        "it must have 1 to 128 characters"
+    } else if !name.bytes().all(legal) {
+        "only letters, digits and . _ - / are allowed"
+    } else if name.split('/').any(|part| matches!(part, "" | "." | "..")) {
+        "no part between slashes may be empty, \".\" or \"..\""
+    } else if !name.starts_with(edge) || !name.ends_with(edge) {
+        "it must start and end with a letter or a digit"
     } else {
-        Err(NameError::Volume(name.into()))
-    }
+        return Ok(());
+    };
+    Err(NameError::Volume(name.into(), why))
 }
 
-/// Makes one part of a volume's name of what comes from outside, such as a branch: what is not legal becomes `-`, and then 8 hex
-/// digits of the hash of the whole are appended, so that two that differ stay two.
-pub fn legal_part(text: &str) -> String {
-    const LONGEST: usize = 48;
-    let keep = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-    let made: String = text
-        .chars()
-        .map(|c| if keep(c) { c } else { '-' })
-        .take(LONGEST)
-        .collect();
-    let made = made.trim_matches(|c: char| !c.is_ascii_alphanumeric());
-    if made == text && !made.is_empty() {
-        return made.into();
+/// Makes what comes from outside, such as a branch, a legal part of a volume's name, and no more than one part of it. What is not
+/// legal becomes `-`, and `longest` characters of it are followed by the first digits of the whole's hash. So is done with what
+/// looks as if it had been: no two texts meet.
+pub fn legal_part(text: &str, longest: usize) -> String {
+    let harmless = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    let edge = |c: char| c.is_ascii_alphanumeric();
+    let looks_changed = text.rsplit_once('-').is_some_and(|(_, digits)| {
+        digits.len() == 8 && digits.bytes().all(|b| b.is_ascii_hexdigit())
+    });
+    // Such parts of names say who may write to a volume.
+    let reserved = matches!(text, "branch" | "untrusted") || text.starts_with("uid-");
+    let is_fine = text.len() <= longest
+        && text.chars().all(harmless)
+        && text.starts_with(edge)
+        && text.ends_with(edge);
+    if is_fine && !reserved && !looks_changed {
+        return text.into();
     }
+    let kept: String = text
+        .chars()
+        .map(|c| if harmless(c) { c } else { '-' })
+        .take(longest)
+        .collect();
+    let kept = match kept.trim_start_matches(|c: char| !edge(c)) {
+        "" => "x",
+        kept => kept,
+    };
     let hash = blake3::hash(text.as_bytes()).to_hex();
-    format!("{made}-{}", &hash[..8])
-        .trim_start_matches('-')
-        .into()
+    format!("{kept}-{}", &hash[..8])
 }
 
 impl std::str::FromStr for VersionSpec {
@@ -177,9 +193,9 @@ mod tests {
 
     #[test]
     fn parts_of_names_from_outside_are_made_legal_and_stay_apart() {
-        assert_eq!(legal_part("pr-12"), "pr-12");
+        assert_eq!(legal_part("pr-12", 48), "pr-12");
         let long = "a".repeat(200);
-        let texts = [
+        let mut texts: Vec<String> = [
             "feature/x",
             "feature-x",
             "feature x",
@@ -191,9 +207,19 @@ mod tests {
             "a-",
             &long,
             "a@1",
-        ];
+            "branch",
+            "untrusted",
+            "uid-7",
+        ]
+        .map(str::to_owned)
+        .into();
+        // Whoever knows what a text becomes may call something else by that.
+        let known: Vec<String> = texts.iter().map(|text| legal_part(text, 48)).collect();
+        texts.extend(known.into_iter().filter(|made| made != "feature-x"));
+        let bare = |text: &String| blake3::hash(text.as_bytes()).to_hex()[..8].to_owned();
+        texts.extend(texts.clone().iter().map(bare));
         let made: std::collections::HashSet<String> =
-            texts.iter().map(|text| legal_part(text)).collect();
+            texts.iter().map(|text| legal_part(text, 48)).collect();
         assert_eq!(made.len(), texts.len(), "{made:?}");
         for part in &made {
             assert!(
@@ -201,6 +227,7 @@ mod tests {
                 "{part}"
             );
             assert!(!part.contains('/') && part.len() < 60);
+            assert!(!["branch", "untrusted", "uid-7"].contains(&part.as_str()));
         }
     }
 

@@ -106,25 +106,49 @@ impl Source<'_> {
         out: &mut Vec<(u64, Value)>,
     ) -> Result<(), FsError> {
         if self.threads < 2 || run.1 - run.0 < LONG {
-            return self.each_piece(ino, inode, run, old, |at, piece| {
-                let value = match piece {
-                    Piece::Known(value) => value,
-                    Piece::New(bytes, range) => self.stored(&bytes[range])?,
-                };
-                out.push((at, value));
-                Ok(())
-            });
+            self.cut_here(ino, inode, run, old, out)
+        } else {
+            self.cut_beside(ino, inode, run, old, out)
         }
+    }
+
+    fn cut_here(
+        &self,
+        ino: Ino,
+        inode: &Inode,
+        run: (u64, u64),
+        old: &Old,
+        out: &mut Vec<(u64, Value)>,
+    ) -> Result<(), FsError> {
+        self.each_piece(ino, inode, run, old, |at, piece| {
+            let value = match piece {
+                Piece::Known(value) => value,
+                Piece::New(bytes, range) => self.stored(&bytes[range])?,
+            };
+            out.push((at, value));
+            Ok(())
+        })
+    }
+
+    /// Cuts in this thread; others store the chunks meanwhile.
+    fn cut_beside(
+        &self,
+        ino: Ino,
+        inode: &Inode,
+        run: (u64, u64),
+        old: &Old,
+        out: &mut Vec<(u64, Value)>,
+    ) -> Result<(), FsError> {
         let mut found: Vec<(u64, Option<Value>)> = Vec::new();
-        let (pieces, work) = channel::bounded::<(usize, Arc<Vec<u8>>, Range<usize>)>(self.threads);
+        let (pieces, work) = channel::bounded::<Unstored>(self.threads);
         let stored = std::thread::scope(|scope| {
             let workers: Vec<_> = (0..self.threads)
                 .map(|_| {
                     let work = work.clone();
                     scope.spawn(move || -> Result<Vec<(usize, Value)>, FsError> {
                         crate::sys::step_back();
-                        let store = |(at, bytes, range): (usize, Arc<Vec<u8>>, Range<usize>)| {
-                            Ok((at, self.stored(&bytes[range])?))
+                        let store = |piece: Unstored| {
+                            Ok((piece.index, self.stored(&piece.bytes[piece.range])?))
                         };
                         work.into_iter().map(store).collect()
                     })
@@ -136,7 +160,12 @@ impl Source<'_> {
                 let value = match piece {
                     Piece::Known(value) => Some(value),
                     Piece::New(bytes, range) => {
-                        let sent = pieces.send((found.len(), bytes, range));
+                        let index = found.len();
+                        let sent = pieces.send(Unstored {
+                            index,
+                            bytes,
+                            range,
+                        });
                         sent.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
                         None
                     }
@@ -165,7 +194,10 @@ impl Source<'_> {
     fn stored(&self, bytes: &[u8]) -> Result<Value, FsError> {
         let id = self.ingest.chunk(bytes)?;
         let len = bytes.len() as u64;
-        self.fork.note_ingested(Some(len));
+        // What is done ahead is no progress of a commit.
+        if self.wanted.is_none() {
+            self.fork.note_ingested(len);
+        }
         Ok(Value::Chunk { len, id })
     }
 
@@ -212,6 +244,14 @@ enum Piece {
     Known(Value),
     /// Bytes that are to be stored: so much of a buffer.
     New(Arc<Vec<u8>>, Range<usize>),
+}
+
+/// A new piece on its way to a thread that stores it.
+struct Unstored {
+    /// Its place among all pieces of the run.
+    index: usize,
+    bytes: Arc<Vec<u8>>,
+    range: Range<usize>,
 }
 
 /// The chunks that the base has of a file, and what the fork changed under them.

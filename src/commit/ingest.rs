@@ -34,16 +34,17 @@ pub fn run(
     let table = &*sealed.table;
     let mut cells: Vec<&Arc<Cell>> = table.inodes.values().collect();
     cells.sort_by_key(|cell| cell.ino);
+    // Where there are many files the threads have those, and a long one has a few of its own.
+    let (threads, each) = if cells.len() > BATCH {
+        (threads.max(1), threads.min(2))
+    } else {
+        (1, threads)
+    };
     let source = Source {
         fork,
         root: sealed.root.id,
         ingest,
-        // Where there are many files the threads have those, and a long one has a few of its own.
-        threads: if cells.len() > BATCH {
-            threads.min(2)
-        } else {
-            threads
-        },
+        threads: each,
         wanted: None,
     };
     let next = AtomicUsize::new(0);
@@ -61,11 +62,6 @@ pub fn run(
                 inode_edits(&source, cell, &mut edits, &mut totals)?;
             }
         }
-    };
-    let threads = if cells.len() > BATCH {
-        threads.max(1)
-    } else {
-        1
     };
     let results: Vec<_> = std::thread::scope(|scope| {
         let beside = || {

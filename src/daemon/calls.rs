@@ -21,6 +21,9 @@ use crate::store::{ForkId, Verdict};
 use crate::sys::mount;
 use crate::volume;
 
+/// The longest name of a scope that is kept as it is.
+const MAX_SCOPE: usize = 48;
+
 /// Answers a request. The outer error ends the connection; the inner one is told to the client.
 pub fn answer(
     shared: &Shared,
@@ -217,7 +220,7 @@ impl Call<'_> {
         let asker = self.who.asker(policy, facts);
         let scope = match (&asker, said.and_then(|said| said.scope.as_deref())) {
             (Asker::User(uid), _) => format!("uid-{uid}"),
-            (_, Some(scope)) => volume::legal_part(scope),
+            (_, Some(scope)) => volume::legal_part(scope, MAX_SCOPE),
             (_, None) => "unknown".into(),
         };
         (policy.judge(&asker), scope)
@@ -286,7 +289,6 @@ impl Call<'_> {
                 acl: fork.acl,
                 suid: fork.suid,
                 dev: fork.dev,
-                strict: fork.strict,
                 job: fork.job,
                 uid_map: fork.uid_map,
                 verdict,

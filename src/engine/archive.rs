@@ -242,7 +242,6 @@ impl Engine {
             acl: true,
             suid: false,
             dev: false,
-            strict: false,
             job: None,
             uid_map: None,
             verdict: Verdict::Off,

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use super::{Code, Engine, EngineError, Live, MountInfo, Result, VersionInfo, no_fork, now};
 use crate::commit::{Changed, Ingested, changed, charge, prepare};
 use crate::fork::Private;
-use crate::store::{self, ForkChange, ForkId, Ingest, LeftOut, Publish, VersionRef};
+use crate::store::{self, ForkChange, ForkId, ForkOptions, Ingest, LeftOut, Publish, VersionRef};
 use crate::tree::NodeId;
 
 /// When a commit makes a version.
@@ -47,6 +47,17 @@ pub struct Committed {
     pub excluded: LeftOut,
 }
 
+/// What a fork was made to be that is never committed, whoever asks.
+pub(super) fn never_commits(options: &ForkOptions) -> Option<&'static str> {
+    if options.read_only {
+        Some("read-only")
+    } else if options.ephemeral {
+        Some("ephemeral")
+    } else {
+        None
+    }
+}
+
 impl Engine {
     /// Commits forks, all or none. The new versions are heads when this returns.
     ///
@@ -73,25 +84,19 @@ impl Engine {
         lives: &[Arc<Live>],
         request: &CommitRequest,
     ) -> Result<Vec<Committed>> {
+        let mut taken = None;
         for live in lives {
             if live.over.load(Ordering::Acquire) {
                 return Err(no_fork(&live.id.to_string()));
             }
             live.fork()?;
-            let record = live.record.lock();
-            let refuse = |why: &str| {
-                Err(EngineError::new(
-                    Code::Policy,
-                    format!("fork {} {why}", live.id),
-                ))
-            };
-            if record.options.read_only {
-                return refuse("is read-only and never commits");
+            let record = live.record.lock().clone();
+            if let Some(kind) = never_commits(&record.options) {
+                let message = format!("fork {} is {kind} and never commits", live.id);
+                return Err(EngineError::new(Code::Policy, message)
+                    .hint(format!("`forkvol abandon {}` drops it", live.id)));
             }
-            if record.options.ephemeral {
-                return refuse("is ephemeral and never commits");
-            }
-            self.check_verdict(&record)?;
+            self.check_verdict(&record, &mut taken)?;
         }
         self.check_heads(lives, request)?;
         let mut prepared: Vec<(usize, Ingested)> = Vec::new();
@@ -124,26 +129,32 @@ impl Engine {
                 let record = live.record.lock();
                 (record.volume, record.base)
             };
-            let volume = self.store.volume_by_id(volume)?;
-            let volume =
-                volume.ok_or_else(|| EngineError::new(Code::NotFound, "the volume was removed"))?;
-            let moved = |why: String| Err(EngineError::new(Code::HeadMoved, why));
+            let volume = self.volume_that_stays(volume)?;
+            let moved = |why: String, hint| Err(EngineError::new(Code::HeadMoved, why).hint(hint));
+            let text = |number| match number {
+                0 => "nothing".into(),
+                _ => format!("{}@{number}", volume.name),
+            };
             let own = base
                 .filter(|base| base.volume == volume.id)
                 .map_or(0, |base| base.number);
             if let Some((_, version)) = &wanted
                 && (version.volume, version.number) != (volume.id, volume.head)
             {
-                return moved(format!(
-                    "the head of {} is {}@{}",
-                    volume.name, volume.name, volume.head
-                ));
+                return moved(
+                    format!("the head of {} is {}", volume.name, text(volume.head)),
+                    "fork that, or commit without --if-head",
+                );
             }
             if request.if_base && volume.head != own {
-                return moved(format!(
-                    "the head of {} is {}, the fork was made from {own}",
-                    volume.name, volume.head
-                ));
+                let (head, own) = (text(volume.head), text(own));
+                return moved(
+                    format!(
+                        "the head of {} is {head}, the fork was made from {own}",
+                        volume.name
+                    ),
+                    "fork the head, or commit without --if-base",
+                );
             }
             if let Some(base) = base
                 && let Some(why) = self.store.damage(base)?
@@ -160,10 +171,14 @@ impl Engine {
                 .iter()
                 .any(|(first, last)| (*first..=*last).contains(&own));
             if taken_back && !request.force {
-                return moved(format!(
-                    "fork {} was made from {}@{own}, which was taken back",
-                    live.id, volume.name
-                ));
+                return moved(
+                    format!(
+                        "fork {} was made from {}, which was taken back",
+                        live.id,
+                        text(own)
+                    ),
+                    "abandon it; --force commits it all the same",
+                );
             }
         }
         Ok(())
@@ -250,10 +265,16 @@ impl Engine {
     }
 
     pub(super) fn published_info(&self, version: &store::Version) -> Result<VersionInfo> {
-        let volume = self.store.volume_by_id(version.volume)?;
-        let volume =
-            volume.ok_or_else(|| EngineError::new(Code::NotFound, "the volume was removed"))?;
-        self.version_info(&volume, version)
+        self.version_info(&self.volume_that_stays(version.volume)?, version)
+    }
+
+    /// The volume of a fork or version, which somebody may just have removed.
+    fn volume_that_stays(&self, id: u64) -> Result<store::Volume> {
+        let removed = || {
+            EngineError::new(Code::NotFound, "the volume of the fork was removed")
+                .hint("fork another one")
+        };
+        self.store.volume_by_id(id)?.ok_or_else(removed)
     }
 
     /// Whether a commit of this fork makes a version.

@@ -81,9 +81,11 @@ impl From<FsError> for EngineError {
     fn from(error: FsError) -> EngineError {
         match error {
             FsError::Store(error) => error.into(),
-            FsError::NoSpace => EngineError::new(Code::NoSpace, error.to_string()),
+            FsError::NoSpace => EngineError::new(Code::NoSpace, error.to_string())
+                .hint("make room on the disk, or fork with a larger --size"),
             FsError::Io(e) if e.kind() == std::io::ErrorKind::StorageFull => {
                 EngineError::new(Code::NoSpace, "the disk of the store is full")
+                    .hint("make room there")
             }
             FsError::Io(e) if matches!(e.raw_os_error(), Some(EMFILE | ENFILE)) => {
                 EngineError::new(Code::Failed, "the daemon has too many open files")

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use serde::Serialize;
 
+use super::commit::never_commits;
 use super::{Counters, Engine, Live, Result, no_volume};
 use crate::store::{self, LeftOut, MountPoint, Store, VersionRef};
 
@@ -112,6 +113,11 @@ impl Engine {
     }
 
     pub(super) fn info(&self, live: &Live) -> Result<ForkInfo> {
+        self.info_of_many(live, &mut None)
+    }
+
+    /// The same for one of several forks: `taken` keeps what untrusted volumes take, which is counted once for all.
+    pub(super) fn info_of_many(&self, live: &Live, taken: &mut Option<u64>) -> Result<ForkInfo> {
         let served = live.is_served();
         let record = live.record.lock().clone();
         let volume = self.store.volume_by_id(record.volume)?;
@@ -141,12 +147,12 @@ impl Engine {
             },
             hit: record.hit,
             verdict: record.verdict,
-            refused: if record.options.read_only {
-                Some("it is read-only".into())
-            } else if record.options.ephemeral {
-                Some("it is ephemeral".into())
-            } else {
-                self.check_verdict(&record).err().map(|error| error.message)
+            refused: match never_commits(&record.options) {
+                Some(kind) => Some(format!("it is {kind}")),
+                None => {
+                    let verdict = self.check_verdict(&record, taken);
+                    verdict.err().map(|error| error.message)
+                }
             },
             mounts: record.mounts.into_iter().map(MountInfo::from).collect(),
             job: record.options.job,

@@ -7,11 +7,11 @@ use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use ignore::gitignore::{Gitignore, GitignoreBuilder};
 use serde::Serialize;
 
 use super::{Engine, Result, now};
 use crate::store::{self, GcReport, VersionRef};
+use crate::volume::Patterns;
 
 /// However short the disk runs, what was used within this time stays.
 const IN_USE: Duration = Duration::from_secs(3600);
@@ -44,7 +44,7 @@ impl Default for Keep {
 #[derive(Clone, Debug, Default)]
 pub struct Policy {
     /// The first that matches a volume's name counts.
-    rules: Vec<(Gitignore, Keep)>,
+    rules: Vec<(Patterns, Keep)>,
     /// Bytes that the store may take on disk.
     pub limit: Option<u64>,
     /// Bytes of the disk that are to stay free; None: a tenth, at most 20 GiB.
@@ -120,18 +120,13 @@ impl Policy {
     /// # Errors
     /// What is wrong with the pattern.
     pub fn add(&mut self, pattern: &str, keep: Keep) -> std::result::Result<(), String> {
-        let mut builder = GitignoreBuilder::new("/");
-        let wrong = |e: ignore::Error| format!("the pattern {pattern:?}: {e}");
-        builder
-            .add_line(None, &format!("/{pattern}"))
-            .map_err(wrong)?;
-        self.rules.push((builder.build().map_err(wrong)?, keep));
+        self.rules.push((Patterns::of_names([pattern])?, keep));
         Ok(())
     }
 
     fn keep(&self, name: &str) -> Keep {
-        let matches = |glob: &Gitignore| glob.matched(name, false).is_ignore();
-        let rule = self.rules.iter().find(|(glob, _)| matches(glob));
+        let mut rules = self.rules.iter();
+        let rule = rules.find(|(volumes, _)| volumes.name(name.as_bytes(), false));
         rule.map_or_else(Keep::default, |(_, keep)| *keep)
     }
 }

@@ -55,10 +55,7 @@ pub struct Served {
 
 /// Whether one of two folders lies in the other.
 fn overlap(a: &OsStr, b: &OsStr) -> bool {
-    let parts = |path: &OsStr| -> Vec<Vec<u8>> { names(path).map(<[u8]>::to_vec).collect() };
-    let (a, b) = (parts(a), parts(b));
-    let common = a.len().min(b.len());
-    a[..common] == b[..common]
+    names(a).zip(names(b)).all(|(a, b)| a == b)
 }
 
 fn names(path: &OsStr) -> impl Iterator<Item = &[u8]> {
@@ -114,14 +111,6 @@ impl Engine {
         let live = self.live(id)?;
         let fs = self.fs_of(id)?;
         let epoch = self.begin_session(&live, served)?;
-        let at = served.mountpoint.to_string_lossy();
-        let failed = |error: &dyn std::fmt::Display| {
-            live.end_session(epoch);
-            EngineError::new(
-                Code::Failed,
-                format!("fork {id} cannot be served at {at}: {error}"),
-            )
-        };
         let fs = folder_of(&fs, served)
             .and_then(|root| fs.for_session(epoch, root))
             .map_err(|error| {
@@ -139,7 +128,14 @@ impl Engine {
                 engine.remove_delta(&ended);
             }
         });
-        result.map_err(|error| failed(&error))
+        result.map_err(|error| {
+            live.end_session(epoch);
+            let at = served.mountpoint.to_string_lossy();
+            EngineError::new(
+                Code::Failed,
+                format!("fork {id} cannot be served at {at}: {error}"),
+            )
+        })
     }
 
     /// Gives a session its number and notes where it is.

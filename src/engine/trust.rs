@@ -4,10 +4,9 @@
 //! Pure, save for the counting of room. The verdict is made once, when a fork is made, and stands in its record; a commit reads
 //! nothing else.
 
-use ignore::gitignore::{Gitignore, GitignoreBuilder};
-
 use super::{Code, Engine, EngineError, ForkRequest, Result};
 use crate::store::{self, Verdict};
+use crate::volume::Patterns;
 
 /// The part of a volume's name behind which the scopes of untrusted jobs stand.
 const UNTRUSTED: &str = "/untrusted/";
@@ -25,7 +24,7 @@ pub struct TrustPolicy {
     pub scopes: bool,
     /// Bytes that all untrusted volumes may take.
     pub limit: u64,
-    readable: Gitignore,
+    readable: Patterns,
 }
 
 impl Default for TrustPolicy {
@@ -35,7 +34,7 @@ impl Default for TrustPolicy {
             protected_only: false,
             scopes: false,
             limit: LIMIT,
-            readable: Gitignore::empty(),
+            readable: Patterns::default(),
         }
     }
 }
@@ -66,20 +65,13 @@ impl TrustPolicy {
     /// # Errors
     /// What is wrong with a pattern.
     pub fn set_readable(&mut self, patterns: &[String]) -> std::result::Result<(), String> {
-        let mut builder = GitignoreBuilder::new("/");
-        for pattern in patterns {
-            let wrong = |e: ignore::Error| format!("the pattern {pattern:?}: {e}");
-            builder
-                .add_line(None, &format!("/{pattern}"))
-                .map_err(wrong)?;
-        }
-        self.readable = builder.build().map_err(|e| e.to_string())?;
+        self.readable = Patterns::of_names(patterns.iter().map(String::as_str))?;
         Ok(())
     }
 
     /// Whether untrusted jobs may read a volume of trusted ones.
     pub fn may_read(&self, volume: &str) -> bool {
-        !is_untrusted(volume) && self.readable.matched(volume, false).is_ignore()
+        !is_untrusted(volume) && self.readable.name(volume.as_bytes(), false)
     }
 
     /// What a job may do. On doubt it is not trusted.
@@ -153,8 +145,12 @@ pub(super) fn confine(
 }
 
 impl Engine {
-    /// Fails if a fork may not be committed because of whose it is.
-    pub(super) fn check_verdict(&self, record: &store::Fork) -> Result<()> {
+    /// Fails if a fork may not be committed because of whose it is. `taken` is what untrusted volumes take, if it was counted.
+    pub(super) fn check_verdict(
+        &self,
+        record: &store::Fork,
+        taken: &mut Option<u64>,
+    ) -> Result<()> {
         match record.verdict {
             Verdict::Off | Verdict::Trusted => Ok(()),
             Verdict::Nothing => {
@@ -166,7 +162,10 @@ impl Engine {
                 let Some(limit) = self.config.trust.as_ref().map(|policy| policy.limit) else {
                     return Ok(());
                 };
-                let taken = self.untrusted_bytes()?;
+                let taken = match *taken {
+                    Some(taken) => taken,
+                    None => *taken.insert(self.untrusted_bytes()?),
+                };
                 if taken < limit {
                     return Ok(());
                 }

@@ -27,10 +27,10 @@ impl Engine {
             number: version.number,
         };
         if let Some(why) = self.store.damage(at)? {
-            return Err(EngineError::new(
-                Code::Damaged,
-                format!("{text} was set aside: {why}"),
-            ));
+            let message = format!("{text} was set aside: {why}");
+            return Err(EngineError::new(Code::Damaged, message).hint(format!(
+                "`forkvol log {name}` shows which versions are whole"
+            )));
         }
         let again = store::Version {
             base: Some(at),
@@ -118,17 +118,15 @@ impl Engine {
 
     /// Gives a volume another name; its forks go on.
     pub fn rename_volume(&self, old: &str, new: &str) -> Result<()> {
-        let volume = self.volume_record(old)?;
+        self.volume_record(old)?;
         crate::volume::check_name(new).map_err(super::usage)?;
-        if self.store.volume(new)?.is_some() {
-            return Err(EngineError::new(
-                Code::Usage,
-                format!("there is a volume {new} already"),
-            ));
+        if !self.store.rename_volume(old, new)? {
+            let message = format!("there is a volume {new} already");
+            return Err(EngineError::new(Code::Usage, message)
+                .hint("choose another name, or remove that volume"));
         }
-        Ok(self
-            .store
-            .update_volume(volume.id, |volume| volume.name = new.into())?)
+        log::info!("volume {old} is {new} now");
+        Ok(())
     }
 
     /// Keeps a version from being removed, or lets it go.

@@ -4,13 +4,8 @@
 //! base has at such a place and the fork did not touch stays where it is.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
-
-use ignore::gitignore::{Gitignore, GitignoreBuilder};
 
 use super::error::FsError;
 use super::table::{Cell, Edit, EntryKey, Inode, Name, Table};
@@ -18,6 +13,7 @@ use super::{Layers, view};
 use crate::record::{self, Ino, Key, Kind, ROOT};
 use crate::store::{LeftOut, Store};
 use crate::tree;
+use crate::volume::Patterns;
 
 /// Where tools keep credentials below a home or workspace folder. Nothing here is a name that other files have too, for what is
 /// left out is missing from the next fork.
@@ -59,16 +55,12 @@ const DEFAULT: &[&str] = &[
     "/.m2/settings-security.xml",
     "/.terraform.d/credentials.tfrc.json",
 ];
-/// The longest pattern: as long as a path may be.
-const PATTERN_MAX: usize = 4096;
-/// How deep the braces of a pattern may lie in each other. Each depth takes of the stack of whoever reads it.
-const BRACES_MAX: usize = 32;
 /// Paths that a version's record names; more are only counted.
 const NAMED: usize = 100;
 
 /// The patterns of a fork, in gitignore syntax, relative to the root of its volume.
 #[derive(Clone, Debug)]
-pub struct Excludes(Arc<Gitignore>);
+pub struct Excludes(Arc<Patterns>);
 
 /// The default ones alone, made once: a fork is not to wait for them.
 static DEFAULT_ONLY: OnceLock<Excludes> = OnceLock::new();
@@ -83,62 +75,20 @@ impl Excludes {
         if let Some(made) = DEFAULT_ONLY.get().filter(|_| default_only) {
             return Ok(made.clone());
         }
-        let made = Excludes::build(patterns, with_default)?;
+        let default = if with_default { DEFAULT } else { &[] };
+        let lines = default.iter().copied();
+        let read = Patterns::of_paths(lines.chain(patterns.iter().map(String::as_str)))?;
+        let made = Excludes(Arc::new(read));
         if default_only {
             DEFAULT_ONLY.get_or_init(|| made.clone());
         }
         Ok(made)
     }
 
-    fn build(patterns: &[String], with_default: bool) -> Result<Excludes, String> {
-        let mut builder = GitignoreBuilder::new("/");
-        let default = if with_default { DEFAULT } else { &[] };
-        for line in default
-            .iter()
-            .copied()
-            .chain(patterns.iter().map(String::as_str))
-        {
-            if line.len() > PATTERN_MAX || depth(line) > BRACES_MAX {
-                let start: String = line.chars().take(40).collect();
-                return Err(format!(
-                    "the pattern {start:?}… is longer or deeper than {PATTERN_MAX} bytes and {BRACES_MAX} braces"
-                ));
-            }
-            let added = builder.add_line(None, line);
-            added.map_err(|error| format!("the pattern {line:?}: {}", why(&error)))?;
-        }
-        let built = builder.build().map_err(|e| format!("the patterns: {e}"))?;
-        Ok(Excludes(Arc::new(built)))
-    }
-
     /// Whether a pattern names this very path; what lies below an excluded folder is excluded too.
     fn names(&self, path: &[u8], is_dir: bool) -> bool {
-        let path = Path::new(OsStr::from_bytes(path));
-        self.0.matched(path, is_dir).is_ignore()
+        self.0.name(path, is_dir)
     }
-}
-
-/// How deep braces lie in each other.
-fn depth(pattern: &str) -> usize {
-    let (mut depth, mut most) = (0_usize, 0);
-    for byte in pattern.bytes() {
-        match byte {
-            b'{' => depth += 1,
-            b'}' => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-        most = most.max(depth);
-    }
-    most
-}
-
-/// Why a pattern is none, without the pattern as it is: that may hold any byte.
-fn why(error: &ignore::Error) -> String {
-    let text = match error {
-        ignore::Error::Glob { err, .. } => err.clone(),
-        other => other.to_string(),
-    };
-    text.escape_debug().to_string()
 }
 
 /// The live table of a fork taken apart.

@@ -173,8 +173,7 @@ impl Fork {
     /// Forgets what was ingested ahead of the next commit, which has to do it again.
     pub fn forget_ingested(&self) {
         let layers = self.layers.read();
-        let tables = std::iter::once(&layers.live).chain(layers.frozen.as_deref());
-        for cell in tables.flat_map(|table| table.inodes.values()) {
+        for cell in layers.tables().flat_map(|table| table.inodes.values()) {
             cell.state.write().ingested = None;
         }
     }

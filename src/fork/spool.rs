@@ -63,18 +63,8 @@ impl Spool {
 
     /// Reads at byte `offset`; what was never written reads as zeros.
     pub fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        let mut done = 0;
-        while done < buffer.len() {
-            match self.file.read_at(&mut buffer[done..], offset + done as u64) {
-                Ok(0) => {
-                    buffer[done..].fill(0);
-                    return Ok(());
-                }
-                Ok(n) => done += n,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
-        }
+        let done = crate::sys::read_full_at(&self.file, buffer, offset)?;
+        buffer[done..].fill(0);
         Ok(())
     }
 

@@ -28,7 +28,7 @@ pub struct Inode {
     pub ahead: Option<(u64, u64)>,
     /// What background ingest made of the content when `sequence` was this.
     pub ingested: Option<Arc<Ingested>>,
-    /// Seconds since the daemon started, of the last change of content.
+    /// When its content last changed, in seconds since the fork was opened.
     pub written: u32,
 }
 

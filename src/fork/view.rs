@@ -144,7 +144,8 @@ pub fn base_runs(
 }
 
 impl Layers {
-    fn tables(&self) -> impl Iterator<Item = &Table> {
+    /// The live table, and the frozen one below it.
+    pub(super) fn tables(&self) -> impl Iterator<Item = &Table> {
         std::iter::once(&self.live).chain(self.frozen.as_deref())
     }
 

@@ -71,6 +71,27 @@ pub fn file_attr(ino: Ino, attr: &Attr) -> FileAttr {
     }
 }
 
+/// An entry without inode: the kernel remembers that there is nothing of that name.
+pub fn nothing() -> FileAttr {
+    FileAttr {
+        ino: INodeNo(0),
+        size: 0,
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: FileType::RegularFile,
+        perm: 0,
+        nlink: 0,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 0,
+        flags: 0,
+    }
+}
+
 impl Mount {
     /// How long the kernel may trust attributes: never those that grant rights, for a write by another may have taken them, nor
     /// those of a file that another session changes.

@@ -341,25 +341,37 @@ impl Store {
                 what: format!("volume {id}"),
             });
         };
-        let before = volume.clone();
         change(&mut volume);
         let mut batch = WriteBatch::default();
-        if volume.name != before.name {
-            self.delete(&mut batch, Target::Meta, &keys::name(&before.name))?;
-            self.put(
-                &mut batch,
-                Target::Meta,
-                &keys::name(&volume.name),
-                &id.to_be_bytes(),
-            )?;
+        let key = keys::one(keys::VOLUME, id);
+        self.put(&mut batch, Target::Meta, &key, &json(&volume))?;
+        self.write_synced(batch)
+    }
+
+    /// Gives a volume another name; false if that is taken.
+    pub fn rename_volume(&self, old: &str, new: &str) -> Result<bool, StoreError> {
+        let _serial = self.publishing.lock();
+        if self.volume(new)?.is_some() {
+            return Ok(false);
         }
+        let Some(mut volume) = self.volume(old)? else {
+            return Err(StoreError::Missing {
+                what: format!("volume {old}"),
+            });
+        };
+        volume.name = new.into();
+        let mut batch = WriteBatch::default();
+        let (meta, id) = (Target::Meta, volume.id);
+        self.delete(&mut batch, meta, &keys::name(old))?;
+        self.put(&mut batch, meta, &keys::name(new), &id.to_be_bytes())?;
         self.put(
             &mut batch,
-            Target::Meta,
+            meta,
             &keys::one(keys::VOLUME, id),
             &json(&volume),
         )?;
-        self.write_synced(batch)
+        self.write_synced(batch)?;
+        Ok(true)
     }
 
     /// Removes a volume with all its versions.

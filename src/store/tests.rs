@@ -1,3 +1,5 @@
+use rocksdb::WriteBatch;
+
 use super::*;
 use crate::hostile::{assert_format, hex};
 use crate::record;

@@ -2,16 +2,12 @@
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
 
 use super::*;
 
-/// Root in a mount namespace of the test's own. `user` runs a command as an ordinary user with a home and a store; `says` runs one
+/// `user` runs a command as an ordinary user with a home and a store; `says` runs one
 /// that must fail, and prints its status and its one line.
 const PROLOGUE: &str = r#"
-    mknod "$WORK/fuse" c 10 229
-    chmod 666 "$WORK/fuse"
-    mount --bind "$WORK/fuse" /dev/fuse
     cd "$WORK"
     user() {
       (cd "$WORK/home" && exec env -u XDG_CONFIG_HOME HOME="$WORK/home" XDG_RUNTIME_DIR="$WORK/run" TMPDIR="$WORK/run" \
@@ -34,42 +30,17 @@ const PROLOGUE: &str = r#"
 
 /// Runs a script; returns the lines it prints.
 pub fn surrounded(script: &str) -> Vec<String> {
-    let dir = tempfile::tempdir().unwrap();
-    let at = |name: &str| dir.path().join(name);
-    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    for folder in ["bin", "config/forkvol"] {
-        fs::create_dir_all(at(folder)).unwrap();
-    }
-    fs::copy(env!("CARGO_BIN_EXE_forkvol"), at("bin/forkvol")).unwrap();
+    let work = Work::new();
+    fs::create_dir_all(work.at("config/forkvol")).unwrap();
     for folder in ["home", "run"] {
-        fs::create_dir(at(folder)).unwrap();
-        std::os::unix::fs::chown(at(folder), Some(65_534), Some(65_534)).unwrap();
-        fs::set_permissions(at(folder), fs::Permissions::from_mode(0o700)).unwrap();
+        work.home(folder, 65_534);
     }
-    let path = std::env::var("PATH").unwrap();
-    let output = Command::new("unshare")
-        .args([
-            "--mount",
-            "--propagation",
-            "private",
-            "bash",
-            "-euo",
-            "pipefail",
-            "-c",
-        ])
-        .arg(format!("{PROLOGUE}\n{script}"))
-        .env("WORK", dir.path())
-        .env("FORKVOL_STORE", at("store"))
-        .env("XDG_CONFIG_HOME", at("config"))
-        .env("PATH", format!("{}:{path}", at("bin").display()))
-        .env("TMPDIR", dir.path())
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let (out, err) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success(), "{script}\n{out}{err}");
-    out.lines().map(str::to_owned).collect()
+    let mut command = work.script(&format!("{PROLOGUE}\n{script}"));
+    command
+        .env("FORKVOL_STORE", work.at("store"))
+        .env("XDG_CONFIG_HOME", work.at("config"))
+        .env("TMPDIR", work.dir.path());
+    printed(&mut command).lines().map(str::to_owned).collect()
 }
 
 /// Each line begins with its status and has all its words.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -136,6 +137,65 @@ impl Drop for Cli {
             }
         }
     }
+}
+
+/// A folder that everybody may look into, for a script that runs in a mount namespace of its own: `$WORK`, with the program in `bin`.
+struct Work {
+    dir: tempfile::TempDir,
+}
+
+impl Work {
+    fn new() -> Work {
+        let work = Work {
+            dir: tempfile::tempdir().unwrap(),
+        };
+        fs::set_permissions(work.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::create_dir(work.at("bin")).unwrap();
+        fs::copy(env!("CARGO_BIN_EXE_forkvol"), work.at("bin/forkvol")).unwrap();
+        work
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Makes a folder that only a user may look into.
+    fn home(&self, name: &str, uid: u32) {
+        fs::create_dir(self.at(name)).unwrap();
+        std::os::unix::fs::chown(self.at(name), Some(uid), Some(65_534)).unwrap();
+        fs::set_permissions(self.at(name), fs::Permissions::from_mode(0o700)).unwrap();
+    }
+
+    /// A script as root, where everybody may open the FUSE device. Its environment has what is said here and nothing else.
+    fn script(&self, script: &str) -> Command {
+        const OPEN: &str = r#"
+            mknod "$WORK/fuse" c 10 229
+            chmod 666 "$WORK/fuse"
+            mount --bind "$WORK/fuse" /dev/fuse
+        "#;
+        let path = std::env::var("PATH").unwrap();
+        let mut command = Command::new("unshare");
+        command
+            .args(["--mount", "--propagation", "private"])
+            .args(["bash", "-euo", "pipefail", "-c"])
+            .arg(format!("{OPEN}\n{script}"))
+            .env_clear()
+            .env("WORK", self.dir.path())
+            .env("HOME", "/root")
+            .env("PATH", format!("{}:{path}", self.at("bin").display()))
+            .stdin(Stdio::null());
+        command
+    }
+}
+
+/// What a script prints that must do well.
+fn printed(script: &mut Command) -> String {
+    let output = script.output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    eprintln!("{err}");
+    assert!(output.status.success(), "{script:?}\n{out}{err}");
+    out
 }
 
 #[test]

@@ -1,15 +1,10 @@
 //! Who may change what a trusted job reads: a service for several users, tried as an attacker would.
 
-use std::os::unix::fs::PermissionsExt;
-
 use super::*;
 
-/// A service of root's, in a mount namespace of the test's own. `agent` and `job` run a command as two users who may both open its
+/// A service of root's. `agent` and `job` run a command as two users who may both open its
 /// socket; `outside` and `inside` are the variables of a hook whose job is for a change from outside, or is not.
 const SERVICE: &str = r#"
-    mknod "$WORK/fuse" c 10 229
-    chmod 666 "$WORK/fuse"
-    mount --bind "$WORK/fuse" /dev/fuse
     mount -t tmpfs none /run
     as() {
       local uid="$1" home="$2"; shift 2
@@ -28,42 +23,13 @@ const SERVICE: &str = r#"
 "#;
 
 fn service(trust: &str, script: &str) -> String {
-    let dir = tempfile::tempdir().unwrap();
-    let at = |name: &str| dir.path().join(name);
-    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    fs::create_dir_all(at("config/forkvol")).unwrap();
-    fs::write(at("config/forkvol/config.toml"), trust).unwrap();
-    fs::create_dir(at("bin")).unwrap();
-    fs::copy(env!("CARGO_BIN_EXE_forkvol"), at("bin/forkvol")).unwrap();
-    for (home, uid) in [("agent", 1), ("job", 65_534)] {
-        fs::create_dir(at(home)).unwrap();
-        std::os::unix::fs::chown(at(home), Some(uid), Some(65_534)).unwrap();
-    }
-    let path = std::env::var("PATH").unwrap();
-    let output = Command::new("unshare")
-        .args([
-            "--mount",
-            "--propagation",
-            "private",
-            "bash",
-            "-euo",
-            "pipefail",
-            "-c",
-        ])
-        .arg(format!("{SERVICE}\n{script}"))
-        .env_clear()
-        .env("WORK", dir.path())
-        .env("HOME", "/root")
-        .env("XDG_CONFIG_HOME", at("config"))
-        .env("PATH", format!("{}:{path}", at("bin").display()))
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let (out, err) = (text(&output.stdout), text(&output.stderr));
-    eprintln!("{err}");
-    assert!(output.status.success(), "{script}\n{out}{err}");
-    out
+    let work = Work::new();
+    fs::create_dir_all(work.at("config/forkvol")).unwrap();
+    fs::write(work.at("config/forkvol/config.toml"), trust).unwrap();
+    work.home("agent", 1);
+    work.home("job", 65_534);
+    let mut command = work.script(&format!("{SERVICE}\n{script}"));
+    printed(command.env("XDG_CONFIG_HOME", work.at("config")))
 }
 
 const POLICY: &str = "[trust]\nagents = [\"daemon\"]\nread = [\"shop\"]\n";

@@ -1,56 +1,25 @@
 //! An ordinary user, who mounts through fusermount3 and may bind nothing.
 
-use std::os::unix::fs::PermissionsExt;
-
 use super::*;
-
-/// Opens the FUSE device to everybody, in a mount namespace of the test's own, and goes on as an ordinary user.
-const AS_USER: &str = r#"
-    mknod "$WORK/fuse" c 10 229
-    chmod 666 "$WORK/fuse"
-    mount --bind "$WORK/fuse" /dev/fuse
-    exec setpriv --reuid 65534 --regid 65534 --clear-groups bash -euo pipefail -c "$SCRIPT"
-"#;
 
 /// Runs a script as a user with a home and a store of its own; `forkvol` is in its PATH.
 fn as_user(script: &str) -> String {
-    let dir = tempfile::tempdir().unwrap();
-    let at = |name: &str| dir.path().join(name);
-    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    fs::create_dir_all(at("bin")).unwrap();
-    fs::copy(env!("CARGO_BIN_EXE_forkvol"), at("bin/forkvol")).unwrap();
+    let work = Work::new();
     for folder in ["home", "run"] {
-        fs::create_dir(at(folder)).unwrap();
-        std::os::unix::fs::chown(at(folder), Some(65534), Some(65534)).unwrap();
-        fs::set_permissions(at(folder), fs::Permissions::from_mode(0o700)).unwrap();
+        work.home(folder, 65_534);
     }
-    let path = std::env::var("PATH").unwrap();
     let all = format!(
         "trap 'forkvol daemon status > /dev/null 2>&1 && forkvol daemon stop --force' EXIT\ncd ~\n{script}"
     );
-    let output = Command::new("unshare")
-        .args([
-            "--mount",
-            "--propagation",
-            "private",
-            "bash",
-            "-euc",
-            AS_USER,
-        ])
-        .env("WORK", dir.path())
+    let user =
+        "exec setpriv --reuid 65534 --regid 65534 --clear-groups bash -euo pipefail -c \"$SCRIPT\"";
+    let mut command = work.script(user);
+    command
         .env("SCRIPT", all)
-        .env("HOME", at("home"))
-        .env("XDG_RUNTIME_DIR", at("run"))
-        .env("FORKVOL_STORE", at("home/store"))
-        .env("PATH", format!("{}:{path}", at("bin").display()))
-        .env_remove("XDG_CONFIG_HOME")
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let (out, err) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success(), "{script}\n{out}{err}");
-    out
+        .env("HOME", work.at("home"))
+        .env("XDG_RUNTIME_DIR", work.at("run"))
+        .env("FORKVOL_STORE", work.at("home/store"));
+    printed(&mut command)
 }
 
 #[test]

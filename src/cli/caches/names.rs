@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::yaml::{Fault, Place};
 use crate::cli::values;
-use crate::volume::VersionSpec;
+use crate::volume::{self, VersionSpec};
 
 /// How deep defaults of variables may lie in each other.
 const MAX_DEPTH: usize = 8;
@@ -91,7 +91,7 @@ impl Scope<'_> {
         }
         let value = |value: &str| match form {
             As::Text => value.to_owned(),
-            As::Name => legal(value),
+            As::Name => volume::legal_part(value, MAX_VALUE),
         };
         let mut out = String::new();
         let mut rest = text;
@@ -206,40 +206,10 @@ fn matrix_sign(text: &str) -> Option<(&str, &str)> {
     }
 }
 
-/// Makes what comes from outside a legal part of a name, and no more than one part of it. What had to be changed gets the first
-/// digits of its hash, and so does what looks as if it had: no two values meet.
-fn legal(value: &str) -> String {
-    let harmless = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    let edge = |c: char| c.is_ascii_alphanumeric();
-    let looks_changed = value.rsplit_once('-').is_some_and(|(_, digits)| {
-        digits.len() == 8 && digits.bytes().all(|b| b.is_ascii_hexdigit())
-    });
-    // Such parts of names say who may write to a volume.
-    let reserved = matches!(value, "branch" | "untrusted");
-    let is_fine = value.len() <= MAX_VALUE
-        && value.chars().all(harmless)
-        && value.starts_with(edge)
-        && value.ends_with(edge);
-    if is_fine && !reserved && !looks_changed {
-        return value.into();
-    }
-    let kept: String = value
-        .chars()
-        .map(|c| if harmless(c) { c } else { '-' })
-        .take(MAX_VALUE)
-        .collect();
-    let kept = kept.trim_start_matches(|c: char| !edge(c));
-    let hash = blake3::hash(value.as_bytes()).to_hex();
-    match kept {
-        "" => hash[..8].into(),
-        _ => format!("{kept}-{}", &hash[..8]),
-    }
-}
-
 /// The pipeline's name: as its host says, else after the folder.
 pub fn slug(host: Option<&str>, folder: Option<&str>) -> String {
     if let Some(host) = host.filter(|host| !host.is_empty()) {
-        return legal(host);
+        return volume::legal_part(host, MAX_VALUE);
     }
     let folder = folder.unwrap_or_default().to_ascii_lowercase();
     let words: Vec<&str> = folder

@@ -80,20 +80,40 @@ fn a_hole_of_the_version_at_the_end_of_a_file_stays_one_when_the_file_grows() {
     assert_eq!(blocks(), 0);
 }
 
-#[test]
-fn what_was_ingested_ahead_and_lost_is_ingested_again() {
-    let bench = Bench::new();
-    let id = bench.fork("v");
-    put(&bench.fs(id), "large", &noise(12 << 20, 7));
+/// Ingests what a fork changed ahead of its commit, as soon as it has been quiet for long enough.
+fn ingest_ahead(bench: &Bench, id: ForkId) {
     let live = bench.engine().live(id).unwrap();
     let ingest = Arc::new(bench.engine().store.ingest());
     let until = Instant::now() + Duration::from_secs(20);
-    // Only what has been quiet for a while is ingested ahead.
     while crate::commit::ahead(live.fork().unwrap(), &ingest, 10, &live.waiting).unwrap() == 0 {
         assert!(Instant::now() < until);
         std::thread::sleep(Duration::from_millis(50));
     }
     *live.ahead.lock() = Some(ingest);
+}
+
+#[test]
+fn what_is_ingested_ahead_is_no_progress_of_a_commit() {
+    let bench = Bench::new();
+    let id = bench.fork("v");
+    put(&bench.fs(id), "quiet", &noise(300_000, 3));
+    let ingested = || {
+        let fork = bench.engine().find_fork(&id.to_string());
+        fork.unwrap().ingested
+    };
+    ingest_ahead(&bench, id);
+    assert_eq!(ingested(), 0);
+    put(&bench.fs(id), "new", &noise(50_000, 4));
+    assert_eq!(bench.commit(id, true), Some(1));
+    assert_eq!(ingested(), 50_000);
+}
+
+#[test]
+fn what_was_ingested_ahead_and_lost_is_ingested_again() {
+    let bench = Bench::new();
+    let id = bench.fork("v");
+    put(&bench.fs(id), "large", &noise(12 << 20, 7));
+    ingest_ahead(&bench, id);
     bench.engine().store.lose_what_is_not_flushed();
     let lost = bench.engine().commit(vec![id], request(false));
     assert!(lost.unwrap_err().message.contains("lost"));

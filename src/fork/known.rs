@@ -1,0 +1,94 @@
+//! What kernels know of: an inode that one of them was told of stays, if only as an orphan, until all have forgotten it.
+
+use std::collections::HashMap;
+
+use super::Fork;
+use super::log::Request;
+use super::table::Edit;
+use crate::record::Ino;
+
+impl Fork {
+    /// Counts that the kernel of a session was told of an inode once more.
+    pub fn looked_up(&self, session: u64, ino: Ino) {
+        let mut lookups = self.lookups.lock();
+        let at = match lookups.iter().position(|(of, _)| *of == session) {
+            Some(at) => at,
+            None => {
+                lookups.push((session, HashMap::new()));
+                lookups.len() - 1
+            }
+        };
+        *lookups[at].1.entry(ino).or_default() += 1;
+    }
+
+    /// Counts that the kernel of a session forgot an inode so many times; an orphan that nobody knows any more is removed.
+    pub fn forget(&self, session: u64, ino: Ino, times: u64) {
+        {
+            let mut lookups = self.lookups.lock();
+            let Some((_, known)) = lookups.iter_mut().find(|(of, _)| *of == session) else {
+                return;
+            };
+            let Some(count) = known.get_mut(&ino) else {
+                return;
+            };
+            *count = count.saturating_sub(times);
+            if *count > 0 {
+                return;
+            }
+            known.remove(&ino);
+            if lookups.iter().any(|(_, known)| known.contains_key(&ino)) {
+                return;
+            }
+        }
+        let is_orphan = {
+            let layers = self.layers.read();
+            layers
+                .live
+                .inodes
+                .get(&ino)
+                .is_some_and(|cell| cell.state.read().orphan)
+        };
+        if is_orphan {
+            self.drop_orphan(ino);
+        }
+    }
+
+    pub(super) fn is_known(&self, ino: Ino) -> bool {
+        let lookups = self.lookups.lock();
+        lookups.iter().any(|(_, known)| known.contains_key(&ino))
+    }
+
+    /// Removes an orphan. If the log cannot take the record the orphan stays, which only holds room.
+    fn drop_orphan(&self, ino: Ino) {
+        let Ok(_gate) = self.enter() else { return };
+        let mut layers = self.layers.write();
+        let edit = Edit::Remove { ino };
+        if self.log.lock().append(Request::default(), [&edit]).is_ok() {
+            self.drop_room_ahead(&layers, ino);
+            let gone = self.apply(&mut layers, &edit);
+            drop(layers);
+            self.spool.release(gone);
+        }
+    }
+
+    /// Forgets what a session's kernel knew, and the orphans that only it could reach.
+    pub fn end_session(&self, session: u64) {
+        self.lookups.lock().retain(|(of, _)| *of != session);
+        self.drop_orphans();
+    }
+
+    /// Removes the orphans that no kernel knows.
+    pub fn drop_orphans(&self) {
+        let orphans: Vec<Ino> = {
+            let layers = self.layers.read();
+            let cells = layers.live.inodes.values();
+            cells
+                .filter(|cell| cell.state.read().orphan && !self.is_known(cell.ino))
+                .map(|cell| cell.ino)
+                .collect()
+        };
+        for ino in orphans {
+            self.drop_orphan(ino);
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! How a store is opened, or made: whose folder it is, which format it has, how its database is set up.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use parking_lot::{Mutex, RwLock};
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, Options, WriteBatch, WriteBufferManager,
+};
+
+#[cfg(test)]
+use super::steps;
+use super::{
+    ChunkWeight, FAMILIES, NodeWeight, Store, StoreError, StoreOptions, Target, corrupt, ingest,
+    keys, wal,
+};
+use crate::{chunk, tree};
+
+/// The format that this program writes; a store of a newer one is refused.
+pub(super) const FORMAT: u32 = 1;
+/// What may lie in the folder of a store that has no database yet.
+const OURS: [&str; 8] = [
+    "lock",
+    "log",
+    "db",
+    "forks",
+    "state",
+    "mnt",
+    "forkvol.sock",
+    "daemon.lock",
+];
+
+impl Store {
+    /// Opens the store in `dir`, making it if the folder is empty or not there.
+    ///
+    /// # Errors
+    /// `Locked`, `Newer`, `NotAStore` or `Unreadable`: a store that cannot be read is never replaced by an empty one.
+    pub fn open(dir: &Path, options: StoreOptions) -> Result<Arc<Store>, StoreError> {
+        let io = |what: &Path| {
+            let what = what.display().to_string();
+            move |source| StoreError::Io { what, source }
+        };
+        fs::create_dir_all(dir).map_err(io(dir))?;
+        Store::recognise(dir)?;
+        let has_db = dir.join("db/CURRENT").exists();
+        let lock_path = dir.join("lock");
+        let lock = lock_file(&lock_path)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => {
+                return Err(StoreError::Locked { dir: dir.into() });
+            }
+            Err(fs::TryLockError::Error(error)) => return Err(io(&lock_path)(error)),
+        }
+        for folder in ["forks", "log"] {
+            let folder = dir.join(folder);
+            fs::create_dir_all(&folder).map_err(io(&folder))?;
+        }
+        let db = open_db(dir).map_err(|error| error.at_open(dir))?;
+        let store = Store {
+            dir: dir.into(),
+            options,
+            db: RwLock::new(Some(db)),
+            poisoned: Mutex::new(false),
+            reopened: AtomicU64::new(0),
+            nodes: quick_cache::sync::Cache::with_weighter(20_000, options.node_cache, NodeWeight),
+            chunks: quick_cache::sync::Cache::with_weighter(2000, options.chunk_cache, ChunkWeight),
+            publishing: Mutex::default(),
+            numbering: Mutex::default(),
+            leases: Arc::default(),
+            hands: ingest::Hands::default(),
+            unflushed: Mutex::default(),
+            space: Mutex::default(),
+            #[cfg(test)]
+            steps: steps::Steps::default(),
+            _lock: lock,
+        };
+        store
+            .check_format(has_db)
+            .map_err(|error| error.at_open(dir))?;
+        Ok(Arc::new(store))
+    }
+
+    /// Looks whether a folder is a store of this format or can become one, and can be written to. Nothing is made but its lock.
+    ///
+    /// # Errors
+    /// `NotAStore`, `Newer`, `Unreadable`; what the disk answered.
+    pub fn recognise(dir: &Path) -> Result<(), StoreError> {
+        let state = dir.join("state");
+        match fs::read_to_string(&state) {
+            Ok(text) => {
+                let format = text.strip_prefix("format ");
+                let format = format.and_then(|number| number.trim().parse::<u32>().ok());
+                if let Some(found) = format.filter(|found| *found > FORMAT) {
+                    let dir = dir.into();
+                    return Err(StoreError::Newer { dir, found });
+                }
+                if !dir.join("db/CURRENT").exists() {
+                    return Err(StoreError::Unreadable {
+                        dir: dir.into(),
+                        why: "its database is not there".into(),
+                    });
+                }
+            }
+            Err(_) if dir.join("db/CURRENT").exists() => {}
+            Err(_) => {
+                let strange = fs::read_dir(dir)
+                    .map_err(|source| StoreError::Io {
+                        what: dir.display().to_string(),
+                        source,
+                    })?
+                    .filter_map(Result::ok)
+                    .find(|entry| !OURS.iter().any(|name| entry.file_name() == *name));
+                if let Some(entry) = strange {
+                    return Err(StoreError::NotAStore {
+                        dir: dir.into(),
+                        why: format!("it has a {:?} and no database", entry.file_name()),
+                    });
+                }
+            }
+        }
+        lock_file(&dir.join("lock")).map(drop)
+    }
+
+    fn check_format(&self, had_db: bool) -> Result<(), StoreError> {
+        match self.meta(keys::FORMAT)? {
+            Some(bytes) => {
+                let found = bytes.as_slice().try_into().map(u32::from_be_bytes);
+                let found = found.map_err(|_| corrupt("the format version"))?;
+                if found > FORMAT {
+                    return Err(StoreError::Newer {
+                        dir: self.dir.clone(),
+                        found,
+                    });
+                }
+            }
+            None if had_db && self.first(&[])?.is_some() => {
+                return Err(corrupt("the format version"));
+            }
+            None => {
+                let mut batch = WriteBatch::default();
+                self.put(
+                    &mut batch,
+                    Target::Meta,
+                    keys::FORMAT,
+                    &FORMAT.to_be_bytes(),
+                )?;
+                let (id, bytes) = tree::empty();
+                self.put(&mut batch, Target::Nodes, &id.0, &chunk::pack(&bytes, 0))?;
+                self.write_synced(batch)?;
+            }
+        }
+        // Says that there was a database; written last, and again if the process ended before it came to that.
+        let state = self.dir.join("state");
+        if state.exists() {
+            return Ok(());
+        }
+        let io = |source| StoreError::Io {
+            what: state.display().to_string(),
+            source,
+        };
+        fs::write(&state, format!("format {FORMAT}\n")).map_err(io)
+    }
+}
+
+fn lock_file(path: &Path) -> Result<File, StoreError> {
+    let mut options = File::options();
+    let file = options.create(true).truncate(false).write(true).open(path);
+    file.map_err(|source| StoreError::Io {
+        what: path.display().to_string(),
+        source,
+    })
+}
+
+/// Opens the database with the settings found good: small buffers, little WAL, blobs for chunks, no compression of its own.
+pub(super) fn open_db(dir: &Path) -> Result<DB, StoreError> {
+    let db = dir.join("db");
+    wal::trim(&db).map_err(|source| StoreError::Io {
+        what: db.display().to_string(),
+        source,
+    })?;
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    options.set_max_total_wal_size(64 << 20);
+    options.set_max_open_files(256);
+    options.set_keep_log_file_num(5);
+    options.set_max_log_file_size(2 << 20);
+    options.set_log_level(rocksdb::LogLevel::Warn);
+    options.set_bytes_per_sync(1 << 20);
+    options.set_max_background_jobs(2);
+    options.set_atomic_flush(true);
+    options.set_write_buffer_manager(&WriteBufferManager::new_write_buffer_manager(
+        64 << 20,
+        false,
+    ));
+    let cache = Cache::new_lru_cache(16 << 20);
+    let tuned = |name: &str| {
+        let mut options = Options::default();
+        let mut blocks = BlockBasedOptions::default();
+        blocks.set_bloom_filter(10.0, false);
+        blocks.set_block_cache(&cache);
+        options.set_block_based_table_factory(&blocks);
+        options.set_compression_type(rocksdb::DBCompressionType::None);
+        options.set_write_buffer_size(16 << 20);
+        options.set_max_write_buffer_number(4);
+        if name == "chunks" {
+            options.set_enable_blob_files(true);
+            options.set_min_blob_size(0);
+            options.set_blob_file_size(64 << 20);
+            options.set_enable_blob_gc(true);
+            options.set_write_buffer_size(32 << 20);
+        }
+        ColumnFamilyDescriptor::new(name, options)
+    };
+    let mut families: Vec<_> = FAMILIES.iter().map(|name| tuned(name)).collect();
+    families.push(tuned("default"));
+    Ok(DB::open_cf_descriptors(&options, dir.join("db"), families)?)
+}

@@ -1,0 +1,132 @@
+//! Patterns in gitignore syntax: which volumes are meant, and which paths inside of one.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use ignore::gitignore::{Gitignore, GitignoreBuilder};
+
+/// The longest pattern: as long as a path may be.
+const LONGEST: usize = 4096;
+/// How deep the braces of a pattern may lie in each other. Each depth takes of the stack of whoever reads it.
+const BRACES_MAX: usize = 32;
+
+/// Patterns, of which later ones win over earlier ones.
+#[derive(Clone, Debug)]
+pub struct Patterns(Gitignore);
+
+impl Default for Patterns {
+    fn default() -> Patterns {
+        Patterns(Gitignore::empty())
+    }
+}
+
+impl Patterns {
+    /// Patterns of whole names: `*` stands for anything but a slash, `**` for anything.
+    ///
+    /// # Errors
+    /// Which pattern makes no sense, and why.
+    pub fn of_names<'a>(patterns: impl IntoIterator<Item = &'a str>) -> Result<Patterns, String> {
+        read(patterns, "/")
+    }
+
+    /// Patterns of paths, as a file `.gitignore` at their top has them.
+    ///
+    /// # Errors
+    /// Which pattern makes no sense, and why.
+    pub fn of_paths<'a>(patterns: impl IntoIterator<Item = &'a str>) -> Result<Patterns, String> {
+        read(patterns, "")
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether they mean this very name or path, and not one above it.
+    pub fn name(&self, path: &[u8], is_dir: bool) -> bool {
+        let path = Path::new(OsStr::from_bytes(path));
+        self.0.matched(path, is_dir).is_ignore()
+    }
+}
+
+/// Reads patterns; each is taken as if it began with `anchor`.
+fn read<'a>(patterns: impl IntoIterator<Item = &'a str>, anchor: &str) -> Result<Patterns, String> {
+    let mut builder = GitignoreBuilder::new("/");
+    for pattern in patterns {
+        if pattern.len() > LONGEST || depth(pattern) > BRACES_MAX {
+            let start: String = pattern.chars().take(40).collect();
+            return Err(format!(
+                "the pattern {start:?}… is longer or deeper than {LONGEST} bytes and {BRACES_MAX} braces"
+            ));
+        }
+        let added = builder.add_line(None, &format!("{anchor}{pattern}"));
+        added.map_err(|error| format!("the pattern {pattern:?}: {}", why(&error)))?;
+    }
+    let built = builder.build();
+    built
+        .map(Patterns)
+        .map_err(|error| format!("the patterns: {}", why(&error)))
+}
+
+/// How deep braces lie in each other.
+fn depth(pattern: &str) -> usize {
+    let (mut depth, mut most) = (0_usize, 0);
+    for byte in pattern.bytes() {
+        match byte {
+            b'{' => depth += 1,
+            b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        most = most.max(depth);
+    }
+    most
+}
+
+/// Why a pattern is none, without the pattern as it is: that may hold any byte.
+fn why(error: &ignore::Error) -> String {
+    let text = match error {
+        ignore::Error::Glob { err, .. } => err.clone(),
+        other => other.to_string(),
+    };
+    text.escape_debug().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pattern_of_names_means_a_whole_name() {
+        let means = |pattern: &str, name: &str| {
+            let read = Patterns::of_names([pattern]).unwrap();
+            read.name(name.as_bytes(), false)
+        };
+        for (pattern, name, meant) in [
+            ("npm", "npm", true),
+            ("npm", "shop/npm", false),
+            ("npm", "npm/x", false),
+            ("*", "shop/npm", false),
+            ("shop/*", "shop/npm", true),
+            ("**", "shop/npm", true),
+            ("shop/**", "shop/a/b", true),
+        ] {
+            assert_eq!(means(pattern, name), meant, "{pattern} {name}");
+        }
+        assert!(!Patterns::default().name(b"npm", false));
+    }
+
+    #[test]
+    fn patterns_that_no_name_is_as_long_or_deep_as_are_refused_before_they_are_read() {
+        let deep = "{".repeat(100_000);
+        let long = "a".repeat(LONGEST + 1);
+        for pattern in [&deep, &long, "a{"] {
+            for read in [Patterns::of_names([pattern]), Patterns::of_paths([pattern])] {
+                let error = read.unwrap_err();
+                assert!(
+                    error.starts_with("the pattern ") && error.len() < 200,
+                    "{error}"
+                );
+            }
+        }
+    }
+}
