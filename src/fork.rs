@@ -18,7 +18,7 @@ pub mod table;
 pub mod view;
 mod write;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
@@ -31,7 +31,7 @@ use crate::record::Ino;
 use crate::store::{ForkId, Lease, Store, StoreError};
 use crate::tree::NodeId;
 use error::FsError;
-pub use exclude::Excludes;
+pub use exclude::{Excludes, excluded_inodes};
 use extent::{Extent, PAGE};
 use log::Log;
 pub use seal::Sealed;
@@ -334,11 +334,6 @@ impl Fork {
             .flat_map(|table| table.inodes.values())
             .filter_map(|cell| cell.state.read().base);
         std::iter::once(layers.root.id).chain(carried).collect()
-    }
-
-    /// Which of these inodes have a name that is excluded now.
-    pub fn excluded(&self, layers: &Layers, inos: &HashSet<Ino>) -> Result<HashSet<Ino>, FsError> {
-        exclude::excluded_inodes(&self.excludes, layers, &self.store, inos)
     }
 
     /// Notes that something of the store that the fork shows is missing or wrong; an error of the disk is neither.

@@ -207,6 +207,22 @@ pub fn idle_priority() -> io::Result<()> {
     }
 }
 
+/// Runs `work` at normal priority in a thread of idle priority, as far as it may: for as long as it holds a lock that others wait
+/// for, and no longer.
+pub fn at_normal_priority<T>(work: impl FnOnce() -> T) -> T {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: 0 is the calling thread; the parameters outlive the call.
+    let set = |policy| unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) } == 0;
+    // SAFETY: a plain number; 0 is the calling thread.
+    let is_idle = unsafe { libc::sched_getscheduler(0) } == libc::SCHED_IDLE;
+    let raised = is_idle && set(libc::SCHED_OTHER);
+    let result = work();
+    if raised {
+        set(libc::SCHED_IDLE);
+    }
+    result
+}
+
 /// Returns the major and minor number of a device number as stat gives it.
 pub fn device_numbers(dev: u64) -> (u32, u32) {
     (libc::major(dev), libc::minor(dev))
@@ -300,8 +316,18 @@ mod tests {
 
     #[test]
     fn a_thread_may_step_back() {
-        std::thread::spawn(|| idle_priority().unwrap())
-            .join()
-            .unwrap();
+        // SAFETY: a plain number; 0 is the calling thread.
+        let policy = || unsafe { libc::sched_getscheduler(0) };
+        let test = move || {
+            idle_priority().unwrap();
+            let within = at_normal_priority(policy);
+            (within, policy())
+        };
+        let (within, after) = std::thread::spawn(test).join().unwrap();
+        assert_eq!(after, libc::SCHED_IDLE);
+        // Only who may go back goes back.
+        assert!(
+            within == libc::SCHED_OTHER || (within == after && crate::sys::process::euid() != 0)
+        );
     }
 }

@@ -12,9 +12,10 @@ use crate::chunk::INLINE_MAX;
 use crate::fork::error::FsError;
 use crate::fork::extent::pages;
 use crate::fork::table::{Cell, Ingested as Hint, Table};
-use crate::fork::{Fork, Sealed, view};
+use crate::fork::{Fork, Sealed, excluded_inodes, view};
 use crate::record::{self, Kind, Value};
 use crate::store::{Ingest, Store, StoreError, Totals};
+use crate::sys;
 use crate::tree::{self, Edit, Node, NodeId};
 
 /// Inodes that a thread takes at a time.
@@ -65,7 +66,7 @@ pub fn run(
     };
     let results: Vec<_> = std::thread::scope(|scope| {
         let beside = || {
-            crate::sys::step_back();
+            sys::step_back();
             work()
         };
         let others: Vec<_> = (1..threads).map(|_| scope.spawn(beside)).collect();
@@ -278,11 +279,8 @@ pub fn ahead(
     wanted: &AtomicUsize,
 ) -> Result<usize, FsError> {
     let age = fork.age();
-    let (root, cells, excluded) = {
+    let (root, cells) = sys::at_normal_priority(|| {
         let layers = fork.layers();
-        if layers.frozen.is_some() {
-            return Ok(0);
-        }
         let quiet = |cell: &&Arc<Cell>| {
             // A file that somebody works on right now is not quiet.
             cell.state.try_read().is_some_and(|inode| {
@@ -297,17 +295,21 @@ pub fn ahead(
                         .is_none_or(|hint| hint.sequence != inode.content.sequence)
             })
         };
-        let cells: Vec<Arc<Cell>> = layers
-            .live
-            .inodes
-            .values()
-            .filter(quiet)
-            .take(most)
-            .cloned()
-            .collect();
-        let inos = cells.iter().map(|cell| cell.ino).collect();
-        let excluded = fork.excluded(&layers, &inos)?;
-        (layers.root.clone(), cells, excluded)
+        let cells: Vec<Arc<Cell>> = match layers.frozen {
+            Some(_) => Vec::new(),
+            None => {
+                let quiet = layers.live.inodes.values().filter(quiet);
+                quiet.take(most).cloned().collect()
+            }
+        };
+        (layers.root.clone(), cells)
+    });
+    if cells.is_empty() {
+        return Ok(0);
+    }
+    let give_up = || wanted.load(Ordering::Relaxed) > 0;
+    let Some(excluded) = excluded_inodes(fork, &cells, give_up)? else {
+        return Ok(0);
     };
     let source = Source {
         fork,
@@ -317,7 +319,7 @@ pub fn ahead(
         wanted: Some(wanted),
     };
     for cell in &cells {
-        if wanted.load(Ordering::Relaxed) > 0 {
+        if give_up() {
             break;
         }
         if excluded.contains(&cell.ino) {

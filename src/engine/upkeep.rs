@@ -19,7 +19,7 @@ const LOOK: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(86_400);
 /// Files of one fork that are ingested between two looks at the others.
-const AT_A_TIME: usize = 256;
+const AT_A_TIME: usize = 4096;
 /// A file is cut down in steps of this size before it is unlinked, so that the disk is never held for long.
 const STEP: u64 = 64 << 20;
 

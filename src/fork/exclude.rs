@@ -4,14 +4,16 @@
 //! base has at such a place and the fork did not touch stays where it is.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::ops::Bound;
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 
 use super::error::FsError;
 use super::table::{Cell, Edit, EntryKey, Inode, Name, Table};
-use super::{Layers, view};
+use super::{Fork, Layers, view};
 use crate::record::{self, Ino, Key, Kind, ROOT};
 use crate::store::{LeftOut, Store};
+use crate::sys;
 use crate::tree;
 use crate::volume::Patterns;
 
@@ -111,8 +113,10 @@ pub fn split(
     if excludes.0.is_empty() {
         return Ok(None);
     }
-    let mut paths = Paths::new(excludes, layers, store);
-    let found = paths.excluded(|_| true)?;
+    let mut paths = Paths::new(excludes, store);
+    let mut found = Names::new();
+    paths.changed_names(layers, layers.live.entries.iter(), |_| true, &mut found)?;
+    paths.base_names(layers, layers.live.inodes.values(), &mut found)?;
     if found.is_empty() {
         return Ok(None);
     }
@@ -124,7 +128,7 @@ pub fn split(
         }
         left_out.count += 1;
         if left_out.paths.len() < NAMED
-            && let Some(folder) = paths.folder(*dir)?
+            && let Some(folder) = paths.folder(layers, *dir)?
         {
             let slash = if *kind == Kind::Directory { "/" } else { "" };
             let path = text(&join(&folder.path, name));
@@ -135,19 +139,50 @@ pub fn split(
     dropped.split(layers, store, left_out).map(Some)
 }
 
-/// The inodes among `wanted` that have an excluded name.
+/// Entries of a table that are looked at while others wait for it.
+const SLICE: usize = 512;
+
+/// Which of these inodes of the live table have an excluded name. It looks at a slice of the table at a time: what moves meanwhile
+/// may be found in either place. `None` if it was told to give up.
+///
+/// # Errors
+/// What the store answered.
 pub fn excluded_inodes(
-    excludes: &Excludes,
-    layers: &Layers,
-    store: &Store,
-    wanted: &HashSet<Ino>,
-) -> Result<HashSet<Ino>, FsError> {
-    if excludes.0.is_empty() {
-        return Ok(HashSet::new());
+    fork: &Fork,
+    cells: &[Arc<Cell>],
+    give_up: impl Fn() -> bool,
+) -> Result<Option<HashSet<Ino>>, FsError> {
+    if fork.excludes.0.is_empty() {
+        return Ok(Some(HashSet::new()));
     }
-    let mut paths = Paths::new(excludes, layers, store);
-    let found = paths.excluded(|ino| wanted.contains(&ino))?;
-    Ok(found.into_values().map(|(ino, _)| ino).collect())
+    let mut found = Names::new();
+    let mut paths = Paths::new(&fork.excludes, &fork.store);
+    let wanted: HashSet<Ino> = cells.iter().map(|cell| cell.ino).collect();
+    let mut from: Bound<EntryKey> = Bound::Unbounded;
+    loop {
+        if give_up() {
+            return Ok(None);
+        }
+        let next = sys::at_normal_priority(|| {
+            let layers = fork.layers();
+            let rest = layers.live.entries.range((from.clone(), Bound::Unbounded));
+            let slice = || rest.clone().take(SLICE);
+            let last = slice().last().map(|(key, _)| key.clone());
+            paths.changed_names(&layers, slice(), |ino| wanted.contains(&ino), &mut found)?;
+            Ok::<_, FsError>(last)
+        })?;
+        match next {
+            Some(last) => from = Bound::Excluded(last),
+            None => break,
+        }
+    }
+    for slice in cells.chunks(SLICE) {
+        if give_up() {
+            return Ok(None);
+        }
+        sys::at_normal_priority(|| paths.base_names(&fork.layers(), slice.iter(), &mut found))?;
+    }
+    Ok(Some(found.into_values().map(|(ino, _)| ino).collect()))
 }
 
 /// Names, with what they stand for.
@@ -265,46 +300,41 @@ struct Folder {
     excluded: bool,
 }
 
-/// The paths of what a fork shows.
+/// The paths of what a fork shows. What was looked up once is believed from then on.
 struct Paths<'a> {
     excludes: &'a Excludes,
-    layers: &'a Layers,
     store: &'a Store,
-    /// Where the folders are that the table names.
-    moved: HashMap<Ino, (Ino, Name)>,
-    /// The folders in a folder of the base, for those that were looked into.
+    /// The folders in a folder, for those that were looked into.
     listed: HashMap<Ino, HashMap<Ino, Name>>,
     known: HashMap<Ino, Option<Rc<Folder>>>,
 }
 
 impl<'a> Paths<'a> {
-    fn new(excludes: &'a Excludes, layers: &'a Layers, store: &'a Store) -> Paths<'a> {
-        let moved = layers.live.entries.iter();
-        let moved = moved.filter_map(|((dir, _, name), child)| match child {
-            Some((ino, Kind::Directory)) => Some((*ino, (*dir, name.clone()))),
-            _ => None,
-        });
+    fn new(excludes: &'a Excludes, store: &'a Store) -> Paths<'a> {
         let root = Folder {
             path: Vec::new(),
             excluded: false,
         };
         Paths {
             excludes,
-            layers,
             store,
-            moved: moved.collect(),
             listed: HashMap::new(),
             known: HashMap::from([(ROOT, Some(Rc::new(root)))]),
         }
     }
 
-    /// The excluded names of inodes that the fork made or changed, as far as `wanted`.
-    fn excluded(&mut self, wanted: impl Fn(Ino) -> bool) -> Result<Names, FsError> {
-        let (live, root) = (&self.layers.live, self.layers.root.id);
-        let mut found = Names::new();
-        for (key, child) in &live.entries {
+    /// Finds what is excluded among these entries of the live table, as far as it is wanted.
+    fn changed_names<'e>(
+        &mut self,
+        layers: &Layers,
+        entries: impl Iterator<Item = (&'e EntryKey, &'e Option<(Ino, Kind)>)>,
+        wanted: impl Fn(Ino) -> bool,
+        found: &mut Names,
+    ) -> Result<(), FsError> {
+        let root = layers.root.id;
+        for (key, child) in entries {
             let Some((ino, kind)) = *child else { continue };
-            if !wanted(ino) || !self.is_excluded(key.0, &key.2, kind)? {
+            if !wanted(ino) || !self.is_excluded(layers, key.0, &key.2, kind)? {
                 continue;
             }
             // A folder of the base in its old place stays with what it holds.
@@ -314,8 +344,17 @@ impl<'a> Paths<'a> {
                 found.insert(key.clone(), (ino, kind));
             }
         }
-        // Names of the base that lead to what was changed.
-        for cell in live.inodes.values().filter(|cell| wanted(cell.ino)) {
+        Ok(())
+    }
+
+    /// Finds the excluded names of the base that lead to these inodes of the live table.
+    fn base_names<'c>(
+        &mut self,
+        layers: &Layers,
+        cells: impl Iterator<Item = &'c Arc<Cell>>,
+        found: &mut Names,
+    ) -> Result<(), FsError> {
+        for cell in cells {
             let kind = {
                 let inode = cell.state.read();
                 let of_base = !inode.created || inode.base.is_some();
@@ -324,22 +363,34 @@ impl<'a> Paths<'a> {
                 }
                 inode.attr.kind
             };
-            for item in tree::prefix(self.store, root, &record::backrefs_prefix(cell.ino)) {
+            for item in tree::prefix(
+                self.store,
+                layers.root.id,
+                &record::backrefs_prefix(cell.ino),
+            ) {
                 let (key, _) = item?;
                 let Some(Key::Backref { parent, name, .. }) = Key::parse(&key) else {
                     continue;
                 };
                 let key: EntryKey = (parent, record::hash56(name), name.into());
-                if !live.entries.contains_key(&key) && self.is_excluded(parent, name, kind)? {
+                if !layers.live.entries.contains_key(&key)
+                    && self.is_excluded(layers, parent, name, kind)?
+                {
                     found.insert(key, (cell.ino, kind));
                 }
             }
         }
-        Ok(found)
+        Ok(())
     }
 
-    fn is_excluded(&mut self, dir: Ino, name: &[u8], kind: Kind) -> Result<bool, FsError> {
-        let Some(folder) = self.folder(dir)? else {
+    fn is_excluded(
+        &mut self,
+        layers: &Layers,
+        dir: Ino,
+        name: &[u8],
+        kind: Kind,
+    ) -> Result<bool, FsError> {
+        let Some(folder) = self.folder(layers, dir)? else {
             return Ok(false);
         };
         let is_dir = kind == Kind::Directory;
@@ -347,14 +398,14 @@ impl<'a> Paths<'a> {
     }
 
     /// A folder by its number; `None` if it is gone.
-    fn folder(&mut self, dir: Ino) -> Result<Option<Rc<Folder>>, FsError> {
+    fn folder(&mut self, layers: &Layers, dir: Ino) -> Result<Option<Rc<Folder>>, FsError> {
         let mut chain = Vec::new();
         let mut at = dir;
         let mut above = loop {
             if let Some(known) = self.known.get(&at) {
                 break known.clone();
             }
-            let Some((parent, name)) = self.place(at)? else {
+            let Some((parent, name)) = self.place(layers, at)? else {
                 break None;
             };
             chain.push((at, name));
@@ -372,25 +423,19 @@ impl<'a> Paths<'a> {
     }
 
     /// The folder and the name that a folder has.
-    fn place(&mut self, dir: Ino) -> Result<Option<(Ino, Name)>, FsError> {
-        let attr = self.layers.attr(self.store, dir)?;
+    fn place(&mut self, layers: &Layers, dir: Ino) -> Result<Option<(Ino, Name)>, FsError> {
+        let attr = layers.attr(self.store, dir)?;
         let Some(attr) = attr.filter(|attr| attr.nlink > 0) else {
             return Ok(None);
         };
-        if let Some(place) = self.moved.get(&dir) {
-            return Ok(Some(place.clone()));
-        }
         if !self.listed.contains_key(&attr.parent) {
             let mut folders = HashMap::new();
-            let prefix = record::entries_prefix(attr.parent);
-            for item in tree::prefix(self.store, self.layers.root.id, &prefix) {
-                let (key, value) = item?;
-                if let (Some(Key::Entry { name, .. }), Some((ino, Kind::Directory))) =
-                    (Key::parse(&key), record::decode_entry(&value))
-                {
-                    folders.insert(ino, name.into());
+            layers.list(self.store, attr.parent, 0, |entry| {
+                if entry.kind == Kind::Directory {
+                    folders.insert(entry.ino, entry.name);
                 }
-            }
+                true
+            })?;
             self.listed.insert(attr.parent, folders);
         }
         let name = self.listed[&attr.parent].get(&dir);

@@ -3,7 +3,9 @@
 use std::collections::HashSet;
 
 use super::private_root::{folder, view};
+
 use super::*;
+use crate::fork::excluded_inodes;
 
 fn excluding(bench: &Bench, volume: &str, patterns: &[&str]) -> ForkId {
     bench.fork_with(volume, |request| {
@@ -233,9 +235,18 @@ fn ingest_ahead_of_a_commit_asks_for_every_name_of_a_file() {
     fs.link(ME, linked, ROOT, b"linked.key").unwrap();
     let private = folder(&fs, "private");
     let below = make(&fs, private, "below", Kind::File);
-    let all = HashSet::from([of_base, plain, linked, below]);
-    let excluded = fs.fork.excluded(&fs.fork.layers(), &all).unwrap();
-    assert_eq!(excluded, HashSet::from([of_base, linked, below]));
+    let mut expected = HashSet::from([of_base, linked, below]);
+    // More than are looked at together.
+    for i in 0..1_500 {
+        put(&fs, &format!("file {i}"), b"1");
+        expected.insert(put(&fs, &format!("{i}.key"), b"1"));
+    }
+    let cells: Vec<_> = fs.fork.layers().live.inodes.values().cloned().collect();
+    assert!(cells.iter().any(|cell| cell.ino == plain));
+    let excluded = excluded_inodes(&fs.fork, &cells, || false).unwrap();
+    expected.insert(private);
+    assert_eq!(excluded, Some(expected));
+    assert_eq!(excluded_inodes(&fs.fork, &cells, || true).unwrap(), None);
 }
 
 #[test]
