@@ -25,7 +25,6 @@ fn fork(engine: &Arc<Engine>) -> ForkId {
         acl: false,
         suid: false,
         dev: false,
-        strict: false,
         job: None,
         uid_map: None,
         verdict: Verdict::Off,

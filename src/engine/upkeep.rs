@@ -7,9 +7,10 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::commit::never_commits;
 use super::{Code, Engine, EngineError, Live, Result};
 use crate::commit;
-use crate::store::Step;
+use crate::store::{Step, Verdict};
 
 /// How many times longer than its table, or than the limit of one, a log may be.
 const LOG_FACTOR: u64 = 4;
@@ -180,7 +181,7 @@ impl Engine {
         let Some(fork) = &live.fork else { return false };
         let will_commit = {
             let record = live.record.lock();
-            !record.options.ephemeral && !record.options.read_only
+            never_commits(&record.options).is_none() && record.verdict != Verdict::Nothing
         };
         if !will_commit || !live.is_served() {
             return false;

@@ -74,7 +74,6 @@ impl TestStore {
             acl: false,
             suid: true,
             dev: true,
-            strict: false,
             job: None,
             uid_map: None,
             verdict: Verdict::Off,
