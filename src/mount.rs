@@ -1,6 +1,7 @@
 //! A fork behind the kernel's FUSE: unpacks a request, calls `fs`, packs the reply. The only user of fuser.
 
 mod errno;
+mod push;
 mod reply;
 mod requests;
 pub mod session;
@@ -23,6 +24,7 @@ use fuser::{
 use crate::fork::log::Request as RequestId;
 use crate::fs::{Allocate, Caller, Fs, NewNode, RenameMode, Seek, SetAttr, XattrMode};
 use crate::record::{Ino, Kind, ROOT};
+use push::Readers;
 use reply::{FOREVER, file_attr, file_type, sent};
 pub use requests::Requests;
 pub use wakeful::Wakeful;
@@ -40,6 +42,8 @@ struct Mount {
     epoch: u64,
     requests: Arc<Requests>,
     wakeful: Arc<Wakeful>,
+    /// Of a read-only fork alone.
+    readers: Option<Readers>,
 }
 
 impl Mount {
@@ -84,12 +88,15 @@ impl Filesystem for Mount {
             InitFlags::FUSE_PARALLEL_DIROPS,
             InitFlags::FUSE_ASYNC_DIO,
             InitFlags::FUSE_DO_READDIRPLUS,
-            InitFlags::FUSE_READDIRPLUS_AUTO,
             InitFlags::FUSE_NO_OPEN_SUPPORT,
             InitFlags::FUSE_NO_OPENDIR_SUPPORT,
             InitFlags::FUSE_HANDLE_KILLPRIV_V2,
             InitFlags::FUSE_CACHE_SYMLINKS,
         ];
+        if self.readers.is_none() {
+            // Where pages are pushed each listing tells of the files: then a reader looks none of them up.
+            wanted.push(InitFlags::FUSE_READDIRPLUS_AUTO);
+        }
         if self.fs.options.acl {
             wanted.extend([InitFlags::FUSE_POSIX_ACL, InitFlags::FUSE_DONT_MASK]);
         }
@@ -357,6 +364,11 @@ impl Filesystem for Mount {
         reply: ReplyData,
     ) {
         self.caller(request, "read");
+        if let Some(readers) = &self.readers
+            && offset == 0
+        {
+            readers.read(self.ino(ino));
+        }
         match self.fs.read(self.ino(ino), offset, size as usize) {
             Ok(bytes) => {
                 self.requests.count_read(bytes.len());
@@ -448,6 +460,7 @@ impl Filesystem for Mount {
             reply.error(self.fail("readdirplus", &error));
             return;
         }
+        let mut small = Vec::new();
         for entry in entries {
             let found = match self.fs.listed(entry.ino) {
                 Ok(Some(found)) => found,
@@ -475,6 +488,10 @@ impl Filesystem for Mount {
             if full {
                 break;
             }
+            small.extend(push::small(&found));
+        }
+        if let Some(readers) = &self.readers {
+            readers.listed(self.ino(ino), offset == 0, small);
         }
         reply.ok();
     }
