@@ -91,8 +91,8 @@ impl Readers {
 }
 
 impl Pusher {
-    pub fn start(self, name: &str, notifier: Notifier) -> io::Result<()> {
-        let thread = thread::Builder::new().name(format!("{name} push"));
+    pub fn start(self, notifier: Notifier) -> io::Result<()> {
+        let thread = thread::Builder::new().name("push".into());
         thread.spawn(move || {
             for file in self.queue.iter().flatten() {
                 if let Err(error) = self.push(&notifier, file) {

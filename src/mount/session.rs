@@ -58,7 +58,7 @@ pub fn serve(
             return;
         }
         if let Some(pusher) = pusher
-            && let Err(error) = pusher.start(&name, session.notifier())
+            && let Err(error) = pusher.start(session.notifier())
         {
             log::warn!("{name}: nothing is pushed: {error}");
         }
