@@ -76,6 +76,7 @@ pub struct Statfs {
 }
 
 /// A fork as a filesystem, or a folder of it.
+#[derive(Clone)]
 pub struct Fs {
     pub fork: Arc<Fork>,
     pub options: Options,
@@ -85,6 +86,16 @@ pub struct Fs {
     root: Ino,
     /// A file may have names outside the folder, which another kernel caches.
     shares_links: bool,
+}
+
+/// The content of a fork that nobody writes: what may be pushed.
+pub struct ReadOnly(Fs);
+
+impl ReadOnly {
+    /// Reads as [`Fs::read`] does.
+    pub fn read(&self, ino: Ino, offset: u64, size: usize) -> Result<Vec<u8>, FsError> {
+        self.0.read(ino, offset, size)
+    }
 }
 
 /// Checks a name as every operation that takes one must.
@@ -123,6 +134,11 @@ impl Fs {
         (self.session, self.root) = (session, root);
         self.shares_links = root != ROOT && self.fork.may_have_links();
         Ok(self)
+    }
+
+    /// Returns the content, if the fork is read-only.
+    pub fn read_only(&self) -> Option<ReadOnly> {
+        self.options.read_only.then(|| ReadOnly(self.clone()))
     }
 
     /// The folder at the top.

@@ -2,6 +2,7 @@
 
 mod errno;
 mod negotiate;
+mod push;
 mod reply;
 mod requests;
 pub mod session;
@@ -24,6 +25,7 @@ use crate::fork::log::Request as RequestId;
 use crate::fs::{Allocate, Caller, Fs, NewNode, RenameMode, Seek, SetAttr, XattrMode};
 use crate::record::{Ino, Kind, ROOT};
 pub use negotiate::negotiate;
+use push::Readers;
 pub use reply::{FOREVER, nothing};
 use reply::{file_attr, file_type, sent};
 pub use requests::Requests;
@@ -40,6 +42,7 @@ struct Mount {
     epoch: u64,
     requests: Arc<Requests>,
     wakeful: Arc<Wakeful>,
+    readers: Readers,
 }
 
 impl Mount {
@@ -80,7 +83,7 @@ impl Mount {
 
 impl Filesystem for Mount {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
-        negotiate(config, self.fs.options.acl);
+        negotiate(config, self.fs.options.acl, self.fs.options.read_only);
         Ok(())
     }
 
@@ -331,6 +334,9 @@ impl Filesystem for Mount {
         reply: ReplyData,
     ) {
         self.caller(request, "read");
+        if offset == 0 {
+            self.readers.read(self.ino(ino));
+        }
         match self.fs.read(self.ino(ino), offset, size as usize) {
             Ok(bytes) => {
                 self.requests.count_read(bytes.len());
@@ -422,6 +428,7 @@ impl Filesystem for Mount {
             reply.error(self.fail("readdirplus", &error));
             return;
         }
+        let mut small = Vec::new();
         for entry in entries {
             let found = match self.fs.listed(entry.ino) {
                 Ok(Some(found)) => found,
@@ -449,7 +456,9 @@ impl Filesystem for Mount {
             if full {
                 break;
             }
+            small.extend(push::small(&found));
         }
+        self.readers.listed(self.ino(ino), offset == 0, small);
         reply.ok();
     }
 

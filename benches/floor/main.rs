@@ -80,7 +80,7 @@ fn empty(reply: ReplyEmpty, result: Result<(), Errno>) {
 
 impl Filesystem for Floor {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        negotiate(config, false);
+        negotiate(config, false, false);
         Ok(())
     }
 

@@ -5,18 +5,21 @@ use fuser::{InitFlags, KernelConfig};
 /// The largest READ and WRITE.
 const MAX_IO: u32 = 1 << 20;
 
-/// Asks for what makes requests fewer, and larger. With ACLs the kernel checks them and leaves the umask to us.
-pub fn negotiate(config: &mut KernelConfig, acl: bool) {
+/// Asks for what makes requests fewer, and larger. With ACLs the kernel checks them and leaves the umask to us. Where pages are
+/// `pushed` each listing tells of the files, so that a reader looks none of them up.
+pub fn negotiate(config: &mut KernelConfig, acl: bool, pushed: bool) {
     let mut wanted = vec![
         InitFlags::FUSE_PARALLEL_DIROPS,
         InitFlags::FUSE_ASYNC_DIO,
         InitFlags::FUSE_DO_READDIRPLUS,
-        InitFlags::FUSE_READDIRPLUS_AUTO,
         InitFlags::FUSE_NO_OPEN_SUPPORT,
         InitFlags::FUSE_NO_OPENDIR_SUPPORT,
         InitFlags::FUSE_HANDLE_KILLPRIV_V2,
         InitFlags::FUSE_CACHE_SYMLINKS,
     ];
+    if !pushed {
+        wanted.push(InitFlags::FUSE_READDIRPLUS_AUTO);
+    }
     if acl {
         wanted.extend([InitFlags::FUSE_POSIX_ACL, InitFlags::FUSE_DONT_MASK]);
     }

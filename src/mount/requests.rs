@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-const KINDS: [&str; 32] = [
+const KINDS: [&str; 33] = [
     "lookup",
     "forget",
     "getattr",
@@ -36,6 +36,8 @@ const KINDS: [&str; 32] = [
     "fallocate",
     "lseek",
     "copy_file_range",
+    // Asked by nobody: a file that was pushed.
+    "store",
 ];
 
 /// Counters by kind of request.

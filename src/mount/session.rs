@@ -9,7 +9,7 @@ use std::time::Duration;
 use crossbeam::channel;
 use fuser::{Config, Session, SessionACL};
 
-use super::{Mount, Requests, Wakeful};
+use super::{Mount, Requests, Wakeful, push};
 use crate::fs::Fs;
 
 /// The kernel greets a new connection at once.
@@ -30,11 +30,13 @@ pub fn serve(
     ended: impl FnOnce() + Send + 'static,
 ) -> io::Result<()> {
     let name = fs.fork.id.to_string();
+    let (readers, pusher) = push::pair(&fs, requests.clone());
     let mount = Mount {
         fs,
         epoch,
         requests,
         wakeful,
+        readers,
     };
     let mut config = Config::default();
     config.n_threads = Some(threads);
@@ -51,6 +53,9 @@ pub fn serve(
         };
         if ready.send(Ok(())).is_err() {
             return;
+        }
+        if let Err(error) = pusher.start(session.notifier()) {
+            log::warn!("{name}: nothing is read ahead: {error}");
         }
         if let Err(error) = session.run() {
             log::warn!("{name}: the session ended: {error}");

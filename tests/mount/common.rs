@@ -101,10 +101,10 @@ impl TestStore {
         let fuse = mount::open_fuse().expect("these tests need /dev/fuse");
         let options = mount::Options {
             source: "forkvol:test".into(),
+            read_only: self.engine.find_fork(&id.to_string()).unwrap().read_only,
             suid: true,
             dev: true,
             allow_other: true,
-            ..mount::Options::default()
         };
         mount::mount_fuse(&fuse, &path, &options).expect("these tests need root");
         let dev = mount::device_number(mount::device_at(&path).unwrap());

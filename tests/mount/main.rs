@@ -9,3 +9,4 @@ mod folders;
 mod gone;
 mod inherited;
 mod posix;
+mod push;

@@ -1,0 +1,137 @@
+//! Pages that are pushed ahead of readers: into read-only forks, and what the file holds.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use crate::common::{Random, TestMount, TestStore, sh};
+
+type Tree = BTreeMap<PathBuf, Vec<u8>>;
+
+/// A volume with these files.
+fn bench(tree: &Tree) -> TestStore {
+    let bench = TestStore::new();
+    let mount = bench.fork("v");
+    for (path, bytes) in tree {
+        let path = mount.path.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+    }
+    assert_eq!(bench.commit(mount), Some(1));
+    bench
+}
+
+fn bytes(random: &mut Random, size: u64) -> Vec<u8> {
+    (0..size).map(|_| random.next(256) as u8).collect()
+}
+
+/// How often a fork was asked for something, or pushed a file.
+fn count(bench: &TestStore, mount: &TestMount, kind: &str) -> u64 {
+    let fork = bench.engine.find_fork(&mount.id.to_string()).unwrap();
+    fork.requests.get(kind).copied().unwrap_or_default()
+}
+
+fn wait_for_pushes(bench: &TestStore, mount: &TestMount, files: u64) {
+    while count(bench, mount, "store") < files {
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn what_was_pushed_is_the_whole_file_and_is_not_asked_for() {
+    let mut random = Random(5);
+    let sizes = [0, 1, 4095, 4096, 4097, 131_072, 131_073];
+    let name = |size: u64| PathBuf::from(format!("d/{size}"));
+    let mut tree: Tree = sizes
+        .map(|size| (name(size), bytes(&mut random, size)))
+        .into();
+    tree.insert("d/first".into(), b"a".to_vec());
+    tree.insert("d/second".into(), b"b".to_vec());
+    let bench = bench(&tree);
+    let mount = bench.fork_with("v", |request| request.read_only = true);
+    assert_eq!(fs::read_dir(mount.path.join("d")).unwrap().count(), 9);
+    fs::read(mount.path.join("d/first")).unwrap();
+    fs::read(mount.path.join("d/second")).unwrap();
+    wait_for_pushes(&bench, &mount, 5);
+    let asked = count(&bench, &mount, "read");
+    for size in sizes {
+        if size == 131_073 {
+            assert_eq!(count(&bench, &mount, "read"), asked);
+        }
+        let path = mount.path.join(name(size));
+        assert_eq!(fs::metadata(&path).unwrap().len(), size);
+        assert!(fs::read(path).unwrap() == tree[&name(size)], "{size}");
+    }
+    assert!(
+        count(&bench, &mount, "read") > asked,
+        "it is too large to be pushed"
+    );
+    assert_eq!(count(&bench, &mount, "store"), 5);
+    let refused = fs::write(mount.path.join("d/first"), "x").unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(30), "read-only filesystem");
+}
+
+/// Reads everything in the order of listings, the folders from some point on; returns how many files were as they should be.
+fn compare(root: &Path, tree: &Tree, from: usize) -> usize {
+    let list = |path: &Path| -> Vec<PathBuf> {
+        let entries = fs::read_dir(path).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    };
+    let mut folders = list(root);
+    folders.rotate_left(from);
+    let files = folders.iter().flat_map(|folder| list(folder));
+    let right = files.filter(|path| {
+        let expected = &tree[path.strip_prefix(root).unwrap()];
+        fs::read(path).unwrap() == *expected
+    });
+    right.count()
+}
+
+#[test]
+fn several_readers_read_the_same_with_pushes_and_without_and_a_writable_fork_pushes_nothing() {
+    let seed = 1 + u64::from(std::process::id());
+    println!("seed {seed}");
+    let mut random = Random(seed);
+    let mut tree = Tree::new();
+    for folder in 0..20 {
+        for file in 0..40 {
+            let size = random.next(15_000);
+            let path = PathBuf::from(format!("d{folder}/f{file}"));
+            tree.insert(path, bytes(&mut random, size));
+        }
+    }
+    let bench = bench(&tree);
+    for read_only in [true, false] {
+        let mount = bench.fork_with("v", |request| request.read_only = read_only);
+        thread::scope(|scope| {
+            let read = |from| {
+                let (root, tree) = (&mount.path, &tree);
+                scope.spawn(move || compare(root, tree, from))
+            };
+            for reader in [0, 0, 5, 13].map(read) {
+                assert_eq!(reader.join().unwrap(), tree.len());
+            }
+        });
+        if read_only {
+            wait_for_pushes(&bench, &mount, 1);
+        } else {
+            assert_eq!(count(&bench, &mount, "store"), 0);
+        }
+    }
+}
+
+#[test]
+fn a_walk_of_a_read_only_fork_pushes_nothing_and_a_reader_of_it_looks_nothing_up() {
+    let file = |n| (PathBuf::from(format!("d/{n}")), vec![1]);
+    let tree: Tree = (0..1000).map(file).collect();
+    let bench = bench(&tree);
+    let mount = bench.fork_with("v", |request| request.read_only = true);
+    sh(&mount.path, "find . -printf %s");
+    assert_eq!(count(&bench, &mount, "read"), 0);
+    assert_eq!(count(&bench, &mount, "store"), 0);
+    sh(&mount.path, "tar c . | cat >/dev/null");
+    assert_eq!(count(&bench, &mount, "lookup"), 0);
+    wait_for_pushes(&bench, &mount, 1);
+}
