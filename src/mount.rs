@@ -42,7 +42,8 @@ struct Mount {
     epoch: u64,
     requests: Arc<Requests>,
     wakeful: Arc<Wakeful>,
-    readers: Readers,
+    /// Of a read-only fork alone.
+    readers: Option<Readers>,
 }
 
 impl Mount {
@@ -83,7 +84,7 @@ impl Mount {
 
 impl Filesystem for Mount {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
-        negotiate(config, self.fs.options.acl, self.fs.options.read_only);
+        negotiate(config, self.fs.options.acl, self.readers.is_some());
         Ok(())
     }
 
@@ -334,8 +335,10 @@ impl Filesystem for Mount {
         reply: ReplyData,
     ) {
         self.caller(request, "read");
-        if offset == 0 {
-            self.readers.read(self.ino(ino));
+        if let Some(readers) = &self.readers
+            && offset == 0
+        {
+            readers.read(self.ino(ino));
         }
         match self.fs.read(self.ino(ino), offset, size as usize) {
             Ok(bytes) => {
@@ -458,7 +461,9 @@ impl Filesystem for Mount {
             }
             small.extend(push::small(&found));
         }
-        self.readers.listed(self.ino(ino), offset == 0, small);
+        if let Some(readers) = &self.readers {
+            readers.listed(self.ino(ino), offset == 0, small);
+        }
         reply.ok();
     }
 

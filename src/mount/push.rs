@@ -18,7 +18,7 @@ use fuser::{INodeNo, Notifier};
 use parking_lot::Mutex;
 
 use super::Requests;
-use crate::fs::{Entry, Fs, ReadOnly};
+use crate::fs::{Entry, ReadOnly};
 use crate::record::{Ino, Kind};
 use plan::{File, MOST, Plan, SMALL};
 
@@ -33,28 +33,16 @@ pub struct Readers {
     waiting: Arc<AtomicU64>,
 }
 
-/// How far files are brought towards a reader.
-enum Content {
-    /// Into the page cache.
-    Push(ReadOnly),
-    /// Into the memory of the daemon.
-    Load(Fs),
-}
-
-/// The thread that does it.
+/// The thread that pushes.
 pub struct Pusher {
-    content: Content,
+    content: ReadOnly,
     queue: Receiver<Vec<File>>,
     waiting: Arc<AtomicU64>,
     requests: Arc<Requests>,
 }
 
 /// Returns both ends for one session. The pusher ends when the readers are dropped.
-pub fn pair(fs: &Fs, requests: Arc<Requests>) -> (Readers, Pusher) {
-    let content = match fs.read_only() {
-        Some(content) => Content::Push(content),
-        None => Content::Load(fs.clone()),
-    };
+pub fn pair(content: ReadOnly, requests: Arc<Requests>) -> (Readers, Pusher) {
     let (sender, queue) = channel::bounded(WAITING);
     let waiting = Arc::new(AtomicU64::new(0));
     let readers = Readers {
@@ -120,15 +108,8 @@ impl Pusher {
 
     /// Pushes a whole file; one that the kernel has forgotten is passed over.
     fn push(&self, notifier: &Notifier, file: File) -> io::Result<()> {
-        let content = match &self.content {
-            Content::Push(content) => content,
-            Content::Load(fs) => {
-                fs.read(file.ino, 0, file.size as usize).ok();
-                return Ok(());
-            }
-        };
         // What is wrong with a file is told to whoever reads it.
-        let Ok(bytes) = content.read(file.ino, 0, file.size as usize) else {
+        let Ok(bytes) = self.content.read(file.ino, 0, file.size as usize) else {
             return Ok(());
         };
         if bytes.len() == file.size as usize {

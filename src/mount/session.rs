@@ -30,7 +30,10 @@ pub fn serve(
     ended: impl FnOnce() + Send + 'static,
 ) -> io::Result<()> {
     let name = fs.fork.id.to_string();
-    let (readers, pusher) = push::pair(&fs, requests.clone());
+    let pushed = fs.read_only();
+    let (readers, pusher) = pushed
+        .map(|content| push::pair(content, requests.clone()))
+        .unzip();
     let mount = Mount {
         fs,
         epoch,
@@ -54,8 +57,10 @@ pub fn serve(
         if ready.send(Ok(())).is_err() {
             return;
         }
-        if let Err(error) = pusher.start(session.notifier()) {
-            log::warn!("{name}: nothing is read ahead: {error}");
+        if let Some(pusher) = pusher
+            && let Err(error) = pusher.start(session.notifier())
+        {
+            log::warn!("{name}: nothing is pushed: {error}");
         }
         if let Err(error) = session.run() {
             log::warn!("{name}: the session ended: {error}");
