@@ -17,6 +17,8 @@ pub struct MountInfo {
     pub folder: OsString,
     pub dev: u64,
     pub created: bool,
+    /// The mount namespace in which it was mounted, while it is served.
+    pub namespace: Option<u64>,
 }
 
 impl From<MountPoint> for MountInfo {
@@ -26,6 +28,7 @@ impl From<MountPoint> for MountInfo {
             folder: mount.folder,
             dev: mount.dev,
             created: mount.created,
+            namespace: None,
         }
     }
 }
@@ -112,7 +115,7 @@ impl Engine {
     }
 
     pub(super) fn info(&self, live: &Live) -> Result<ForkInfo> {
-        let served = live.is_served();
+        let namespaces = live.namespaces();
         let record = live.record.lock().clone();
         let volume = self.store.volume_by_id(record.volume)?;
         let delta = live
@@ -122,7 +125,7 @@ impl Engine {
             .unwrap_or_default();
         Ok(ForkInfo {
             id: live.id.to_string(),
-            state: match (&live.fork, served) {
+            state: match (&live.fork, !namespaces.is_empty()) {
                 (None, _) => "lost",
                 (Some(_), true) => "live",
                 (Some(_), false) => "unmounted",
@@ -148,7 +151,14 @@ impl Engine {
             } else {
                 self.check_verdict(&record).err().map(|error| error.message)
             },
-            mounts: record.mounts.into_iter().map(MountInfo::from).collect(),
+            mounts: record
+                .mounts
+                .into_iter()
+                .map(|mount| MountInfo {
+                    namespace: namespaces.get(&mount.folder).copied().flatten(),
+                    ..mount.into()
+                })
+                .collect(),
             job: record.options.job,
             created: record.created,
             age: (super::now() - record.created) as f64 / 1e9,

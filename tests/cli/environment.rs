@@ -195,6 +195,48 @@ fn a_mount_that_was_taken_away_by_somebody_else_costs_nothing() {
 }
 
 #[test]
+fn a_mount_out_of_sight_gives_way_to_a_new_one_and_one_that_stands_does_not() {
+    let lines = surrounded(
+        r#"id=$(forkvol fork v m)
+        echo one > m/f
+        says forkvol mount "$id" n
+        unshare --mount --propagation private sleep 100 &
+        holder=$!
+        until ! cmp -s /proc/$holder/mountinfo /proc/self/mountinfo; do sleep 0.01; done
+        there() { nsenter --mount=/proc/$holder/ns/mnt "$@"; }
+        umount m
+        there cat "$WORK/m/f"
+        forkvol mount "$id" n > out 2> err
+        grep -o 'm was still in use by sleep .*another mount namespace' err | sed 's/[0-9]\+/PID/'
+        cat n/f
+        there cat "$WORK/m/f" 2> out || echo nothing there
+        echo two > n/f
+        umount n
+        kill $holder
+        forkvol commit "$id"
+        forkvol run -v v -p c -- bash -c 'touch ready; until [ -e go ]; do sleep 0.01; done; cat c/f; echo three > c/f' > ran &
+        run=$!
+        until [ -e ready ]; do sleep 0.01; done
+        id=$(forkvol forks | grep -o 'f-[0-9a-f]*')
+        says forkvol mount "$id" n
+        touch go
+        wait $run
+        cat ran
+        forkvol cat v:f"#,
+    );
+    let refused =
+        |line: &str| line.starts_with("15 fork f-") && line.contains("mounted already at");
+    let (refusals, others): (Vec<&str>, Vec<&str>) = lines
+        .iter()
+        .map(String::as_str)
+        .partition(|line| refused(line));
+    assert_eq!(refusals.len(), 2, "{lines:#?}");
+    let holder = "m was still in use by sleep (pid PID: another mount namespace";
+    let expected = ["one", holder, "one", "nothing there", "v@1", "two", "three"];
+    assert_eq!(others, expected, "{lines:#?}");
+}
+
+#[test]
 fn a_store_that_cannot_be_one_is_refused_with_a_remedy() {
     let lines = surrounded(
         r#"mkdir -m 755 roots open strange
