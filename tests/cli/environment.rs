@@ -173,6 +173,7 @@ fn what_is_no_value_is_a_mistake_of_the_caller() {
     }
 }
 
+/// > A fork unmounted behind forkvol's back stays `unmounted` and can be mounted again by `forkvol mount`.
 #[test]
 fn a_mount_that_was_taken_away_by_somebody_else_costs_nothing() {
     let lines = surrounded(
@@ -194,6 +195,8 @@ fn a_mount_that_was_taken_away_by_somebody_else_costs_nothing() {
     assert_eq!(lines[1..], ["kept", "v@1", "kept", "more"], "{lines:#?}");
 }
 
+/// > Where an unmounted fork is still held out of sight, as by a container, `forkvol mount` ends that mount: whoever uses it gets
+/// > EIO.
 #[test]
 fn a_mount_out_of_sight_gives_way_to_a_new_one_and_one_that_stands_does_not() {
     let lines = surrounded(

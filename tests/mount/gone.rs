@@ -99,6 +99,7 @@ fn assert_all_there(path: &Path, acknowledged: u32) {
     }
 }
 
+/// > An unmount is not a commit.
 #[test]
 fn a_mount_that_goes_commits_nothing_and_its_fork_shows_everything_when_it_is_mounted_again() {
     let store = TestStore::new();
@@ -205,6 +206,8 @@ fn requests_of_an_older_mount_reach_the_fork_as_long_as_that_lives_and_never_aft
     store.check();
 }
 
+/// > Where an unmounted fork is still held out of sight, as by a container, `forkvol mount` ends that mount: whoever uses it gets
+/// > EIO.
 #[test]
 fn a_mount_that_lives_on_out_of_sight_ends_with_a_new_one_of_its_fork_and_answers_nothing_any_more()
 {

@@ -8,4 +8,5 @@ mod exerciser;
 mod folders;
 mod gone;
 mod inherited;
+mod manual;
 mod posix;
