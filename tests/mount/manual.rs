@@ -1,14 +1,14 @@
 //! What `docs/semantics.md` says of single calls, through the kernel.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::process::{Command, Stdio};
 
 use rustix::fs::{CWD, FallocateFlags, FlockOperation, RenameFlags, fallocate, renameat_with};
 use rustix::io::Errno;
 
-use crate::common::{TestMount, TestStore, sh};
+use crate::common::{TestStore, sh};
 
 /// > `rename` takes `NOREPLACE`, `EXCHANGE` and `WHITEOUT`.
 #[test]
@@ -282,33 +282,5 @@ fn a_commit_amid_a_long_write_holds_a_prefix_of_it() {
         if written < bytes.len() {
             return;
         }
-    }
-}
-
-/// Makes a file of two names in each of two folders, and mounts the folders by themselves.
-fn two_folders(store: &TestStore) -> (TestMount, TestMount) {
-    let base = store.fork("v");
-    sh(&base.path, "mkdir a b; echo one >a/f; ln a/f b/f");
-    store.commit(base);
-    let id = store.fork_only("v");
-    (store.mount_folder(id, "a"), store.mount_folder(id, "b"))
-}
-
-/// > A file with names in two of them is cached by neither and cannot be mapped shared.
-#[test]
-fn a_file_with_names_in_two_mounts_is_read_anew_by_each_and_not_mapped_shared() {
-    let store = TestStore::new();
-    let (a, b) = two_folders(&store);
-    let mut held = File::open(b.path.join("f")).unwrap();
-    for turn in 0..5 {
-        fs::write(a.path.join("f"), format!("turn {turn}")).unwrap();
-        let mut text = String::new();
-        held.seek(SeekFrom::Start(0)).unwrap();
-        held.read_to_string(&mut text).unwrap();
-        assert_eq!(text, format!("turn {turn}"));
-    }
-    for mount in [&a, &b] {
-        let map = "python3 -c 'import mmap; mmap.mmap(open(\"f\", \"r+b\").fileno(), 1)' 2>&1 | tail -n 1";
-        assert!(sh(&mount.path, map).contains("No such device"));
     }
 }
