@@ -96,6 +96,9 @@ pub enum Gate {
     Ended,
 }
 
+/// A part in the gate.
+pub type Inside = ArcRwLockReadGuard<RawRwLock, Gate>;
+
 /// One fork and its delta.
 pub struct Fork {
     pub id: ForkId,
@@ -219,7 +222,7 @@ impl Fork {
     ///
     /// # Errors
     /// `ReadOnly` behind a seal, `Ended` when the fork is over.
-    pub fn enter(&self) -> Result<ArcRwLockReadGuard<RawRwLock, Gate>, FsError> {
+    pub fn enter(&self) -> Result<Inside, FsError> {
         let gate = self.gate.read_arc();
         match *gate {
             Gate::Open => Ok(gate),
@@ -232,7 +235,7 @@ impl Fork {
     ///
     /// # Errors
     /// `Ended` if the fork answers nothing any more.
-    pub fn look(&self) -> Result<ArcRwLockReadGuard<RawRwLock, Gate>, FsError> {
+    pub fn look(&self) -> Result<Inside, FsError> {
         let gate = self.gate.read_arc();
         match *gate {
             Gate::Open | Gate::Sealed => Ok(gate),
@@ -263,11 +266,6 @@ impl Fork {
         self.started.elapsed().as_secs() as u32
     }
 
-    /// Fails if the fork answers nothing any more.
-    pub fn check_alive(&self) -> Result<(), FsError> {
-        self.look().map(drop)
-    }
-
     /// What is charged against the fork's size, in bytes.
     pub fn charged(&self) -> u64 {
         let private = self.private.lock().map_or(0, |private| private.charged);
@@ -288,6 +286,11 @@ impl Fork {
         } else {
             Err(FsError::NoSpace)
         }
+    }
+
+    /// Waits until whoever has entered the gate has left it.
+    pub fn settle(&self) {
+        drop(self.gate.write());
     }
 
     /// Notes that a commit begins, which has gone through nothing yet.

@@ -13,12 +13,13 @@ mod rename;
 mod xattr;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::fork::error::FsError;
 use crate::fork::extent::PAGE;
 use crate::fork::log::Request;
 use crate::fork::view::{InodeView, Listed};
-use crate::fork::{Fork, Layers};
+use crate::fork::{Fork, Inside, Layers, Tx};
 use crate::record::{Attr, Ino, Kind, NAME_MAX, ROOT, hash56};
 use crate::sys::now;
 
@@ -82,6 +83,8 @@ pub struct Fs {
     pub options: Options,
     /// Whose lookups are counted: the epoch of the session, 0 without one.
     session: u64,
+    /// A newer session serves what this one did.
+    ended: Arc<AtomicBool>,
     /// The folder at the top.
     root: Ino,
     /// A file may have names outside the folder, which another kernel caches.
@@ -117,21 +120,28 @@ impl Fs {
             fork,
             options,
             session: 0,
+            ended: Arc::default(),
             root: ROOT,
             shares_links: false,
         }
     }
 
-    /// The same for one session, which serves the folder `root`.
+    /// The same for one session, which serves the folder `root` until it is said to have ended.
     ///
     /// # Errors
     /// `NotDirectory`; what the store answered.
-    pub fn for_session(mut self, session: u64, root: Ino) -> Result<Fs, FsError> {
+    pub fn for_session(
+        mut self,
+        session: u64,
+        root: Ino,
+        ended: Arc<AtomicBool>,
+    ) -> Result<Fs, FsError> {
         let attr = self.getattr(root)?;
         if attr.kind != Kind::Directory {
             return Err(FsError::NotDirectory);
         }
-        (self.session, self.root) = (session, root);
+        (self.session, self.root, self.ended) = (session, root, ended);
+        self.fork.begin_session(session);
         self.shares_links = root != ROOT && self.fork.may_have_links();
         Ok(self)
     }
@@ -191,6 +201,37 @@ impl Fs {
         Ok(true)
     }
 
+    /// Takes part in the fork's gate for one reading.
+    fn look(&self) -> Result<Inside, FsError> {
+        let inside = self.fork.look()?;
+        self.in_charge().map(|()| inside)
+    }
+
+    /// Fails where nothing is answered any more.
+    fn check_alive(&self) -> Result<(), FsError> {
+        self.look().map(drop)
+    }
+
+    /// Takes part in the fork's gate for one mutation.
+    fn enter(&self) -> Result<Inside, FsError> {
+        let inside = self.fork.enter()?;
+        self.in_charge().map(|()| inside)
+    }
+
+    /// Begins a transaction on names.
+    fn begin(&self) -> Result<Tx<'_>, FsError> {
+        let tx = self.fork.begin()?;
+        self.in_charge().map(|()| tx)
+    }
+
+    /// Asked within the gate, so that nothing of a session that was ended before the gate was free happens behind that.
+    fn in_charge(&self) -> Result<(), FsError> {
+        match self.ended.load(Ordering::Acquire) {
+            true => Err(FsError::Ended),
+            false => Ok(()),
+        }
+    }
+
     fn writable(&self) -> Result<(), FsError> {
         if self.options.read_only {
             Err(FsError::ReadOnly)
@@ -212,7 +253,7 @@ impl Fs {
         if name.len() > NAME_MAX {
             return Err(FsError::NameTooLong);
         }
-        self.fork.check_alive()?;
+        self.check_alive()?;
         let store = &self.fork.store;
         let layers = self.fork.layers();
         let ino = match name {
@@ -248,7 +289,7 @@ impl Fs {
 
     /// Returns the attributes of an inode.
     pub fn getattr(&self, ino: Ino) -> Result<Attr, FsError> {
-        self.fork.check_alive()?;
+        self.check_alive()?;
         let attr = self
             .fork
             .layers()
@@ -273,7 +314,7 @@ impl Fs {
         cookie: u64,
         mut each: impl FnMut(Listed) -> bool,
     ) -> Result<(), FsError> {
-        self.fork.check_alive()?;
+        self.check_alive()?;
         let layers = self.fork.layers();
         let attr = layers.attr(&self.fork.store, dir)?.ok_or(FsError::Stale)?;
         if attr.kind != Kind::Directory {

@@ -243,6 +243,12 @@ pub struct Serve {
     pub device: u64,
     /// The mountpoint was made for this fork and goes with it.
     pub created: bool,
+    /// The mount namespace in which it is, by its inode number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<u64>,
+    /// What serves the same by now has been taken away and lives on where nobody sees it: it is to end.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub instead: bool,
 }
 
 /// When a commit is to be made, as far as the daemon has to decide it.
@@ -351,6 +357,9 @@ pub struct Mount {
     pub device: u64,
     #[serde(default)]
     pub created: bool,
+    /// The mount namespace in which it was mounted, by its inode number, while it is served.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<u64>,
 }
 
 #[cfg(test)]
@@ -459,6 +468,8 @@ mod tests {
                     mountpoint,
                     device,
                     created: device % 2 == 0,
+                    namespace: (device % 3 == 0).then_some(device),
+                    instead: device % 5 == 0,
                 })
             }),
             (vec(text(), 0..3), labels(), of(text())).prop_map(|(forks, labels, message)| {

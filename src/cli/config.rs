@@ -372,6 +372,8 @@ mod tests {
         );
     }
 
+    /// > `config.toml` says otherwise: the first table whose pattern matches the volume's name counts, `*` stops at a slash and
+    /// > `**` does not.
     #[test]
     fn the_retention_of_the_manual_is_understood() {
         let text = include_str!("../../docs/semantics.md");

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::client::Client;
 use super::facts;
+use super::holders;
 use super::mounting::{self, By, Manner, Mountpoint};
 use super::output::{self, Shown};
 use super::values::{self, Owner};
@@ -139,6 +140,7 @@ impl ForkFacts {
             read_only: self.read_only,
             suid: self.suid,
             dev: self.dev,
+            instead: false,
             by,
         }
     }
@@ -182,14 +184,15 @@ pub fn fork(
 pub fn mount(context: &Context, fork: &OsStr, mountpoint: Option<&Path>) -> Result<(), Failure> {
     let mut client = context.connect()?;
     let fork = find(&mut client, fork)?;
-    if fork.state == "live" {
-        let at = fork.mounts.first().map_or_else(String::new, |m| {
-            format!(" at {}", mounting::mount_path(m).display())
-        });
-        return Err(Failure::new(
-            Code::Busy,
-            format!("fork {} is mounted already{at}", fork.id),
-        ));
+    let is_live = fork.state == "live";
+    if let Some(mount) = fork
+        .mounts
+        .iter()
+        .find(|mount| is_live && holders::stands(mount))
+    {
+        let at = mounting::mount_path(mount).display();
+        let message = format!("fork {} is mounted already at {at}", fork.id);
+        return Err(Failure::new(Code::Busy, message));
     }
     let places: Vec<(&Path, Bytes)> = match mountpoint {
         Some(path) => vec![(path, Bytes::default())],
@@ -210,13 +213,20 @@ pub fn mount(context: &Context, fork: &OsStr, mountpoint: Option<&Path>) -> Resu
             mounting::detach(&mut client, mount);
         }
     }
-    let manner = fork.manner(By::default_for_caller());
+    // What is live all the same is held out of sight, as by a container, and ends with this.
+    let manner = Manner {
+        instead: is_live,
+        ..fork.manner(By::default_for_caller())
+    };
     let mut mounts = Vec::new();
     for (path, folder) in places {
         let at = Mountpoint::prepare(path, &context.place)?;
         let mount = mounting::mount(&mut client, &fork.id, &folder, &at, &manner)
             .inspect_err(|_| at.remove_if_created())?;
         mounts.push(mount);
+    }
+    for mount in fork.mounts.iter().filter(|_| is_live) {
+        mounting::warn_of_holders(mount);
     }
     let document = json!({"fork": {
         "id": fork.id, "volume": fork.volume, "base": fork.base, "mount": mounts.first(), "mounts": mounts

@@ -1,12 +1,15 @@
 //! Who still uses a mount: looked up in /proc alone, never inside the mount, whose daemon may be gone.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use crate::protocol::Mount;
 use crate::sys::device_numbers;
-use crate::sys::mount::{MountPoint, mounts_of};
+use crate::sys::mount::{self, MountPoint, mounts_of};
+use crate::sys::namespace;
 
 /// A process that uses a mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,6 +64,26 @@ pub fn of(mount: &Mount) -> Vec<Holder> {
         }
     }
     holders
+}
+
+/// Whether a mount stands where it was made: in the caller's mount namespace, or in that of its making, as far as the caller may
+/// look. Copies and binds elsewhere do not count.
+pub fn stands(mount: &Mount) -> bool {
+    let device = device_numbers(mount.device);
+    let path = Path::new(OsStr::from_bytes(&mount.path.0));
+    let is_it = |found: &MountPoint| found.device == device && found.path == path;
+    // Where nothing can be seen nothing is taken away.
+    if mount::mounts().map_or(true, |mounts| mounts.iter().any(is_it)) {
+        return true;
+    }
+    let made_in = mount
+        .namespace
+        .filter(|_| mount.namespace != namespace::of_mounts(None));
+    made_in.is_some_and(|made_in| {
+        processes()
+            .filter(|pid| namespace::of_mounts(Some(*pid)) == Some(made_in))
+            .any(|pid| mounts_of(pid).unwrap_or_default().iter().any(is_it))
+    })
 }
 
 fn processes() -> impl Iterator<Item = u32> {

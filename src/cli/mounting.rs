@@ -18,7 +18,7 @@ use super::place::{Place, real_path};
 use super::values::Busy;
 use crate::protocol::{Bytes, Code, Failure, Mount, Request, Serve};
 use crate::sys::mount::{self as kernel, HelperError, MountPoint, Options};
-use crate::sys::process;
+use crate::sys::{namespace, process};
 pub use explain::device as explain_device;
 
 const ENOTCONN: i32 = 107;
@@ -164,6 +164,8 @@ pub struct Manner {
     pub read_only: bool,
     pub suid: bool,
     pub dev: bool,
+    /// What still serves the same, out of sight, is to end.
+    pub instead: bool,
     pub by: By,
 }
 
@@ -195,7 +197,7 @@ pub fn mount(
     manner: &Manner,
 ) -> Result<Mount, Failure> {
     let fuse = attach(&at.path, manner)?;
-    let served = serve(client, fork, folder, at, &fuse);
+    let served = serve(client, fork, folder, at, manner.instead, &fuse);
     if served.is_err() {
         // The device goes first: an unmount asks nobody then.
         drop(fuse);
@@ -213,6 +215,7 @@ fn serve(
     fork: &str,
     folder: &Bytes,
     at: &Mountpoint,
+    instead: bool,
     fuse: &OwnedFd,
 ) -> Result<Mount, Failure> {
     let device = kernel::device_at(&at.path).map_err(|e| {
@@ -226,6 +229,7 @@ fn serve(
         folder: folder.clone(),
         device: kernel::device_number(device),
         created: at.created,
+        namespace: namespace::of_mounts(None),
     };
     let serve = Serve {
         fork: fork.into(),
@@ -233,6 +237,8 @@ fn serve(
         mountpoint: mount.path.clone(),
         device: mount.device,
         created: mount.created,
+        namespace: mount.namespace,
+        instead,
     };
     client.call_with_fd(&Request::Serve(serve), Some(fuse.as_fd()))?;
     Ok(mount)
@@ -427,7 +433,7 @@ pub fn detach_by(client: Option<&mut Client>, mount: &Mount, by: By) {
     }
 }
 
-fn warn_of_holders(mount: &Mount) {
+pub fn warn_of_holders(mount: &Mount) {
     let holders = holders::of(mount);
     if !holders.is_empty() {
         let (path, list) = (mount_path(mount).display(), holders::list(&holders));

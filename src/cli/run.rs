@@ -504,6 +504,7 @@ mod tests {
             path: protocol::Bytes(b"/x".to_vec()),
             device: 1,
             created: false,
+            namespace: None,
         };
         let target = Target {
             path: "/home/ci/.npm".into(),

@@ -323,6 +323,8 @@ impl Call<'_> {
             mountpoint: OsString::from_vec(serve.mountpoint.0.clone()),
             dev: serve.device,
             created: serve.created,
+            namespace: serve.namespace,
+            instead: serve.instead,
             owner: (self.who.peer.uid, self.who.peer.gid),
         };
         self.engine.serve(id, fd, &served).map_err(failure)?;

@@ -28,7 +28,8 @@ pub fn mount(mount: &MountInfo) -> Value {
         path,
         folder: bytes(mount.folder.as_bytes()),
         device: mount.dev,
-        created: mount.created
+        created: mount.created,
+        namespace: mount.namespace
     })
 }
 
@@ -185,6 +186,7 @@ mod tests {
             folder: "".into(),
             dev: 41,
             created: true,
+            namespace: Some(4_026_531_841),
         };
         let the_volume = VolumeInfo {
             name: "npm".into(),

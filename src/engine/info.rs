@@ -18,6 +18,8 @@ pub struct MountInfo {
     pub folder: OsString,
     pub dev: u64,
     pub created: bool,
+    /// The mount namespace in which it was mounted, while it is served.
+    pub namespace: Option<u64>,
 }
 
 impl From<MountPoint> for MountInfo {
@@ -27,6 +29,7 @@ impl From<MountPoint> for MountInfo {
             folder: mount.folder,
             dev: mount.dev,
             created: mount.created,
+            namespace: None,
         }
     }
 }
@@ -118,7 +121,7 @@ impl Engine {
 
     /// The same for one of several forks: `taken` keeps what untrusted volumes take, which is counted once for all.
     pub(super) fn info_of_many(&self, live: &Live, taken: &mut Option<u64>) -> Result<ForkInfo> {
-        let served = live.is_served();
+        let namespaces = live.namespaces();
         let record = live.record.lock().clone();
         let volume = self.store.volume_by_id(record.volume)?;
         let delta = live
@@ -128,7 +131,7 @@ impl Engine {
             .unwrap_or_default();
         Ok(ForkInfo {
             id: live.id.to_string(),
-            state: match (&live.fork, served) {
+            state: match (&live.fork, !namespaces.is_empty()) {
                 (None, _) => "lost",
                 (Some(_), true) => "live",
                 (Some(_), false) => "unmounted",
@@ -154,7 +157,14 @@ impl Engine {
                     verdict.err().map(|error| error.message)
                 }
             },
-            mounts: record.mounts.into_iter().map(MountInfo::from).collect(),
+            mounts: record
+                .mounts
+                .into_iter()
+                .map(|mount| MountInfo {
+                    namespace: namespaces.get(&mount.folder).copied().flatten(),
+                    ..mount.into()
+                })
+                .collect(),
             job: record.options.job,
             created: record.created,
             age: (super::now() - record.created) as f64 / 1e9,

@@ -115,6 +115,12 @@ impl Policy {
         }
     }
 
+    /// Bytes of a disk of this size that the store leaves free.
+    fn to_stay_free(&self, total: u64) -> u64 {
+        let min_free = self.min_free.unwrap_or((total / 10).min(MIN_FREE));
+        min_free.min(total)
+    }
+
     /// Adds a rule for the volumes whose names match: `*` stands for anything but a slash, `**` for anything.
     ///
     /// # Errors
@@ -245,9 +251,7 @@ impl Engine {
         let policy = &self.config.retention;
         let beyond = self.beyond_limit();
         let (free, total) = self.store.disk();
-        let min_free = policy.min_free.unwrap_or((total / 10).min(MIN_FREE));
-        let short = min_free.min(total).saturating_sub(free);
-        beyond.max(short)
+        beyond.max(policy.to_stay_free(total).saturating_sub(free))
     }
 
     pub(super) fn beyond_limit(&self) -> u64 {
@@ -371,6 +375,8 @@ mod tests {
         decide(NOW, volumes, need).into_iter().map(text).collect()
     }
 
+    /// > A volume that was neither forked nor committed for 14 days goes, head included. A pinned version, the base of a live fork
+    /// > and a volume with a live fork stay always, and a head as long as its volume.
     #[test]
     fn an_unused_volume_goes_with_its_head_unless_it_is_pinned_or_forked() {
         let unused = volume(1, NOW - 15 * DAY, &[15, 16]);
@@ -383,6 +389,8 @@ mod tests {
         assert_eq!(gone(&[unused, pinned, forked, used, empty], 0), ["1", "5"]);
     }
 
+    /// > Of one in use the newest 10 versions stay, and those of the last 24 hours. A pinned version, the base of a live fork and a
+    /// > volume with a live fork stay always, and a head as long as its volume.
     #[test]
     fn the_newest_ten_and_those_of_a_day_and_what_is_held_stay() {
         let mut ages = vec![0; 12];
@@ -397,6 +405,8 @@ mod tests {
         assert!(gone(&[few], 0).is_empty());
     }
 
+    /// > Where the store is beyond its `limit`, or its disk has less than `min-free` (a tenth, at most 20 GiB) left, older versions
+    /// > go and then whole volumes, the least recently used first; nothing of a volume that was used within the last hour.
     #[test]
     fn for_room_older_versions_go_before_heads_and_the_least_recently_used_first() {
         let all = [
@@ -411,6 +421,18 @@ mod tests {
         assert_eq!(gone(&all, 10_000), ["2@1", "1@1", "2", "1"], "3 is in use");
     }
 
+    /// > Where the store is beyond its `limit`, or its disk has less than `min-free` (a tenth, at most 20 GiB) left, older versions
+    /// > go and then whole volumes, the least recently used first; nothing of a volume that was used within the last hour.
+    #[test]
+    fn a_tenth_of_the_disk_stays_free_and_at_most_20_gib_unless_the_owner_says_otherwise() {
+        let free = |min_free, total| Policy::new(None, min_free).to_stay_free(total);
+        assert_eq!(free(None, 50 << 30), 5 << 30);
+        assert_eq!(free(None, 500 << 30), 20 << 30);
+        assert_eq!(free(Some(70), 500 << 30), 70);
+        assert_eq!(free(Some(70), 60), 60);
+    }
+
+    /// > A pinned version, the base of a live fork and a volume with a live fork stay always, and a head as long as its volume.
     #[test]
     fn what_is_held_stays_however_short_the_disk_runs() {
         let mut pinned = volume(1, NOW - 5 * DAY, &[5, 6, 7]);
@@ -426,6 +448,8 @@ mod tests {
         assert!(gone(&[future], 10_000).is_empty());
     }
 
+    /// > `config.toml` says otherwise: the first table whose pattern matches the volume's name counts, `*` stops at a slash and
+    /// > `**` does not.
     #[test]
     fn the_first_rule_that_matches_a_name_counts() {
         let keep = |versions| Keep {

@@ -1,26 +1,39 @@
 //! Sessions: a fork, or folders of it that do not overlap, served to kernels.
 
+use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{Code, Engine, EngineError, Live, Result};
 use crate::fork::error::FsError;
 use crate::fs::{Caller, Fs, NewNode, Options, Ownership};
-use crate::mount::session;
+use crate::mount::session::{self, Caches};
 use crate::record::{Ino, Kind, ROOT};
 use crate::store::{ForkId, MountPoint};
 
 /// The sessions of a fork.
 #[derive(Debug)]
 pub(super) struct Sessions {
-    /// Their numbers, and the folder of the fork that each serves.
-    served: Vec<(u64, OsString)>,
+    served: Vec<Session>,
     /// When the last one ended, or the fork was opened.
     since: Instant,
+}
+
+#[derive(Debug)]
+struct Session {
+    epoch: u64,
+    /// The folder of the fork that it serves.
+    folder: OsString,
+    /// The mount namespace in which it was mounted, as far as the caller said.
+    namespace: Option<u64>,
+    /// It is to answer nothing any more.
+    ended: Arc<AtomicBool>,
+    /// Known once it is served.
+    caches: Option<Caches>,
 }
 
 impl Default for Sessions {
@@ -47,6 +60,10 @@ pub struct Served {
     pub mountpoint: OsString,
     /// The device number of the mount.
     pub dev: u64,
+    /// The mount namespace in which it is, by its inode number.
+    pub namespace: Option<u64>,
+    /// Sessions that serve some of the same are ended: they have been taken away, and live on where nobody sees them.
+    pub instead: bool,
     /// The mountpoint was made for the fork and goes with it.
     pub created: bool,
     /// Whose a folder is that has to be made.
@@ -68,16 +85,39 @@ impl Live {
         !self.sessions.lock().served.is_empty()
     }
 
+    /// The folders that are served, and in which mount namespaces, as far as that is known.
+    pub(super) fn namespaces(&self) -> HashMap<OsString, Option<u64>> {
+        let sessions = self.sessions.lock();
+        let served = sessions.served.iter();
+        served.map(|s| (s.folder.clone(), s.namespace)).collect()
+    }
+
     fn end_session(&self, epoch: u64) {
         let mut sessions = self.sessions.lock();
         let before = sessions.served.len();
-        sessions.served.retain(|(of, _)| *of != epoch);
+        sessions.served.retain(|session| session.epoch != epoch);
         if sessions.served.len() == before {
             return;
         }
         sessions.since = Instant::now();
         if let Some(fork) = &self.fork {
             fork.end_session(epoch);
+        }
+    }
+
+    /// Ends sessions whose connection is still there: whatever they are asked from now on is answered with EIO, and their kernels
+    /// are made to ask.
+    fn end_served(&self, sessions: Vec<Session>) {
+        let Some(fork) = &self.fork else { return };
+        for session in &sessions {
+            session.ended.store(true, Ordering::Release);
+        }
+        fork.settle();
+        for session in sessions {
+            let known = fork.end_session(session.epoch);
+            if let Some(caches) = session.caches {
+                caches.drop(&known);
+            }
         }
     }
 }
@@ -105,21 +145,23 @@ impl Engine {
     /// Serves a fork on a connection to the kernel that its caller mounted; returns when it is usable.
     ///
     /// # Errors
-    /// `Busy` if what is to be served is served already, in whole or in part; `Policy` for a folder that cannot be one; `Failed` if
+    /// `Busy` if what is to be served is served already, in whole or in part, and not by sessions that are to end; `Policy` for a folder that cannot be one; `Failed` if
     /// the descriptor is not of a mount.
     pub fn serve(self: &Arc<Self>, id: ForkId, fd: OwnedFd, served: &Served) -> Result<()> {
         let live = self.live(id)?;
         let fs = self.fs_of(id)?;
-        let epoch = self.begin_session(&live, served)?;
+        let ended = Arc::new(AtomicBool::new(false));
+        let (epoch, older) = self.begin_session(&live, served, ended.clone())?;
+        live.end_served(older);
         let fs = folder_of(&fs, served)
-            .and_then(|root| fs.for_session(epoch, root))
+            .and_then(|root| fs.for_session(epoch, root, ended))
             .map_err(|error| {
                 live.end_session(epoch);
                 explain(&served.folder, error)
             })?;
         let (engine, ended) = (Arc::downgrade(self), live.clone());
         let (requests, wakeful) = (live.requests.clone(), self.wakeful.clone());
-        let result = session::serve(fs, fd, epoch, 2, requests, wakeful, move || {
+        let caches = session::serve(fs, fd, epoch, 2, requests, wakeful, move || {
             ended.end_session(epoch);
             if ended.over.load(Ordering::Acquire)
                 && !ended.is_served()
@@ -128,22 +170,32 @@ impl Engine {
                 engine.remove_delta(&ended);
             }
         });
-        result.map_err(|error| {
+        let caches = caches.map_err(|error| {
             live.end_session(epoch);
             let at = served.mountpoint.to_string_lossy();
             EngineError::new(
                 Code::Failed,
                 format!("fork {id} cannot be served at {at}: {error}"),
             )
-        })
+        })?;
+        let mut sessions = live.sessions.lock();
+        if let Some(session) = sessions.served.iter_mut().find(|s| s.epoch == epoch) {
+            session.caches = Some(caches);
+        }
+        Ok(())
     }
 
-    /// Gives a session its number and notes where it is.
-    fn begin_session(&self, live: &Live, served: &Served) -> Result<u64> {
+    /// Gives a session its number and notes where it is; returns those whose place it takes.
+    fn begin_session(
+        &self,
+        live: &Live,
+        served: &Served,
+        ended: Arc<AtomicBool>,
+    ) -> Result<(u64, Vec<Session>)> {
         let mut sessions = live.sessions.lock();
         let mut record = live.record.lock();
         let taken = |folder: &OsStr| overlap(folder, &served.folder);
-        if sessions.served.iter().any(|(_, folder)| taken(folder)) {
+        if !served.instead && sessions.served.iter().any(|s| taken(&s.folder)) {
             let mount = record.mounts.iter().find(|m| taken(&m.folder));
             let at = mount.map_or_else(String::new, |m| m.path.to_string_lossy().into_owned());
             return Err(EngineError::new(
@@ -163,8 +215,16 @@ impl Engine {
         });
         self.store.put_fork(&changed)?;
         *record = changed;
-        sessions.served.push((epoch, served.folder.clone()));
-        Ok(epoch)
+        let older = sessions.served.extract_if(.., |s| taken(&s.folder));
+        let older = older.collect();
+        sessions.served.push(Session {
+            epoch,
+            folder: served.folder.clone(),
+            namespace: served.namespace,
+            ended,
+            caches: None,
+        });
+        Ok((epoch, older))
     }
 }
 

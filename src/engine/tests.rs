@@ -217,6 +217,8 @@ fn a_commit_is_what_the_next_fork_starts_from() {
     check(&bench);
 }
 
+/// > A fork shows the version it was made from and its own changes, and nothing of other forks. The last commit wins: its version
+/// > is the head, whatever was committed since the fork was made.
 #[test]
 fn forks_of_one_volume_see_only_their_base_and_themselves_and_the_last_commit_wins() {
     let bench = Bench::new();
@@ -240,21 +242,36 @@ fn forks_of_one_volume_see_only_their_base_and_themselves_and_the_last_commit_wi
     check(&bench);
 }
 
+/// > | `forkvol abandon` returned | gone | gone; it may be listed once more, as `lost` |
 #[test]
 fn an_abandoned_fork_leaves_the_head_as_it_was() {
-    let bench = Bench::new();
+    let mut bench = Bench::new();
     let first = bench.fork("v");
     put(&bench.fs(first), "kept", b"1");
     bench.commit(first, false);
     let doomed = bench.fork("v");
     let fs = bench.fs(doomed);
     fs.unlink(ME, ROOT, b"kept").unwrap();
+    let mut record = bench.engine().live(doomed).unwrap().record.lock().clone();
     bench.engine().abandon(doomed).unwrap();
     assert!(matches!(fs.getattr(ROOT), Err(FsError::Ended)));
-    assert_eq!(get(&bench.fs(bench.fork("v")), "kept"), Some(b"1".to_vec()));
-    assert_eq!(bench.engine().volume("v").unwrap().head, Some(1));
+    drop(fs);
+    for cut in [false, true] {
+        if cut {
+            // What was not synced yet is back: the record, of another boot by now.
+            record.boot = "before the power cut".into();
+            bench.engine().store.put_fork(&record).unwrap();
+        }
+        bench.reopen();
+        let listed = bench.engine().find_fork(&doomed.to_string());
+        assert_eq!(listed.ok().map(|fork| fork.state), cut.then_some("lost"));
+        assert_eq!(get(&bench.fs(bench.fork("v")), "kept"), Some(b"1".to_vec()));
+        assert_eq!(bench.engine().volume("v").unwrap().head, Some(1));
+    }
+    bench.engine().abandon(doomed).unwrap();
 }
 
+/// > A commit of what has not changed makes no version; the times of a folder alone are no change.
 #[test]
 fn a_commit_of_an_unchanged_fork_makes_no_version() {
     let bench = Bench::new();
@@ -271,9 +288,23 @@ fn a_commit_of_an_unchanged_fork_makes_no_version() {
         None,
         "the root's times alone are no change"
     );
-    assert_eq!(bench.engine().log("v").unwrap().len(), 1);
+    let touched = bench.fork("v");
+    let fs = bench.fs(touched);
+    let dir = private_root::folder(&fs, "dir");
+    bench.commit(touched, true);
+    let time = SetAttr {
+        mtime: Some(5),
+        ..SetAttr::default()
+    };
+    fs.setattr(ME, dir, time).unwrap();
+    assert_eq!(bench.commit(touched, true), None, "nor those of another");
+    let file = fs.lookup(ROOT, b"f").unwrap().unwrap().ino;
+    fs.setattr(ME, file, time).unwrap();
+    assert_eq!(bench.commit(touched, false), Some(3), "those of a file are");
+    assert_eq!(bench.engine().log("v").unwrap().len(), 3);
 }
 
+/// > A commit is of one point in time. With `--keep` the fork goes on, from the version it has made.
 #[test]
 fn keep_commits_a_point_in_time_and_the_fork_goes_on_from_it() {
     let mut bench = Bench::new();
@@ -307,6 +338,7 @@ fn keep_commits_a_point_in_time_and_the_fork_goes_on_from_it() {
     check(&bench);
 }
 
+/// > | `write(2)` returned, or any other change | kept: it is in the fork's log and spool | gone with the fork |
 #[test]
 fn everything_that_was_acknowledged_is_there_after_the_daemon_was_killed() {
     let mut bench = Bench::new();
@@ -388,6 +420,7 @@ fn changing_little_of_a_large_committed_file_stores_little() {
     check(&bench);
 }
 
+/// > | new data of a fork | its `--size` | ENOSPC; reading, deleting and commit go on |
 #[test]
 fn beyond_its_size_a_fork_answers_no_space_and_nothing_else_breaks() {
     let bench = Bench::new();
@@ -406,6 +439,7 @@ fn beyond_its_size_a_fork_answers_no_space_and_nothing_else_breaks() {
     assert_eq!(get(&bench.fs(bench.fork("v")), "b"), Some(vec![2; 900_000]));
 }
 
+/// > Files that were unlinked while open stay usable until they are closed, and are never committed.
 #[test]
 fn an_open_file_without_names_lives_until_it_is_forgotten_and_is_never_committed() {
     let bench = Bench::new();
@@ -455,10 +489,18 @@ fn gc_frees_what_nothing_names_and_leaves_every_version_whole() {
     check(&bench);
 }
 
+/// > | `write(2)` returned, or any other change | kept: it is in the fork's log and spool | gone with the fork |
+/// > | `fsync(2)` returned | kept | gone with the fork |
+/// > | `forkvol abandon` returned | gone | gone; it may be listed once more, as `lost` |
+/// > A fork does not outlive a reboot: it is then `lost`, and can only be abandoned. Versions outlive it.
 #[test]
 fn a_fork_of_another_boot_is_lost_and_can_only_be_abandoned() {
     let mut bench = Bench::new();
+    let first = bench.fork("v");
+    put(&bench.fs(first), "committed", &noise(100_000, 1));
+    bench.commit(first, false);
     let id = bench.fork("v");
+    put(&bench.fs(id), "of the fork alone", b"1");
     let live = bench.engine().live(id).unwrap();
     live.record.lock().boot = "another".into();
     bench.engine().store.put_fork(&live.record.lock()).unwrap();
@@ -476,8 +518,12 @@ fn a_fork_of_another_boot_is_lost_and_can_only_be_abandoned() {
             .code,
         Code::Failed
     );
+    assert!(bench.engine().fs_of(id).is_err());
     bench.engine().abandon(id).unwrap();
     assert!(bench.engine().forks().unwrap().is_empty());
+    let fs = bench.fs(bench.fork("v"));
+    assert_eq!(get(&fs, "committed"), Some(noise(100_000, 1)));
+    assert_eq!(get(&fs, "of the fork alone"), None);
 }
 
 #[test]

@@ -469,6 +469,7 @@ mod tests {
         excludes.names(path.as_bytes(), is_dir)
     }
 
+    /// > Patterns are those of a `.gitignore` at the volume's root: later ones win, `!` takes one back.
     #[test]
     fn patterns_are_those_of_gitignore_at_the_root_of_the_volume() {
         assert!(excluded(&["/a"], false, "a", false));
@@ -480,6 +481,9 @@ mod tests {
         assert!(Excludes::new(&["a{".into()], false).is_err());
     }
 
+    /// > Nor is, unless the fork was made with `--no-default-exclude`, a path where tools keep credentials: `.netrc`,
+    /// > `.git-credentials`, `/.npmrc`, `/.docker/config.json`, `/.cargo/credentials.toml`, `/.aws/credentials`, `/.ssh/`,
+    /// > `/.gnupg/` and their like. A bare `*.pem`, `.env` and `.git/config` are no such paths.
     #[test]
     fn the_default_ones_hit_credentials_and_not_certificates_or_settings() {
         for path in [
@@ -487,13 +491,16 @@ mod tests {
             ".docker/config.json",
             ".cargo/credentials.toml",
             "x/.netrc",
+            ".git-credentials",
+            ".aws/credentials",
         ] {
             assert!(excluded(&[], true, path, false), "{path}");
         }
-        assert!(excluded(&[], true, ".ssh", true));
+        assert!(excluded(&[], true, ".ssh", true) && excluded(&[], true, ".gnupg", true));
         for path in [
             "a.pem",
             ".env",
+            ".git/config",
             "node_modules/x/.npmrc",
             ".config/pip/pip.conf",
         ] {

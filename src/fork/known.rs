@@ -11,14 +11,18 @@ impl Fork {
     /// Counts that the kernel of a session was told of an inode once more.
     pub fn looked_up(&self, session: u64, ino: Ino) {
         let mut lookups = self.lookups.lock();
-        let at = match lookups.iter().position(|(of, _)| *of == session) {
-            Some(at) => at,
-            None => {
-                lookups.push((session, HashMap::new()));
-                lookups.len() - 1
-            }
-        };
-        *lookups[at].1.entry(ino).or_default() += 1;
+        if session == 0 && lookups.iter().all(|(of, _)| *of != 0) {
+            lookups.push((0, HashMap::new()));
+        }
+        // One that a newer session has ended is not counted any more.
+        if let Some((_, known)) = lookups.iter_mut().find(|(of, _)| *of == session) {
+            *known.entry(ino).or_default() += 1;
+        }
+    }
+
+    /// Counts from now on what a session's kernel is told of.
+    pub fn begin_session(&self, session: u64) {
+        self.lookups.lock().push((session, HashMap::new()));
     }
 
     /// Counts that the kernel of a session forgot an inode so many times; an orphan that nobody knows any more is removed.
@@ -71,10 +75,15 @@ impl Fork {
         }
     }
 
-    /// Forgets what a session's kernel knew, and the orphans that only it could reach.
-    pub fn end_session(&self, session: u64) {
-        self.lookups.lock().retain(|(of, _)| *of != session);
+    /// Forgets what a session's kernel knew, and the orphans that only it could reach; returns what that was.
+    pub fn end_session(&self, session: u64) -> Vec<Ino> {
+        let ended = {
+            let mut lookups = self.lookups.lock();
+            let at = lookups.iter().position(|(of, _)| *of == session);
+            at.map(|at| lookups.swap_remove(at).1)
+        };
         self.drop_orphans();
+        ended.unwrap_or_default().into_keys().collect()
     }
 
     /// Removes the orphans that no kernel knows.

@@ -3,20 +3,20 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use parking_lot::{ArcRwLockReadGuard, ArcRwLockWriteGuard, RawRwLock, RwLockWriteGuard};
+use parking_lot::{ArcRwLockWriteGuard, RawRwLock, RwLockWriteGuard};
 
 use super::error::FsError;
 use super::extent::{Content, Extent, ExtentMap, Origin};
 use super::log::Request;
 use super::table::{Cell, Edit, Inode, Table};
-use super::{Fork, Gate, INODE_CHARGE, Layers, view};
+use super::{Fork, INODE_CHARGE, Inside, Layers, view};
 use crate::record::{Attr, Ino, Kind};
 
 /// One namespace operation: it has the names of the fork to itself, and the inodes it asked for.
 pub struct Tx<'a> {
     pub layers: RwLockWriteGuard<'a, Layers>,
     fork: &'a Fork,
-    _gate: ArcRwLockReadGuard<RawRwLock, Gate>,
+    _gate: Inside,
     locked: Vec<Locked>,
     edits: Vec<Edit>,
     created: u64,

@@ -37,7 +37,7 @@ impl Fs {
         let drops_capability = set.uid.is_some() || set.gid.is_some() || set.size.is_some();
         let sets_acl = set.mode.is_some() && self.options.acl;
         let store = &self.fork.store;
-        let mut tx = self.fork.begin()?;
+        let mut tx = self.begin()?;
         let mut edits = Vec::new();
         if drops_capability && tx.layers.xattr(store, ino, CAPABILITY)?.is_some() {
             edits.push(Edit::Xattr {
@@ -69,7 +69,7 @@ impl Fs {
         if self.fork.layers().xattr(store, ino, CAPABILITY)?.is_none() {
             return Ok(());
         }
-        let mut tx = self.fork.begin()?;
+        let mut tx = self.begin()?;
         tx.push(Edit::Xattr {
             ino,
             name: CAPABILITY.into(),

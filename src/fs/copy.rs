@@ -59,7 +59,7 @@ impl Fs {
         len: u64,
     ) -> Result<u64, FsError> {
         self.drop_capability(caller, target)?;
-        let _gate = self.fork.enter()?;
+        let _gate = self.enter()?;
         if self.fork.layers().frozen.is_some() {
             // What the base's pages are called is about to change.
             return Ok(0);

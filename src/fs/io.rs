@@ -33,7 +33,7 @@ impl Fs {
     /// Reads up to `size` bytes at `offset`: fewer at the end of the file.
     pub fn read(&self, ino: Ino, offset: u64, size: usize) -> Result<Vec<u8>, FsError> {
         let mut buffer = Vec::new();
-        let _looking = self.fork.look()?;
+        let _looking = self.look()?;
         match self.view(ino)? {
             InodeView::Base(attr, root) => {
                 buffer.resize(clip(&attr, offset, size)?, 0);
@@ -84,7 +84,7 @@ impl Fs {
     ) -> Result<usize, FsError> {
         self.writable()?;
         self.drop_capability(caller, ino)?;
-        let _gate = self.fork.enter()?;
+        let _gate = self.enter()?;
         let root = self.fork.root();
         let cell = self.fork.cell(ino)?.ok_or(FsError::Stale)?;
         let mut inode = cell.state.write();
@@ -118,7 +118,7 @@ impl Fs {
 
     /// Cuts or lengthens a file; new bytes are a hole.
     pub(super) fn truncate(&self, caller: Caller, ino: Ino, size: u64) -> Result<(), FsError> {
-        let _gate = self.fork.enter()?;
+        let _gate = self.enter()?;
         let root = self.fork.root();
         let cell = self.fork.cell(ino)?.ok_or(FsError::Stale)?;
         let mut inode = cell.state.write();
@@ -167,7 +167,7 @@ impl Fs {
             .filter(|end| *end <= SIZE_MAX)
             .ok_or(FsError::TooLarge)?;
         self.drop_capability(caller, ino)?;
-        let _gate = self.fork.enter()?;
+        let _gate = self.enter()?;
         let root = self.fork.root();
         let cell = self.fork.cell(ino)?.ok_or(FsError::Stale)?;
         let mut inode = cell.state.write();
@@ -208,7 +208,7 @@ impl Fs {
 
     /// Returns where the next data or hole begins at or behind `offset`.
     pub fn lseek(&self, ino: Ino, offset: u64, what: Seek) -> Result<u64, FsError> {
-        let _looking = self.fork.look()?;
+        let _looking = self.look()?;
         let view = self.view(ino)?;
         let store = &self.fork.store;
         let (size, runs) = match view {

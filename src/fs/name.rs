@@ -27,7 +27,7 @@ impl Fs {
         self.writable()?;
         check_name(name)?;
         let hash = hash56(name);
-        let mut tx = self.fork.begin()?;
+        let mut tx = self.begin()?;
         let store = &self.fork.store;
         let (ino, kind) = tx
             .layers

@@ -71,7 +71,7 @@ impl Fs {
         room: Option<Extent>,
     ) -> Result<Entry, FsError> {
         let hash = hash56(name);
-        let mut tx = self.fork.begin()?;
+        let mut tx = self.begin()?;
         self.check_free(&tx, dir, hash, name)?;
         let inherited = self.inherit(&tx, dir, &node)?;
         tx.lock(&[dir])?;
@@ -183,7 +183,7 @@ impl Fs {
         if target.is_empty() {
             return Ok(None);
         }
-        let _gate = self.fork.enter()?;
+        let _gate = self.enter()?;
         self.fork.want_pages(1)?;
         let at = self.fork.spool.allocate(1, 0);
         let extent = Extent {
@@ -203,7 +203,7 @@ impl Fs {
         self.writable()?;
         check_name(name)?;
         let hash = hash56(name);
-        let mut tx = self.fork.begin()?;
+        let mut tx = self.begin()?;
         self.check_free(&tx, dir, hash, name)?;
         tx.lock(&[ino, dir])?;
         let attr = tx.attr(ino);

@@ -51,7 +51,7 @@ impl Fs {
             hash: hash56(new_name),
             name: new_name,
         };
-        let mut tx = self.fork.begin()?;
+        let mut tx = self.begin()?;
         let store = &self.fork.store;
         let source = tx
             .layers

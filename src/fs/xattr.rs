@@ -24,7 +24,7 @@ pub enum XattrMode {
 impl Fs {
     /// Returns an extended attribute.
     pub fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>, FsError> {
-        self.fork.check_alive()?;
+        self.check_alive()?;
         self.check_xattr_name(name)?;
         let layers = self.fork.layers();
         let value = layers.xattr(&self.fork.store, ino, name)?;
@@ -35,7 +35,7 @@ impl Fs {
 
     /// Returns the names, each ended by NUL. Those of `trusted` are shown to root alone.
     pub fn listxattr(&self, caller: Caller, ino: Ino) -> Result<Vec<u8>, FsError> {
-        self.fork.check_alive()?;
+        self.check_alive()?;
         let names = self.fork.layers().xattr_names(&self.fork.store, ino)?;
         let mut out = Vec::new();
         for name in names {
@@ -61,7 +61,7 @@ impl Fs {
         if value.len() > SIZE_MAX {
             return Err(FsError::AttributeTooLarge);
         }
-        let mut tx = self.fork.begin()?;
+        let mut tx = self.begin()?;
         let store = &self.fork.store;
         let before = tx.layers.xattr(store, ino, name)?;
         match mode {
@@ -108,7 +108,7 @@ impl Fs {
     pub fn removexattr(&self, caller: Caller, ino: Ino, name: &[u8]) -> Result<(), FsError> {
         self.writable()?;
         self.check_xattr_name(name)?;
-        let mut tx = self.fork.begin()?;
+        let mut tx = self.begin()?;
         if tx.layers.xattr(&self.fork.store, ino, name)?.is_none() {
             return if is_acl(name) {
                 Ok(())

@@ -7,13 +7,33 @@ use std::thread;
 use std::time::Duration;
 
 use crossbeam::channel;
-use fuser::{Config, Session, SessionACL};
+use fuser::{Config, INodeNo, Notifier, Session, SessionACL};
 
 use super::{Mount, Requests, Wakeful, push};
 use crate::fs::Fs;
+use crate::record::{Ino, ROOT};
 
 /// The kernel greets a new connection at once.
 const GREETING: Duration = Duration::from_secs(2);
+
+/// What the kernel of a session remembers.
+#[derive(Debug)]
+pub struct Caches {
+    notifier: Notifier,
+    root: Ino,
+}
+
+impl Caches {
+    /// Makes the kernel ask for these inodes again, and for the folder at the top. Called by no thread that answers the session,
+    /// for the kernel waits for pages that are being read.
+    pub fn drop(&self, known: &[Ino]) {
+        let nodes = known.iter().filter(|ino| **ino != self.root);
+        for node in nodes.chain([&ROOT]) {
+            // What the kernel has forgotten meanwhile is gone from its memory too.
+            self.notifier.inval_inode(INodeNo(node.0), 0, 0).ok();
+        }
+    }
+}
 
 /// Serves a fork on a connection that its caller has mounted; returns when the mount is usable. `ended` runs when the
 /// connection is over, however it ended.
@@ -28,7 +48,8 @@ pub fn serve(
     requests: Arc<Requests>,
     wakeful: Arc<Wakeful>,
     ended: impl FnOnce() + Send + 'static,
-) -> io::Result<()> {
+) -> io::Result<Caches> {
+    let root = fs.root();
     let name = fs.fork.id.to_string();
     let pushed = fs.read_only();
     let (readers, pusher) = pushed
@@ -54,7 +75,8 @@ pub fn serve(
                 return;
             }
         };
-        if ready.send(Ok(())).is_err() {
+        let notifier = session.notifier();
+        if ready.send(Ok(Caches { notifier, root })).is_err() {
             return;
         }
         if let Some(pusher) = pusher

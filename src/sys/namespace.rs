@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -28,6 +29,13 @@ pub fn private_mounts_in_user_namespace() -> io::Result<()> {
     fs::write("/proc/self/uid_map", format!("{uid} {uid} 1"))?;
     fs::write("/proc/self/gid_map", format!("{gid} {gid} 1"))?;
     mount::make_slave()
+}
+
+/// The mount namespace of a process, or of the caller, by its inode number, as far as the caller may look.
+pub fn of_mounts(pid: Option<u32>) -> Option<u64> {
+    let whose = pid.map_or_else(|| "self".into(), |pid| pid.to_string());
+    let namespace = fs::metadata(format!("/proc/{whose}/ns/mnt"));
+    namespace.ok().map(|namespace| namespace.ino())
 }
 
 /// Lets the command start in a user and mount namespace of its own, with folders bound over others: (what, over what).

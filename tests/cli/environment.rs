@@ -144,6 +144,7 @@ fn what_is_no_value_is_a_mistake_of_the_caller() {
     }
 }
 
+/// > A fork unmounted behind forkvol's back stays `unmounted` and can be mounted again by `forkvol mount`.
 #[test]
 fn a_mount_that_was_taken_away_by_somebody_else_costs_nothing() {
     let lines = surrounded(
@@ -163,6 +164,50 @@ fn a_mount_that_was_taken_away_by_somebody_else_costs_nothing() {
     );
     assert_eq!(lines[0], "10 no fork is mounted at ./m; see forkvol forks");
     assert_eq!(lines[1..], ["kept", "v@1", "kept", "more"], "{lines:#?}");
+}
+
+/// > Where an unmounted fork is still held out of sight, as by a container, `forkvol mount` ends that mount: whoever uses it gets
+/// > EIO.
+#[test]
+fn a_mount_out_of_sight_gives_way_to_a_new_one_and_one_that_stands_does_not() {
+    let lines = surrounded(
+        r#"id=$(forkvol fork v m)
+        echo one > m/f
+        says forkvol mount "$id" n
+        unshare --mount --propagation private sleep 100 &
+        holder=$!
+        until ! cmp -s /proc/$holder/mountinfo /proc/self/mountinfo; do sleep 0.01; done
+        there() { nsenter --mount=/proc/$holder/ns/mnt "$@"; }
+        umount m
+        there cat "$WORK/m/f"
+        forkvol mount "$id" n > out 2> err
+        grep -o 'm was still in use by sleep .*another mount namespace' err | sed 's/[0-9]\+/PID/'
+        cat n/f
+        there cat "$WORK/m/f" 2> out || echo nothing there
+        echo two > n/f
+        umount n
+        kill $holder
+        forkvol commit "$id"
+        forkvol run -v v -p c -- bash -c 'touch ready; until [ -e go ]; do sleep 0.01; done; cat c/f; echo three > c/f' > ran &
+        run=$!
+        until [ -e ready ]; do sleep 0.01; done
+        id=$(forkvol forks | grep -o 'f-[0-9a-f]*')
+        says forkvol mount "$id" n
+        touch go
+        wait $run
+        cat ran
+        forkvol cat v:f"#,
+    );
+    let refused =
+        |line: &str| line.starts_with("15 fork f-") && line.contains("mounted already at");
+    let (refusals, others): (Vec<&str>, Vec<&str>) = lines
+        .iter()
+        .map(String::as_str)
+        .partition(|line| refused(line));
+    assert_eq!(refusals.len(), 2, "{lines:#?}");
+    let holder = "m was still in use by sleep (pid PID: another mount namespace";
+    let expected = ["one", holder, "one", "nothing there", "v@1", "two", "three"];
+    assert_eq!(others, expected, "{lines:#?}");
 }
 
 #[test]

@@ -396,6 +396,9 @@ fn number(output: &Output) -> Option<u64> {
         .then(|| number().expect("a version"))
 }
 
+/// > | `write(2)` returned, or any other change | kept: it is in the fork's log and spool | gone with the fork |
+/// > | `forkvol commit` returned | kept | kept: the version and the head are on disk |
+/// > | `forkvol commit` was interrupted | the head is the old or the new version, never anything else | the same |
 #[test]
 fn a_daemon_that_is_killed_at_any_moment_has_lost_nothing_that_it_acknowledged() {
     let kills = std::env::var("FORKVOL_KILLS").map_or(KILLS, |kills| kills.parse().unwrap());
@@ -442,4 +445,43 @@ fn a_daemon_that_is_killed_at_any_moment_has_lost_nothing_that_it_acknowledged()
     let [forks, keeps, commits, abandons] = done.map(AtomicUsize::into_inner);
     println!("{kills} kills: {forks} forks, {keeps} keeps, {commits} commits, {abandons} abandons");
     assert!(keeps > 0 && forks >= kills, "the load is none");
+}
+
+/// > The kernel hands a `write(2)` on in requests of at most 1 MiB, and each of them is a change: of one that was cut off, by a killed
+/// > daemon or the end of the mount, a prefix may be there.
+#[test]
+fn a_long_write_that_a_kill_cuts_off_leaves_a_prefix_of_it() {
+    let cli = Cli::new();
+    let mount = cli.path("m");
+    let fork = cli.ok(&["fork", "v", mount.to_str().unwrap()]);
+    let spool = cli.path("store/forks").join(&fork).join("spool");
+    let bytes: Vec<u8> = (0..48_u32 << 20).flat_map(u32::to_le_bytes).collect();
+    for round in 0.. {
+        let path = mount.join(format!("f{round}"));
+        let pid = cli.daemon_pid();
+        let mut file = fs::File::create(&path).unwrap();
+        let before = fs::metadata(&spool).unwrap().len();
+        let returned = std::thread::scope(|scope| {
+            let writer = scope.spawn(|| std::io::Write::write(&mut file, &bytes));
+            while fs::metadata(&spool).unwrap().len() <= before + (8 << 20) && !writer.is_finished()
+            {
+                std::thread::yield_now();
+            }
+            cli.kill(pid);
+            writer.join().unwrap()
+        });
+        cli.ok(&["mount", &fork]);
+        let found = fs::read(&path).unwrap();
+        assert!(bytes.starts_with(&found), "{} bytes", found.len());
+        assert!(
+            found.len() >= returned.unwrap_or(0),
+            "what was acknowledged is there"
+        );
+        // The kill may have come late: then all of it is there.
+        if found.len() < bytes.len() {
+            assert!(found.len() >= 1 << 20);
+            break;
+        }
+    }
+    cli.check();
 }

@@ -286,6 +286,9 @@ fn one_daemon_serves_however_many_commands_start_at_once() {
     cli.daemon_pid();
 }
 
+/// > | `fsync(2)` returned | kept | gone with the fork |
+/// > When the daemon dies, its mounts answer ENOTCONN at once. The next daemon lists the forks, with everything that had been
+/// > acknowledged.
 #[test]
 fn a_killed_daemon_means_enotconn_and_its_forks_come_back_with_everything() {
     let cli = Cli::new();
@@ -293,6 +296,10 @@ fn a_killed_daemon_means_enotconn_and_its_forks_come_back_with_everything() {
     cli.run("v", &cli.path("cache"), "echo base > cache/base");
     let fork = cli.ok(&["fork", "v", mount.to_str().unwrap()]);
     fs::write(mount.join("f"), "acknowledged").unwrap();
+    fs::write(mount.join("synced"), "to the disk").unwrap();
+    let synced = fs::File::open(mount.join("synced")).unwrap();
+    synced.sync_all().unwrap();
+    drop(synced);
     cli.kill_daemon();
     assert_eq!(
         fs::read(mount.join("f")).unwrap_err().raw_os_error(),
@@ -312,9 +319,11 @@ fn a_killed_daemon_means_enotconn_and_its_forks_come_back_with_everything() {
     cli.ok(&["commit", &fork]);
     assert_eq!(cli.ok(&["cat", "v:f"]), "acknowledged");
     assert_eq!(cli.ok(&["cat", "v:base"]), "base");
+    assert_eq!(cli.ok(&["cat", "v:synced"]), "to the disk");
     cli.check();
 }
 
+/// > | `forkvol commit` returned | kept | kept: the version and the head are on disk |
 #[test]
 fn commits_that_returned_survive_kills_at_any_moment() {
     let cli = Cli::new();

@@ -41,6 +41,7 @@ again() {
   mounted "$1" programs --acl
 }
 
+# > Inode numbers, change times and modification times survive a commit bit for bit, so git, make, cargo and rsync stay warm.
 program_git() {
   local mount="$work/git" host="$work/git-host" origin="$work/origin" where
   export HOME="$work" GIT_CONFIG_NOSYSTEM=1
@@ -173,6 +174,7 @@ make_tree() {
   )
 }
 
+# > Inode numbers, change times and modification times survive a commit bit for bit, so git, make, cargo and rsync stay warm.
 program_archives() {
   local mount="$work/archives" host="$work/archives-host"
   make_tree "$host"
@@ -202,6 +204,7 @@ program_archives() {
   echo "summary: $(find "$host" | wc -l) nodes"
 }
 
+# > Inode numbers, change times and modification times survive a commit bit for bit, so git, make, cargo and rsync stay warm.
 program_cargo() {
   local mount="$work/cargo" compiled
   mounted "$mount" programs

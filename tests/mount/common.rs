@@ -95,6 +95,15 @@ impl TestStore {
     }
 
     pub fn try_mount_folder(&self, id: ForkId, folder: &str) -> Result<TestMount, String> {
+        self.serve(id, folder, false)
+    }
+
+    /// Mounts a fork in the place of a mount that was taken away and lives on out of sight.
+    pub fn mount_instead(&self, id: ForkId) -> TestMount {
+        self.serve(id, "", true).unwrap()
+    }
+
+    fn serve(&self, id: ForkId, folder: &str, instead: bool) -> Result<TestMount, String> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m");
         std::fs::create_dir(&path).unwrap();
@@ -113,6 +122,8 @@ impl TestStore {
             mountpoint: path.clone().into(),
             dev,
             created: false,
+            namespace: None,
+            instead,
             owner: (0, 0),
         };
         let result = self.engine.serve(id, fuse.into(), &served);

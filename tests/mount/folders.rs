@@ -56,6 +56,7 @@ fn a_folder_that_is_missing_is_made_and_all_folders_are_committed_as_one() {
     assert_eq!(fs::read(mount.path.join("c/d/y")).unwrap(), b"y");
 }
 
+/// > A file with names in two of them is cached by neither and cannot be mapped shared.
 #[test]
 fn a_file_with_names_in_two_folders_is_one_file_for_both() {
     let bench = bench();
@@ -87,6 +88,7 @@ fn a_file_with_names_in_two_folders_is_one_file_for_both() {
     assert_eq!(fs::read(&in_b).unwrap(), b"on");
 }
 
+/// > A file with names in two of them is cached by neither and cannot be mapped shared.
 #[test]
 fn a_file_all_of_whose_names_are_inside_is_cached_as_ever() {
     let bench = bench();
@@ -103,6 +105,8 @@ fn a_file_all_of_whose_names_are_inside_is_cached_as_ever() {
     assert!(!maps("shared"), "another kernel changes it too");
 }
 
+/// > Folders of one fork that are mounted by themselves are filesystems of their own: `rename` and `link` from one to another give
+/// > EXDEV.
 #[test]
 fn names_across_folders_are_refused_as_between_filesystems() {
     let bench = bench();

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -98,6 +99,7 @@ fn assert_all_there(path: &Path, acknowledged: u32) {
     }
 }
 
+/// > An unmount is not a commit.
 #[test]
 fn a_mount_that_goes_commits_nothing_and_its_fork_shows_everything_when_it_is_mounted_again() {
     let store = TestStore::new();
@@ -201,6 +203,67 @@ fn requests_of_an_older_mount_reach_the_fork_as_long_as_that_lives_and_never_aft
     assert!(held.write_all_at(b"late", 0).is_err());
     let next = store.fork("v");
     assert_eq!(sh(&next.path, "ls; cat f h"), "f\nh\nfirst secondnew");
+    store.check();
+}
+
+/// > Where an unmounted fork is still held out of sight, as by a container, `forkvol mount` ends that mount: whoever uses it gets
+/// > EIO.
+#[test]
+fn a_mount_that_lives_on_out_of_sight_ends_with_a_new_one_of_its_fork_and_answers_nothing_any_more()
+{
+    let store = TestStore::new();
+    let base = store.fork("v");
+    sh(&base.path, "mkdir d; head -c 300000 /dev/zero >d/base");
+    assert_eq!(store.commit(base), Some(1));
+    let older = store.fork("v");
+    let id = older.id;
+    let dir = tempfile::tempdir().unwrap();
+    let mut elsewhere = Elsewhere::new(dir.path());
+    let at = older.path.display();
+    assert!(elsewhere.can(&format!("mkdir bind; mount --bind '{at}' bind")));
+    assert!(elsewhere.can("cd bind; echo 1 >d/small; cat d/*; ls -lR; exec 7<d/base 8>>d/small"));
+    assert!(elsewhere.can("echo gone >d/gone; exec 9<>d/gone; rm d/gone; cd .."));
+    let folder = File::open(&older.path).unwrap();
+    detach(&older);
+    assert!(elsewhere.can("echo 2 >&8; cat bind/d/base"));
+    let path = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string());
+    let writer = std::thread::spawn(move || write_on(&path));
+    while store.engine.find_fork(&id.to_string()).unwrap().changed < 100 {
+        std::thread::yield_now();
+    }
+
+    let newer = store.mount_instead(id);
+    let acknowledged = writer.join().unwrap();
+    assert!(acknowledged > 0);
+    for asked in [
+        "ls bind",
+        "cat bind/d/small",
+        "cat bind/d/base",
+        "stat bind/d",
+        "cat <&7",
+        "cat <&9",
+        "echo 3 >&8",
+        "echo 3 >&9",
+        "rm bind/d/small",
+        "mkdir bind/e",
+    ] {
+        assert!(!elsewhere.can(asked), "{asked}");
+        fs::write(newer.path.join("asked"), asked).unwrap();
+    }
+    assert_all_there(&newer.path, acknowledged);
+    assert_eq!(
+        sh(&newer.path, "cat d/small; wc -c <d/base; ls d"),
+        "1\n2\n300000\nbase\nsmall\n"
+    );
+    let refused = store.try_mount_folder(id, "").err().unwrap();
+    assert!(refused.contains("is mounted already"), "{refused}");
+
+    assert_eq!(store.commit(newer), Some(2));
+    assert!(!elsewhere.can("cat bind/d/small") && !elsewhere.can("echo 4 >&8"));
+    drop((elsewhere, folder, older));
+    let next = store.fork("v");
+    assert_eq!(sh(&next.path, "cat d/small asked"), "1\n2\nmkdir bind/e");
+    assert_all_there(&next.path, acknowledged);
     store.check();
 }
 

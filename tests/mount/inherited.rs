@@ -229,11 +229,14 @@ fn run(root: &Path, number: usize, case: &str) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// > A version has regular files, directories, symbolic links, hard links, pipes, sockets and devices.
 #[test]
 fn what_the_base_brought_behaves_like_files_of_the_hosts_filesystem() {
     behaves_like_the_host(CASES, false);
 }
 
+/// > It has extended attributes (`user`, `trusted`, `security`), and POSIX ACLs with inheritance where the fork was made with
+/// > `--acl` or its base has some.
 #[test]
 fn acls_behave_like_those_of_the_hosts_filesystem() {
     behaves_like_the_host(ACL_CASES, true);

@@ -8,5 +8,6 @@ mod exerciser;
 mod folders;
 mod gone;
 mod inherited;
+mod manual;
 mod posix;
 mod push;

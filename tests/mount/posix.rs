@@ -4,6 +4,8 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 
 use crate::common::{TestStore, sh};
 
+/// > It has their owners, modes, nanosecond times and creation times. Inode numbers, change times and modification times survive a
+/// > commit bit for bit, so git, make, cargo and rsync stay warm.
 #[test]
 fn a_committed_tree_is_the_same_bit_for_bit_in_the_next_fork() {
     let store = TestStore::new();
@@ -36,6 +38,7 @@ fn twenty_thousand_files_can_be_removed_while_they_are_listed() {
     assert_eq!(fs::read_dir(&mount.path).unwrap().count(), 0);
 }
 
+/// > Files that were unlinked while open stay usable until they are closed, and are never committed.
 #[test]
 fn an_unlinked_file_stays_readable_and_growable_while_it_is_open() {
     let store = TestStore::new();
@@ -96,6 +99,7 @@ fn truncating_down_and_up_again_shows_zeros() {
     assert!(bytes[..100_001].iter().all(|b| *b == 7) && bytes[100_001..].iter().all(|b| *b == 0));
 }
 
+/// > `copy_file_range` shares content instead of copying it.
 #[test]
 fn a_copy_shares_content_until_either_side_is_written() {
     let store = TestStore::new();
@@ -129,6 +133,7 @@ fn a_copy_shares_content_until_either_side_is_written() {
     store.check();
 }
 
+/// > A commit is of one point in time.
 #[test]
 fn a_commit_with_keep_while_a_writer_runs_is_one_point_in_time() {
     let store = TestStore::new();
@@ -192,6 +197,7 @@ fn a_commit_with_keep_while_a_writer_runs_is_one_point_in_time() {
     store.check();
 }
 
+/// > After a fork has been committed, what still holds its mount reads the committed state; every write fails.
 #[test]
 fn later_writes_through_what_is_left_of_a_committed_mount_fail_and_the_head_stays() {
     let store = TestStore::new();
@@ -210,6 +216,8 @@ fn later_writes_through_what_is_left_of_a_committed_mount_fail_and_the_head_stay
     );
 }
 
+/// > An unmount is not a commit. A fork unmounted behind forkvol's back stays `unmounted` and can be mounted again by `forkvol
+/// > mount`.
 #[test]
 fn a_fork_unmounted_behind_our_back_can_be_mounted_again_with_everything() {
     let store = TestStore::new();
@@ -250,6 +258,7 @@ fn a_container_with_another_mount_namespace_and_uid_works_in_a_fork() {
     );
 }
 
+/// > `df` shows what is left of it, or of the disk where that is less.
 #[test]
 fn df_shows_the_room_that_is_left_and_never_more_than_the_disk_has() {
     let store = TestStore::new();
@@ -276,6 +285,8 @@ fn df_shows_the_room_that_is_left_and_never_more_than_the_disk_has() {
     assert_eq!(store.commit(mount), Some(1));
 }
 
+/// > It has extended attributes (`user`, `trusted`, `security`), and POSIX ACLs with inheritance where the fork was made with
+/// > `--acl` or its base has some. Without ACLs, setting one gives EOPNOTSUPP.
 #[test]
 fn acls_are_inherited_where_the_fork_has_them_and_refused_where_not() {
     let store = TestStore::new();
@@ -290,6 +301,16 @@ fn acls_are_inherited_where_the_fork_has_them_and_refused_where_not() {
         out.contains("user:4242:rwx\ngroup::r-x\nmask::rw-")
             && out.contains("user:4242:rwx\ngroup::r-x\nmask::rwx"),
         "{out}"
+    );
+    store.commit(mount);
+    let next = store.fork("w");
+    let out = sh(
+        &next.path,
+        "touch d/g; getfacl -cE d/g; setfacl -m u:4343:r d/f",
+    );
+    assert!(
+        out.contains("user:4242:rwx\ngroup::r-x\nmask::rw-"),
+        "its base has some: {out}"
     );
 }
 
@@ -325,6 +346,7 @@ fn times_are_kept_to_the_nanosecond_on_both_sides_of_1970() {
     }
 }
 
+/// > Holes stay holes, on 4 KiB boundaries, and zeros that were written stay data.
 #[test]
 fn holes_are_found_and_zeros_stay_data() {
     let store = TestStore::new();
@@ -344,6 +366,7 @@ fn holes_are_found_and_zeros_stay_data() {
     assert_eq!(sh(&next.path, runs), before, "the same after a commit");
 }
 
+/// > After a fork has been committed, what still holds its mount reads the committed state; every write fails.
 #[test]
 fn the_room_of_a_committed_fork_comes_back_though_its_mount_lingers_and_it_still_reads_right() {
     let store = TestStore::new();
@@ -372,6 +395,7 @@ fn the_room_of_a_committed_fork_comes_back_though_its_mount_lingers_and_it_still
     );
 }
 
+/// > `O_TMPFILE` and `FS_IOC_*` are not there. `statx` shows no creation time.
 #[test]
 fn what_the_manual_says_is_not_there_is_refused_and_not_pretended() {
     use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, ioctl_getflags, open, statx};
@@ -389,6 +413,8 @@ fn what_the_manual_says_is_not_there_is_refused_and_not_pretended() {
     assert_eq!(found.stx_mask & StatxFlags::BTIME.bits(), 0);
 }
 
+/// > Writing a file does not clear a setgid bit that stands without execution for the group: FUSE does not say who is a member of
+/// > the group.
 #[test]
 fn a_setgid_bit_without_execution_for_the_group_outlives_a_write() {
     let store = TestStore::new();

@@ -528,6 +528,7 @@ mod tests {
                 folder: crate::protocol::Bytes(b"n".to_vec()),
                 device: 7,
                 created: true,
+                namespace: Some(4_026_531_841),
             }),
             folder: Some("/run/x".into()),
             paths: vec![spot],

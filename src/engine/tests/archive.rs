@@ -79,6 +79,8 @@ fn refused(bench: &Bench, tar: &[u8], why: &str) {
     assert_eq!(bench.engine().live_forks(), 0);
 }
 
+/// > An import takes a tar file whole or not at all: one without its end mark, with paths that lead out of it or through what is no
+/// > folder, with links to nothing, or with sparse files in the PAX form is refused, and the volume stays as it was.
 #[test]
 fn paths_and_links_stay_in_the_volume() {
     let bench = Bench::new();
@@ -141,6 +143,8 @@ fn the_last_of_several_entries_of_one_path_counts() {
     assert!(fs.lookup(folder, b"x").unwrap().is_some());
 }
 
+/// > An import takes a tar file whole or not at all: one without its end mark, with paths that lead out of it or through what is no
+/// > folder, with links to nothing, or with sparse files in the PAX form is refused, and the volume stays as it was.
 #[test]
 fn a_tar_file_that_is_cut_off_anywhere_is_refused() {
     let bench = Bench::new();
@@ -160,6 +164,8 @@ fn a_tar_file_that_is_cut_off_anywhere_is_refused() {
     assert!(import(&bench, &tar).unwrap().version.is_some());
 }
 
+/// > An import takes a tar file whole or not at all: one without its end mark, with paths that lead out of it or through what is no
+/// > folder, with links to nothing, or with sparse files in the PAX form is refused, and the volume stays as it was.
 #[test]
 fn numbers_that_make_no_sense_are_refused_and_never_believed() {
     let bench = Bench::new();
@@ -203,6 +209,7 @@ fn numbers_that_make_no_sense_are_refused_and_never_believed() {
     assert_eq!(imported.warnings, ["f: its time cannot be kept"]);
 }
 
+/// > | holes of the sparse files of a tar file | 1 TiB in all | import is refused |
 #[test]
 fn a_sparse_file_takes_no_more_time_or_room_than_its_data() {
     let bench = Bench::new();
@@ -249,6 +256,8 @@ fn field(number: u64) -> [u8; 12] {
     field
 }
 
+/// > | a path in a tar file | 64 KiB | import is refused |
+/// > | what a tar file says of one entry: names, attributes | 16 MiB | import is refused |
 #[test]
 fn what_an_entry_says_of_itself_has_a_bound() {
     let bench = Bench::new();

@@ -143,6 +143,11 @@ fn a_long_file_is_cut_alike_by_one_thread_and_by_many() {
     check(&bench);
 }
 
+/// > | a name | 255 bytes | ENAMETOOLONG |
+/// > | target of a symbolic link | 4,095 bytes | ENAMETOOLONG |
+/// > | a file | 8 EiB less a page | EFBIG |
+/// > | an extended attribute | 64 KiB | E2BIG |
+/// > | all names of extended attributes of an inode | 64 KiB | ENOSPC |
 #[test]
 fn what_is_beyond_a_limit_of_the_manual_is_refused() {
     let bench = Bench::new();
@@ -189,6 +194,7 @@ fn what_is_beyond_a_limit_of_the_manual_is_refused() {
     assert_eq!(fs.listxattr(ME, file).unwrap().len(), 65_536);
 }
 
+/// > Reading changes no access time, so that reading makes no version.
 #[test]
 fn reading_makes_no_version() {
     let bench = Bench::new();
@@ -206,6 +212,7 @@ fn reading_makes_no_version() {
     assert_eq!(bench.commit(id, false), None);
 }
 
+/// > | links of an inode | 1,048,576 | EMLINK |
 #[test]
 fn an_inode_takes_as_many_links_as_the_manual_says_and_no_more() {
     use crate::fs::LINK_MAX;
@@ -222,6 +229,7 @@ fn an_inode_takes_as_many_links_as_the_manual_says_and_no_more() {
     assert!(matches!(more, Err(FsError::TooManyLinks)));
 }
 
+/// > 128 names of one directory may share a hash; one more gives ENOSPC.
 #[test]
 fn so_many_names_of_one_hash_fit_in_a_folder_as_the_manual_says_and_no_more() {
     let bench = Bench::new();
@@ -247,4 +255,78 @@ fn so_many_names_of_one_hash_fit_in_a_folder_as_the_manual_says_and_no_more() {
     assert!(matches!(full, Err(FsError::NoSpace)));
     assert_eq!(get(&fs, "file"), Some(b"1".to_vec()));
     fs.make(ME, ROOT, b"of another hash", node).unwrap();
+}
+
+/// > A listing is in the order of hashes of names. They have 56 bits, so 32-bit programs without large-file support cannot list a
+/// > directory.
+#[test]
+fn a_listing_is_in_the_order_of_hashes_that_32_bits_cannot_hold() {
+    let bench = Bench::new();
+    let fs = bench.fs(bench.fork("v"));
+    for n in 0..100 {
+        put(&fs, &format!("file {n}"), b"");
+    }
+    let mut listed = Vec::new();
+    fs.readdir(ROOT, 2, |entry| {
+        listed.push((crate::record::hash56(&entry.name), entry.cookie));
+        true
+    })
+    .unwrap();
+    assert_eq!(listed.len(), 100);
+    assert!(listed.is_sorted_by(|a, b| a.0 < b.0 && a.1 < b.1));
+    let large = listed
+        .iter()
+        .filter(|(_, cookie)| *cookie > u64::from(u32::MAX));
+    assert!(large.count() > 90, "{listed:?}");
+}
+
+/// > A fork is charged the data that its base did not give it, in 4 KiB units, once however many files share it, and 512 bytes a
+/// > created inode. Deleting what the base brought gives no room back; deleting its own data does.
+#[test]
+fn a_fork_is_charged_its_own_pages_once_and_its_inodes() {
+    let bench = Bench::new();
+    let first = bench.fork("v");
+    put(&bench.fs(first), "base", &noise(100_000, 1));
+    put(&bench.fs(first), "other", &noise(100_000, 2));
+    bench.commit(first, false);
+    let fs = bench.fs(bench.fork("v"));
+    let charged = || fs.fork.charged();
+    assert_eq!(charged(), 0);
+    let base = fs.lookup(ROOT, b"base").unwrap().unwrap().ino;
+    let one = put(&fs, "one", b"1");
+    assert_eq!(charged(), 4096 + 512);
+    fs.write(ME, base, 8191, b"22", false).unwrap();
+    assert_eq!(charged(), 3 * 4096 + 512, "two pages");
+    let copy = put(&fs, "copy", b"");
+    assert_eq!(
+        fs.copy_range(ME, (base, 0), (copy, 0), 65_536).unwrap(),
+        65_536
+    );
+    assert_eq!(
+        charged(),
+        3 * 4096 + 2 * 512,
+        "shared with the base, and with the fork's own"
+    );
+    fs.link(ME, one, ROOT, b"again").unwrap();
+    fs.setattr(
+        ME,
+        one,
+        SetAttr {
+            mode: Some(0o600),
+            ..SetAttr::default()
+        },
+    )
+    .unwrap();
+    assert_eq!(charged(), 3 * 4096 + 2 * 512);
+    let full = charged();
+    fs.unlink(ME, ROOT, b"other").unwrap();
+    assert_eq!(charged(), full, "that was the base's");
+    fs.unlink(ME, ROOT, b"copy").unwrap();
+    fs.forget(copy, 1);
+    assert_eq!(charged(), full - 512, "its data is the other's too");
+    for name in [&b"one"[..], b"again"] {
+        fs.unlink(ME, ROOT, name).unwrap();
+    }
+    fs.forget(one, 2);
+    assert_eq!(charged(), 2 * 4096);
 }

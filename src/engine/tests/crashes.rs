@@ -256,6 +256,7 @@ fn all(fs: &Fs) -> String {
     out
 }
 
+/// > | `write(2)` returned, or any other change | kept: it is in the fork's log and spool | gone with the fork |
 #[test]
 fn a_restart_between_any_two_requests_changes_nothing_that_a_fork_shows_or_is_charged() {
     let set = SetAttr::default();

@@ -31,6 +31,10 @@ fn stored(bench: &Bench) -> u64 {
     bench.engine().stats().unwrap().unique_bytes
 }
 
+/// > A path that `--exclude` names is never committed. A name that a pattern hits and the fork made or changed is left out of the
+/// > version, a folder with all below it. The commit says which; `log --json` keeps it. A file with another name that is not
+/// > excluded stays by that name. A fork that goes on (`--keep`) goes on with it. It stays charged to the fork, and in the daemon's
+/// > memory.
 #[test]
 fn excluded_paths_are_in_no_version_and_stay_in_the_fork() {
     let mut bench = Bench::new();
@@ -65,6 +69,8 @@ fn excluded_paths_are_in_no_version_and_stay_in_the_fork() {
     check(&bench);
 
     assert_eq!(view(&fs), before);
+    assert!(fs.fork.charged() > 600_000, "{}", fs.fork.charged());
+    assert!(fs.fork.layers().live.inodes.contains_key(&secret));
     assert_eq!(fs.getattr(ROOT).unwrap().nlink, 4);
     fs.write(ME, secret, 5, b"goes on", false).unwrap();
     put(&fs, "later", b"1");
@@ -83,6 +89,7 @@ fn excluded_paths_are_in_no_version_and_stay_in_the_fork() {
     check(&bench);
 }
 
+/// > What the base has there stays while it is unchanged; once it was changed it is in no later version.
 #[test]
 fn what_the_base_has_there_stays_until_the_fork_changes_it() {
     let mut bench = Bench::new();
@@ -249,6 +256,40 @@ fn ingest_ahead_of_a_commit_asks_for_every_name_of_a_file() {
     assert_eq!(excluded_inodes(&fs.fork, &cells, || true).unwrap(), None);
 }
 
+/// > A file that was ingested ahead of the commit and then moved to an excluded name leaves chunks that no version names, until the
+/// > next gc.
+#[test]
+fn what_was_ingested_ahead_and_then_excluded_is_in_no_version_and_goes_with_the_next_gc() {
+    let bench = Bench::new();
+    let id = excluding(&bench, "v", &["*.key"]);
+    let fs = bench.fs(id);
+    put(&fs, "plain", &noise(100_000, 1));
+    put(&fs, "file", &noise(300_000, 2));
+    let live = bench.engine().live(id).unwrap();
+    let ingest = Arc::new(bench.engine().store.ingest());
+    let until = Instant::now() + Duration::from_secs(20);
+    // Only what has been quiet for a while is ingested ahead.
+    while crate::commit::ahead(live.fork().unwrap(), &ingest, 10, &live.waiting).unwrap() == 0 {
+        assert!(Instant::now() < until);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    *live.ahead.lock() = Some(ingest);
+    fs.rename(
+        ME,
+        (ROOT, b"file"),
+        (ROOT, b"file.key"),
+        RenameMode::Replace,
+    )
+    .unwrap();
+    drop((fs, live));
+    assert_eq!(bench.commit(id, false), Some(1));
+    assert_eq!(paths(&head(&bench, "v")), ["/plain"]);
+    assert_eq!(stored(&bench), 400_000);
+    bench.engine().gc(false).unwrap();
+    assert_eq!(stored(&bench), 100_000);
+    check(&bench);
+}
+
 #[test]
 fn a_pattern_that_makes_no_sense_is_a_usage_error() {
     let bench = Bench::new();
@@ -260,6 +301,8 @@ fn a_pattern_that_makes_no_sense_is_a_usage_error() {
 
 /// Does the same random work in a fork with patterns and in one without: they show the same all the time, and what the first one
 /// commits is what the second one shows but for excluded names.
+///
+/// > A path that `--exclude` names is never committed.
 #[test]
 fn any_work_commits_as_what_it_shows_without_excluded_names() {
     for seed in 1..=12 {
@@ -375,6 +418,7 @@ fn random_step(fs: &Fs, [what, a, b, c, d]: [usize; 5]) {
     }
 }
 
+/// > | an `--exclude` pattern | 4,096 bytes, braces 32 deep | refused |
 #[test]
 fn patterns_that_no_path_is_as_long_or_deep_as_are_refused_before_they_are_read() {
     let deep = format!("{}a{}", "{".repeat(100_000), "}".repeat(100_000));

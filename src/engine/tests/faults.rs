@@ -361,11 +361,14 @@ fn no_strays(bench: &Bench) {
 
 macro_rules! operations {
     ($($name:ident: $operation:expr,)*) => {
-        $(#[test]
-        fn $name() {
-            let operation: Operation = $operation;
-            operation.run(&Policy::new(None, Some(0)));
-        })*
+        $(
+            /// > | `forkvol commit` was interrupted | the head is the old or the new version, never anything else | the same |
+            #[test]
+            fn $name() {
+                let operation: Operation = $operation;
+                operation.run(&Policy::new(None, Some(0)));
+            }
+        )*
 
         #[test]
         fn every_step_is_reached_by_some_operation() {

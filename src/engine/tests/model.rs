@@ -180,6 +180,10 @@ fn run_seed(seed: u64) {
 }
 
 /// `FORKVOL_MODEL_SEED` runs one seed, `FORKVOL_MODEL_SECONDS` goes on for so long.
+///
+/// > A fork shows the version it was made from and its own changes, and nothing of other forks. It has extended attributes (`user`,
+/// > `trusted`, `security`), and POSIX ACLs with inheritance where the fork was made with `--acl` or its base has some. It has
+/// > their owners, modes, nanosecond times and creation times. Names are bytes.
 #[test]
 fn forks_and_versions_are_what_a_model_of_maps_says() {
     let number = |name| std::env::var(name).ok().map(|text| text.parse().unwrap());

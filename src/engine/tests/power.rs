@@ -203,6 +203,9 @@ fn examine(moment: Moment, seed: u64) {
     assert_eq!((left.removed_nodes, left.removed_chunks), (0, 0));
 }
 
+/// > | `forkvol commit` returned | kept | kept: the version and the head are on disk |
+/// > | `forkvol commit` was interrupted | the head is the old or the new version, never anything else | the same |
+/// > Versions outlive it.
 #[test]
 fn a_power_cut_leaves_every_commit_that_returned_and_nothing_half_done() {
     let seed = u64::try_from(now()).unwrap() | 1;

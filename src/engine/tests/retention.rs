@@ -10,6 +10,7 @@ fn commit_one(bench: &Bench, volume: &str, seed: u64) {
     bench.commit(id, false).unwrap();
 }
 
+/// > `forkvol gc` does it at once; `--dry-run` only says what would go. `stats` counts it.
 #[test]
 fn gc_lets_unused_volumes_go_and_says_so_before() {
     let bench = Bench::new();
@@ -27,8 +28,22 @@ fn gc_lets_unused_volumes_go_and_says_so_before() {
     assert_eq!(bench.engine().counters()["removed_volumes"], 1);
     assert_eq!(get(&bench.fs(fork), "f1"), Some(noise(100_000, 1)));
     assert_eq!(bench.engine().volume("pinned").unwrap().versions, 1);
+
+    commit_one(&bench, "old", 1);
+    let id = bench.engine().volume_record("old").unwrap().id;
+    bench
+        .engine()
+        .store
+        .touch_volume(id, now() - 15 * DAY)
+        .unwrap();
+    assert_eq!(bench.engine().gc(true).unwrap().volumes, ["old"]);
+    assert!(bench.engine().volume("old").is_ok());
+    assert_eq!(bench.engine().gc(false).unwrap().volumes, ["old"]);
+    assert!(bench.engine().volume("old").is_err());
+    assert_eq!(bench.engine().counters()["removed_volumes"], 2);
 }
 
+/// > A volume that was neither forked nor committed for 14 days goes, head included.
 #[test]
 fn forking_a_volume_is_using_it() {
     let bench = Bench::new();
@@ -84,6 +99,7 @@ fn what_was_forked_is_there_however_retention_and_forks_meet() {
     check(&bench);
 }
 
+/// > While the store is beyond its `limit` all the same, new forks are refused.
 #[test]
 fn a_store_beyond_its_limit_refuses_forks_when_nothing_more_may_go() {
     let mut bench = Bench::new();
@@ -100,4 +116,48 @@ fn a_store_beyond_its_limit_refuses_forks_when_nothing_more_may_go() {
         "it is in use"
     );
     assert_eq!(bench.engine().counters()["gcs"], 1);
+}
+
+/// > The daemon does it once a day, and within a minute or so of running short.
+#[test]
+fn the_daemon_lets_go_once_a_day_and_soon_after_it_runs_short() {
+    let mut bench = Bench::new();
+    let unused = |bench: &Bench, name: &str| {
+        commit_one(bench, name, 1);
+        let id = bench.engine().volume_record(name).unwrap().id;
+        bench
+            .engine()
+            .store
+            .touch_volume(id, now() - 20 * DAY)
+            .unwrap();
+    };
+    let is_there = |bench: &Bench, name: &str| bench.engine().volume(name).is_ok();
+    let begun = Instant::now();
+    let after = |seconds| begun + Duration::from_secs(seconds);
+    unused(&bench, "a");
+    bench.engine().tend(after(10));
+    assert!(is_there(&bench, "a"), "whoever comes for it is waited for");
+    bench.engine().tend(after(100));
+    assert!(!is_there(&bench, "a"));
+    unused(&bench, "b");
+    bench.engine().tend(after(12 * 3600));
+    assert!(is_there(&bench, "b"), "not more than once a day");
+    bench.engine().tend(after(25 * 3600));
+    assert!(!is_there(&bench, "b"));
+
+    let taken = bench.engine().store.disk_bytes();
+    bench.retention.limit = Some(taken + (8 << 20));
+    bench.reopen();
+    bench.engine().tend(after(100));
+    let id = bench.fork("c");
+    put(&bench.fs(id), "f", &noise(20 << 20, 1));
+    bench.commit(id, false).unwrap();
+    bench.engine().store.flush().unwrap();
+    let id = bench.engine().volume_record("c").unwrap().id;
+    let store = &bench.engine().store;
+    store.touch_volume(id, now() - DAY / 2).unwrap();
+    bench.engine().tend(after(110));
+    assert!(is_there(&bench, "c"), "it was looked after a moment ago");
+    bench.engine().tend(after(200));
+    assert!(!is_there(&bench, "c"), "long before the next day");
 }

@@ -64,6 +64,7 @@ fn a_version_survives_export_and_import() {
     assert_eq!(get(&fs, "file"), Some(noise(300_000, 4)));
 }
 
+/// > A fork of a version that a rollback took back commits by `--force` alone.
 #[test]
 fn a_rollback_is_a_new_version_and_what_it_took_back_commits_only_by_force() {
     let bench = Bench::new();
