@@ -377,7 +377,7 @@ impl<'a> Job<'a> {
         self.forks
             .iter()
             .for_each(|used| forks::write_back(&used.mount));
-        let commit = protocol::Commit::of(ids.clone(), when);
+        let commit = protocol::Commit::of(ids.iter().map(|id| (id.clone(), when)));
         let answer = forks::watched(&mut client, commit).inspect_err(|_| {
             // Nothing else will come back for them.
             ids.iter()

@@ -14,6 +14,7 @@ mod few;
 mod full;
 mod jobs;
 mod kills;
+mod retention;
 mod sockets;
 mod trust;
 mod unprivileged;

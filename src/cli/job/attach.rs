@@ -62,6 +62,11 @@ pub fn attach(
             warn(&format!("the job goes without {}: {why}", volume.volume));
         }
     }
+    let spots = job.volumes.iter().flat_map(|volume| &volume.paths);
+    let bound = spots.filter(|spot| spot.link.is_some());
+    if let Some(why) = mounting::hidden_from_engine(bound.map(|spot| spot.path.as_path())) {
+        warn(&why);
+    }
     let names: Vec<&str> = job.volumes.iter().map(|v| v.volume.as_str()).collect();
     output::note(&format!(
         "job {} has {}: {} hit, trust {}, {:.0} ms",
