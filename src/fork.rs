@@ -30,7 +30,7 @@ use crate::record::{Attr, Ino, Kind, Nanos, ROOT};
 use crate::store::{ForkId, Lease, Store, StoreError};
 use crate::tree::NodeId;
 use error::FsError;
-pub use exclude::Excludes;
+pub use exclude::{Excludes, default_patterns_at};
 use extent::{Extent, PAGE};
 use log::{Log, LogError, Request};
 pub use seal::Sealed;

@@ -231,7 +231,8 @@ impl<'a> Job<'a> {
             paths::make_folder(&path)?;
         }
         let job = Some(format!("run-{}", std::process::id()));
-        let fork = forks::make(self.context, client, &wish.volume, &self.run.options, job)?;
+        let options = paths::excluding(&self.run.options, wish);
+        let fork = forks::make(self.context, client, &wish.volume, &options, job)?;
         let at = Mountpoint {
             path,
             created: false,

@@ -519,3 +519,71 @@ fn containers_of_an_engine_outside_are_said_not_to_see_the_fork() {
     let talk = told("shared");
     assert!(!talk.contains("will not see"), "{talk}");
 }
+
+#[test]
+fn the_checkout_may_be_a_fork_but_is_never_hidden_by_one() {
+    let cli = Cli::new();
+    let work = cli.path("work");
+    fs::create_dir(&work).unwrap();
+    let mounts = cli.path("mounts");
+    let attach = |job: &str, root: &Path| {
+        let args = [
+            "attach", "--strict", "--job", job, "-v", "v", "-p", ".", "--json",
+        ];
+        let mut command = cli.command(&args);
+        command
+            .arg("--mount-root")
+            .arg(root)
+            .current_dir(&work)
+            .output()
+            .unwrap()
+    };
+    assert!(attach("1", &mounts).status.success(), "before the checkout");
+    fs::write(work.join("checked-out"), "x").unwrap();
+    assert_eq!(cli.finish("1", "0")["v"], "committed as v@1");
+    fs::write(work.join("source"), "precious").unwrap();
+    let said = |output: Output| {
+        assert_eq!(output.status.code(), Some(14));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let line = said(attach("2", &mounts));
+    assert!(line.contains("attach before the checkout"), "{line}");
+    assert!(work.join("source").exists());
+    fs::remove_file(work.join("source")).unwrap();
+    let line = said(attach("2", &work.join("mounts")));
+    assert!(line.contains("choose another --mount-root"), "{line}");
+}
+
+#[test]
+fn an_end_that_was_killed_behind_its_commit_is_brought_to_its_end_by_the_next() {
+    use forkvol::protocol::{Answer, Commit, Connection, Hello, Request, When};
+    let cli = Cli::new();
+    cli.attach("1", &["-v", "v", "-p", "c", "-v", "w", "-p", "d"]);
+    fs::write(cli.path("c/f"), "x").unwrap();
+    fs::write(cli.path("d/f"), "x").unwrap();
+    let forks = cli.json(&["forks"]);
+    let forks = forks["forks"].as_array().unwrap().iter();
+    let forks = forks.map(|fork| (fork["id"].as_str().unwrap().to_owned(), When::Always));
+    // All that it had done: the daemon has committed, and nothing else has happened.
+    let socket = std::os::unix::net::UnixStream::connect(cli.path("store/forkvol.sock")).unwrap();
+    let mut daemon = Connection::new(socket);
+    for request in [
+        Request::Hello(Hello::ours()),
+        Request::Commit(Commit::of(forks)),
+    ] {
+        daemon.send(&request).unwrap();
+        let answer: Answer = daemon
+            .receive(1 << 20, Some(Duration::from_secs(60)))
+            .unwrap();
+        assert!(!matches!(answer, Answer::Error(_)), "{answer:?}");
+    }
+    drop(daemon);
+    let done = cli.finish("1", "0");
+    let before = serde_json::Value::from("ended before");
+    assert_eq!((&done["v"], &done["w"]), (&before, &before));
+    assert!(!cli.path("c").exists() && !cli.path("d").exists());
+    assert!(cli.finish("1", "0").is_null());
+    for volume in ["v", "w"] {
+        assert_eq!(cli.ok(&["cat", &format!("{volume}:f")]), "x");
+    }
+}

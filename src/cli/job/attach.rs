@@ -21,6 +21,7 @@ use crate::cli::forks;
 use crate::cli::mounting::{self, By, Mountpoint};
 use crate::cli::output::{self, warn};
 use crate::cli::paths::{self, Target};
+use crate::cli::place::real_path;
 use crate::cli::{Context, exit};
 use crate::protocol::{Bytes, Code, Failure, Request};
 use crate::sys::mount as kernel;
@@ -287,7 +288,7 @@ impl<'a> Work<'a> {
             self.context,
             client,
             &wish.volume,
-            &plan.fork,
+            &paths::excluding(&plan.fork, wish),
             Some(job.job.clone()),
         )?;
         let volume = current(job);
@@ -362,6 +363,7 @@ impl<'a> Work<'a> {
         }
         let missing = paths::missing(path)?;
         let target = paths::target(&plan.wish, path, &self.context.place)?;
+        self.refuse_to_cover(&target.path)?;
         let taken = |job: &&Job| {
             let mut spots = job.volumes.iter().flat_map(|v| &v.paths);
             spots.any(|s| s.link.is_some() && s.path == target.path)
@@ -391,14 +393,38 @@ impl<'a> Work<'a> {
         }
     }
 
-    fn mount_folder(&self, job: &str, volume: &str) -> Result<PathBuf, Failure> {
-        let root = match &self.options.mount_root {
+    /// Refuses a path that would hide what the job works on, or the mounts themselves.
+    fn refuse_to_cover(&self, path: &Path) -> Result<(), Failure> {
+        let refuse = |why: &str, hint: &str| {
+            let message = format!("{} may not be covered: {why}", path.display());
+            Err(Failure::new(Code::Policy, message).hint(hint))
+        };
+        if real_path(&self.mount_root()?).is_ok_and(|root| root.starts_with(path)) {
+            return refuse("the forks are mounted in it", "choose another --mount-root");
+        }
+        let holds_job = std::env::current_dir().is_ok_and(|folder| folder.starts_with(path));
+        let is_empty = || fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
+        if holds_job && !is_empty() {
+            return refuse(
+                "it holds the working folder, which is not empty",
+                "name folders in it, or attach before the checkout",
+            );
+        }
+        Ok(())
+    }
+
+    fn mount_root(&self) -> Result<PathBuf, Failure> {
+        match &self.options.mount_root {
             // Links to it and a later finish come from other folders.
             Some(root) => std::path::absolute(root)
-                .map_err(|e| Failure::new(Code::Failed, format!("{}: {e}", root.display())))?,
-            None if process::euid() == 0 => "/cache/forkvol".into(),
-            None => state::runtime_folder().join("mnt"),
-        };
+                .map_err(|e| Failure::new(Code::Failed, format!("{}: {e}", root.display()))),
+            None if process::euid() == 0 => Ok("/cache/forkvol".into()),
+            None => Ok(state::runtime_folder().join("mnt")),
+        }
+    }
+
+    fn mount_folder(&self, job: &str, volume: &str) -> Result<PathBuf, Failure> {
+        let root = self.mount_root()?;
         // No name of a volume has this sign, so no two of them meet.
         let folder = root.join(job).join(volume.replace('/', "+"));
         paths::make_folder_open(&folder)?;
