@@ -356,11 +356,13 @@ fn cgroup(context: &Context) -> Option<Finding> {
     if context.place == Place::Service || Path::new("/run/systemd/system").exists() {
         return None;
     }
+    let in_container =
+        Path::new("/.dockerenv").exists() || Path::new("/run/.containerenv").exists();
     let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let is_root = own
         .lines()
         .all(|l| l.ends_with(":/") || l.ends_with("/init.scope"));
-    if !mounting::is_in_container() && is_root {
+    if !in_container && is_root {
         return None;
     }
     Some(Finding::warning(

@@ -129,7 +129,18 @@ fn labels_make_a_hit_exact_or_stale_and_parents_make_it_a_fallback() {
         "--parent",
         "v",
     ];
-    assert_eq!(attach("4", &parents), "fallback");
+    let said = cli.call(
+        &[
+            &["attach", "--job", "4", "--mount-root", "mounts"],
+            &parents[..],
+        ]
+        .concat(),
+    );
+    let said = String::from_utf8(said.stderr).unwrap();
+    assert!(
+        said.contains("has v/branch/x from v@1: fallback hit"),
+        "{said}"
+    );
     assert_eq!(fs::read_to_string(cli.path("c/f")).unwrap(), "1");
     cli.finish("4", "1");
 }
@@ -491,20 +502,14 @@ fn containers_of_an_engine_outside_are_said_not_to_see_the_fork() {
     cli.json(&["volumes"]);
     let socket = cli.path("engine.sock");
     let _engine = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-    let told = |propagation: &str| {
+    let told = |entering: &[&str]| {
         let program = env!("CARGO_BIN_EXE_forkvol");
         let script = format!(
             "{program} attach --job 1 --mount-root mounts -v v -p c --env-file env; {program} finish --job 1 --status 1"
         );
-        let output = Command::new("unshare")
-            .args([
-                "--mount",
-                "--propagation",
-                propagation,
-                "sh",
-                "-ec",
-                &script,
-            ])
+        let output = Command::new("env")
+            .args(entering)
+            .args(["sh", "-ec", &script])
             .env("FORKVOL_STORE", cli.path("store"))
             .env("DOCKER_HOST", format!("unix://{}", socket.display()))
             .current_dir(cli.dir.path())
@@ -513,11 +518,18 @@ fn containers_of_an_engine_outside_are_said_not_to_see_the_fork() {
         assert!(output.status.success());
         String::from_utf8(output.stderr).unwrap()
     };
-    let talk = told("private");
+    let apart = ["unshare", "--mount", "--propagation"];
+    let talk = told(&[&apart[..], &["private"]].concat());
     let line = format!("will not see {}", cli.path("c").display());
     assert!(talk.contains(&line) && talk.contains("rshared"), "{talk}");
-    let talk = told("shared");
-    assert!(!talk.contains("will not see"), "{talk}");
+    for seen in [&[&apart[..], &["shared"]].concat()[..], &[]] {
+        let talk = told(seen);
+        assert!(!talk.contains("will not see"), "{talk}");
+    }
+    // In a container of its own pid namespace the engine has no number.
+    let contained = ["unshare", "--mount", "--pid", "--fork", "--mount-proc"];
+    let talk = told(&[&contained[..], &["--propagation", "private"]].concat());
+    assert!(talk.contains(&line), "{talk}");
 }
 
 #[test]

@@ -138,6 +138,27 @@ fn the_workspace_of_a_step_ends_with_its_last_member() {
 }
 
 #[test]
+fn a_workspace_that_nobody_was_in_for_an_hour_is_over() {
+    let cli = Cli::new();
+    join(&cli, "a", &["-v", "work", "-p", "a"]);
+    let file = cli.path("store/jobs/workspace.build-7.json");
+    let stale = || cli.json(&["finish", "--stale"])["stale"].clone();
+    let an_hour_passes = || {
+        let mut job: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        let touched = job["shared"]["touched"].as_u64().unwrap();
+        job["shared"]["touched"] = (touched - 3601).into();
+        fs::write(&file, job.to_string()).unwrap();
+    };
+    an_hour_passes();
+    assert_eq!(stale(), serde_json::json!([]), "somebody is in it");
+    cli.ok(&["finish", "--job", "a", "--status", "0"]);
+    assert_eq!(stale(), serde_json::json!([]), "somebody left it just now");
+    an_hour_passes();
+    assert_eq!(stale(), serde_json::json!(["workspace.build-7"]));
+    assert_eq!(forks(&cli), 0);
+}
+
+#[test]
 fn shards_that_do_not_share_have_each_its_own_fork_of_the_seed() {
     let cli = Cli::new();
     let seeded = cli.run(

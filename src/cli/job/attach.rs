@@ -65,10 +65,15 @@ pub fn attach(
     }
     let spots = job.volumes.iter().flat_map(|volume| &volume.paths);
     let bound = spots.filter(|spot| spot.link.is_some());
-    if let Some(why) = mounting::hidden_from_engine(bound.map(|spot| spot.path.as_path())) {
+    let bound: Vec<PathBuf> = bound.map(|spot| spot.path.clone()).collect();
+    // An engine that does not answer is waited for no longer than a cache.
+    let hidden = within(options.deadline, move || {
+        Ok(mounting::hidden_from_engine(&bound))
+    });
+    if let Ok(Some(why)) = hidden {
         warn(&why);
     }
-    let names: Vec<&str> = job.volumes.iter().map(|v| v.volume.as_str()).collect();
+    let names: Vec<String> = job.volumes.iter().map(with_parent).collect();
     output::note(&format!(
         "job {} has {}: {} hit, trust {}, {:.0} ms",
         job.job,
@@ -78,6 +83,14 @@ pub fn attach(
         begun.elapsed().as_secs_f64() * 1e3
     ));
     tell(context, &options, &job)
+}
+
+/// A volume, and which parent it was begun from where it has nothing of its own.
+fn with_parent(volume: &Volume) -> String {
+    match (volume.hit.as_str(), &volume.base) {
+        ("fallback", Some(base)) => format!("{} from {base}", volume.volume),
+        _ => volume.volume.clone(),
+    }
 }
 
 fn document(job: &Job) -> Value {

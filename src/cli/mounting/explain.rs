@@ -3,12 +3,13 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use super::ENODEV;
 use crate::protocol::{Code, Failure};
 use crate::sys::mount::{self as kernel, MountPoint};
-use crate::sys::process;
+use crate::sys::{process, socket};
 
 /// Says what is to be done where the FUSE device cannot be opened.
 pub fn device(error: &io::Error) -> Failure {
@@ -37,9 +38,9 @@ pub fn device(error: &io::Error) -> Failure {
 }
 
 /// Says which of these paths containers will not have: an engine outside of this mount namespace binds what is there for it.
-pub fn hidden_from_engine<'a>(paths: impl Iterator<Item = &'a Path>) -> Option<String> {
+pub fn hidden_from_engine(paths: &[PathBuf]) -> Option<String> {
     let engine = engine_socket()?;
-    if !is_apart() {
+    if !is_apart(&engine) {
         return None;
     }
     let mounts = kernel::mounts().ok()?;
@@ -50,8 +51,9 @@ pub fn hidden_from_engine<'a>(paths: impl Iterator<Item = &'a Path>) -> Option<S
             .filter(holds)
             .max_by_key(|m| m.path.as_os_str().len())
     };
-    let hidden = |path: &&Path| around(path).is_some_and(|mount| mount.peers.is_none());
+    let hidden = |path: &&PathBuf| around(path).is_some_and(|mount| mount.peers.is_none());
     let hidden: Vec<String> = paths
+        .iter()
         .filter(hidden)
         .map(|p| p.display().to_string())
         .collect();
@@ -77,18 +79,22 @@ fn engine_socket() -> Option<PathBuf> {
     paths.map(PathBuf::from).find(is_socket)
 }
 
-/// Whether this process sees other mounts than the machine's first one, as far as it can tell.
-fn is_apart() -> bool {
-    let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
-    let differs = namespace("1")
-        .zip(namespace("self"))
-        .is_some_and(|(first, own)| first != own);
-    differs || is_in_container()
-}
-
-/// Whether an engine says that this is one of its containers.
-pub fn is_in_container() -> bool {
-    Path::new("/.dockerenv").exists() || Path::new("/run/.containerenv").exists()
+/// Whether an engine sees other mounts than this process, as far as it can be told.
+fn is_apart(engine: &Path) -> bool {
+    let Ok(listens) = UnixStream::connect(engine).and_then(|stream| socket::peer(&stream)) else {
+        return false;
+    };
+    let mounts = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+    match listens.pid {
+        // It is outside of this container.
+        0 => true,
+        pid => {
+            let theirs = mounts(&pid.to_string());
+            theirs
+                .zip(mounts("self"))
+                .is_some_and(|(theirs, own)| theirs != own)
+        }
+    }
 }
 
 pub(super) fn refusal(at: &Path, words: &str) -> Failure {
