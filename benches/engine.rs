@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
-use forkvol::engine::{CommitRequest, Engine, EngineConfig, ForkRequest, Owner, When};
+use forkvol::engine::{CommitRequest, Engine, EngineConfig, ForkRequest, Owner};
 use forkvol::fs::{Caller, Fs, NewNode};
 use forkvol::record::{Ino, Kind, ROOT};
 use forkvol::store::{ForkId, Verdict};
@@ -43,7 +43,7 @@ fn commit(engine: &Engine, id: ForkId) {
         if_head: None,
         if_base: false,
         force: false,
-        when: When::Always,
+        when: BTreeMap::new(),
     };
     engine.commit(vec![id], request).unwrap();
 }

@@ -32,7 +32,7 @@ use crate::sys::process::{self, Signals};
 use access::Who;
 use socket::Listening;
 
-pub use crate::engine::{EngineConfig, Keep, Policy, TrustPolicy};
+pub use crate::engine::{EngineConfig, Keep, PASSING, Policy, TrustPolicy};
 pub use socket::make_store_folder;
 
 /// A client says who it is within this time, or is sent away.

@@ -41,11 +41,11 @@ use forking::reopen;
 pub use forking::{ForkRequest, Owner};
 pub use info::{ForkInfo, MountInfo, VersionInfo, VolumeInfo};
 pub use read::{DiffEntry, DiffKind, ListEntry};
-pub use retention::{Collected, Keep, Policy};
+pub use retention::{Collected, Keep, PASSING, Policy};
 pub use serving::Served;
 use serving::Sessions;
 pub use store::{CheckReport, GcReport, LeftOut, Stats};
-pub use trust::{Asker, JobFacts, TrustPolicy};
+pub use trust::{Asker, JobFacts, TrustPolicy, scope};
 pub use versions::Repaired;
 
 /// How an engine works.

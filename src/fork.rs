@@ -31,7 +31,7 @@ use crate::record::Ino;
 use crate::store::{ForkId, Lease, Store, StoreError};
 use crate::tree::NodeId;
 use error::FsError;
-pub use exclude::{Excludes, excluded_inodes};
+pub use exclude::{Excludes, default_patterns_at, excluded_inodes};
 use extent::{Extent, PAGE};
 use log::Log;
 pub use seal::Sealed;

@@ -47,7 +47,7 @@ pub struct Caller {
 pub enum Ownership {
     /// Plain POSIX.
     Keep,
-    /// Everything is shown as this user's and stored as such when it is written; nobody changes it.
+    /// Everything is shown as this user's, and stored as such once it is written or its attributes are set; nobody changes it.
     As { uid: u32, gid: u32 },
 }
 

@@ -264,28 +264,27 @@ pub enum When {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Commit {
-    pub forks: Vec<String>,
+    /// The forks, all of which are committed or none, and when each of them makes a version.
+    pub forks: BTreeMap<String, When>,
     pub keep: bool,
     pub labels: BTreeMap<String, String>,
     pub message: Option<String>,
     pub if_head: Option<String>,
     pub if_base: bool,
     pub force: bool,
-    pub when: When,
 }
 
 impl Commit {
     /// A commit of these forks with nothing else asked for; they end with it.
-    pub fn of(forks: Vec<String>, when: When) -> Commit {
+    pub fn of(forks: impl IntoIterator<Item = (String, When)>) -> Commit {
         Commit {
-            forks,
+            forks: forks.into_iter().collect(),
             keep: false,
             labels: BTreeMap::new(),
             message: None,
             if_head: None,
             if_base: false,
             force: false,
-            when,
         }
     }
 }
@@ -427,6 +426,12 @@ mod tests {
         let text = || ".{0,12}";
         let bytes = || vec(any::<u8>(), 0..12).prop_map(Bytes);
         let labels = || btree_map(text(), text(), 0..3);
+        let when = prop_oneof![
+            Just(When::Always),
+            Just(When::OnChange),
+            Just(When::IfMissing)
+        ];
+        let forks = btree_map(text(), when, 0..3);
         let fork = (
             text(),
             of(text()),
@@ -472,11 +477,11 @@ mod tests {
                     instead: device % 5 == 0,
                 })
             }),
-            (vec(text(), 0..3), labels(), of(text())).prop_map(|(forks, labels, message)| {
+            (forks, labels(), of(text())).prop_map(|(forks, labels, message)| {
                 Request::Commit(Commit {
                     labels,
                     message,
-                    ..Commit::of(forks, When::OnChange)
+                    ..Commit::of(forks)
                 })
             }),
             (any::<bool>(), of(0.0_f64..1e9))

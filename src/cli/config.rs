@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 
 use super::values;
-use crate::daemon::{Keep, Policy, TrustPolicy};
+use crate::daemon::{Keep, PASSING, Policy, TrustPolicy};
 use crate::protocol::{Code, Failure};
 use crate::sys::process;
 
@@ -126,16 +126,15 @@ impl Rule {
             unused: self.unused_for.unwrap_or(default.unused),
         }
     }
+}
 
-    fn shown(&self) -> Value {
-        let keep = self.keep();
-        json!({
-            "volumes": self.volumes,
-            "keep-versions": keep.versions,
-            "keep-for": keep.younger.as_secs_f64(),
-            "unused-for": keep.unused.as_secs_f64(),
-        })
-    }
+fn shown(volumes: &str, keep: Keep) -> Value {
+    json!({
+        "volumes": volumes,
+        "keep-versions": keep.versions,
+        "keep-for": keep.younger.as_secs_f64(),
+        "unused-for": keep.unused.as_secs_f64(),
+    })
 }
 
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
@@ -324,7 +323,13 @@ impl Config {
             ("min-free", json!(s.min_free), origin(s.min_free.is_some())),
             (
                 "retention",
-                s.retention.iter().map(Rule::shown).collect(),
+                // What holds where the file says nothing of such volumes comes behind it.
+                s.retention
+                    .iter()
+                    .map(|rule| shown(&rule.volumes, rule.keep()))
+                    .chain(PASSING.map(|volumes| shown(volumes, Keep::passing())))
+                    .chain([shown("**", Keep::default())])
+                    .collect(),
                 origin(!s.retention.is_empty()),
             ),
             (
@@ -372,8 +377,8 @@ mod tests {
         );
     }
 
-    /// > `config.toml` says otherwise: the first table whose pattern matches the volume's name counts, `*` stops at a slash and
-    /// > `**` does not.
+    /// > `config.toml` says otherwise: the first table whose pattern matches the volume's name counts, before what is built in;
+    /// > what it does not say is 10 versions, 24 hours and 14 days. `forkvol config` shows all of them.
     #[test]
     fn the_retention_of_the_manual_is_understood() {
         let text = include_str!("../../docs/semantics.md");
@@ -389,6 +394,9 @@ mod tests {
         let first = json!({"volumes": "shop/branch/**", "keep-versions": 2, "keep-for": 3600.0, "unused-for": 259_200.0});
         assert_eq!(shown[0], first);
         assert_eq!(shown[1]["keep-versions"], 10);
+        let built_in = &shown.as_array().unwrap()[2..];
+        let passing = json!({"volumes": "**/branch/**", "keep-versions": 2, "keep-for": 3600.0, "unused-for": 259_200.0});
+        assert_eq!((built_in.len(), &built_in[0]), (3, &passing));
         let wrong = parse("[[retention]]\nvolumes = \"a{\"\n").unwrap_err();
         assert!(
             wrong.starts_with("/c.toml: retention: the pattern"),

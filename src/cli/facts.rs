@@ -63,8 +63,13 @@ fn of_buildkite(variable: impl Fn(&str) -> Option<String>) -> Facts {
     Facts {
         foreign,
         protected: None,
-        scope: request.or_else(|| variable("BUILDKITE_BRANCH")),
+        scope: request.or_else(|| variable("BUILDKITE_BRANCH").map(branch)),
     }
+}
+
+/// The scope of a branch, which no request has, whatever its author calls the branch.
+fn branch(name: String) -> String {
+    format!("branch-{name}")
 }
 
 /// A repository, however its address is written: `git@host:a/b.git` and `https://host/a/b` are one.
@@ -79,11 +84,15 @@ fn of_github(
     variable: impl Fn(&str) -> Option<String>,
     event: impl FnOnce() -> Option<Value>,
 ) -> Facts {
+    let event = variable("GITHUB_EVENT_NAME")
+        .filter(|name| name != "push")
+        .and_then(|_| event());
+    let number = |path: &str| event.as_ref()?.pointer(path)?.as_u64();
+    let request = number("/pull_request/number").or_else(|| number("/issue/number"));
     let foreign = match variable("GITHUB_EVENT_NAME").as_deref() {
         // They run with the rights of the base, on what others wrote.
         Some("pull_request_target" | "issue_comment" | "workflow_run") => Some(true),
         Some("pull_request" | "pull_request_review" | "pull_request_review_comment") => {
-            let event = event();
             let from = event
                 .as_ref()
                 .and_then(|e| e.pointer("/pull_request/head/repo/full_name"))
@@ -98,12 +107,15 @@ fn of_github(
     Facts {
         foreign,
         protected: variable("GITHUB_REF_PROTECTED").and_then(|value| value.parse().ok()),
-        scope: variable("GITHUB_REF_NAME"),
+        scope: request
+            .map(|number| format!("pr-{number}"))
+            .or_else(|| variable("GITHUB_REF_NAME").map(branch)),
     }
 }
 
 fn of_gitlab(variable: impl Fn(&str) -> Option<String>) -> Facts {
-    let foreign = match variable("CI_MERGE_REQUEST_IID") {
+    let request = variable("CI_MERGE_REQUEST_IID");
+    let foreign = match request {
         None => Some(false),
         Some(_) => {
             let (from, of) = (
@@ -116,7 +128,9 @@ fn of_gitlab(variable: impl Fn(&str) -> Option<String>) -> Facts {
     Facts {
         foreign,
         protected: variable("CI_COMMIT_REF_PROTECTED").and_then(|value| value.parse().ok()),
-        scope: variable("CI_COMMIT_REF_SLUG"),
+        scope: request
+            .map(|number| format!("pr-{number}"))
+            .or_else(|| variable("CI_COMMIT_REF_SLUG").map(branch)),
     }
 }
 
@@ -146,7 +160,7 @@ mod tests {
             facts(&variables, None).unwrap()
         };
         assert_eq!(of("false", "").foreign, Some(false));
-        assert_eq!(of("false", "").scope.as_deref(), Some("main"));
+        assert_eq!(of("false", "").scope.as_deref(), Some("branch-main"));
         assert_eq!(of("12", "https://github.com/Shop/web").foreign, Some(false));
         assert_eq!(
             of("12", "git://github.com/evil/web.git").foreign,
@@ -168,11 +182,18 @@ mod tests {
                 ("GITHUB_EVENT_NAME", event),
                 ("GITHUB_REPOSITORY", "shop/web"),
                 ("GITHUB_REF_PROTECTED", "true"),
+                ("GITHUB_REF_NAME", "pr-12"),
             ];
-            let event =
-                from.map(|from| json!({"pull_request": {"head": {"repo": {"full_name": from}}}}));
+            let event = from.map(
+                |from| json!({"pull_request": {"number": 12, "head": {"repo": {"full_name": from}}}}),
+            );
             facts(&variables, event).unwrap()
         };
+        let scope = |event: &str, from| of(event, from).scope;
+        assert_eq!(scope("push", None).as_deref(), Some("branch-pr-12"));
+        for event in ["pull_request", "pull_request_target"] {
+            assert_eq!(scope(event, Some("evil/web")).as_deref(), Some("pr-12"));
+        }
         assert_eq!(of("push", None).foreign, Some(false));
         assert_eq!(of("push", None).protected, Some(true));
         assert_eq!(of("pull_request", Some("shop/web")).foreign, Some(false));
@@ -202,6 +223,10 @@ mod tests {
             (Some(false), Some(false))
         );
         assert_eq!(of("8").foreign, Some(true));
+        assert_eq!(of("8").scope.as_deref(), Some("pr-3"));
+        let plain = [("GITLAB_CI", "true"), ("CI_COMMIT_REF_SLUG", "pr-3")];
+        let plain = facts(&plain, None).unwrap();
+        assert_eq!(plain.scope.as_deref(), Some("branch-pr-3"));
     }
 
     #[test]

@@ -270,14 +270,13 @@ pub fn commit(context: &Context, options: &CommitOptions) -> Result<(), Failure>
         write_back(mount);
     }
     let request = protocol::Commit {
-        forks: vec![fork.id.clone()],
         keep: options.keep,
         labels: options.label.iter().cloned().collect(),
         message: options.message.clone(),
         if_head: options.if_head.clone(),
         if_base: options.if_base,
         force: options.force,
-        when: protocol::When::Always,
+        ..protocol::Commit::of([(fork.id.clone(), protocol::When::Always)])
     };
     let answer = watched(&mut client, request)?;
     let commit: Value = take(&answer, "/commits/0")?;
@@ -303,7 +302,7 @@ pub fn watched(client: &mut Client, commit: protocol::Commit) -> Result<Value, F
     if bar.is_hidden() {
         return client.call(&Request::Commit(commit));
     }
-    let forks = commit.forks.clone();
+    let forks: Vec<String> = commit.forks.keys().cloned().collect();
     let beside = client.beside();
     let (done, is_done) = crossbeam::channel::bounded::<()>(0);
     std::thread::scope(|scope| {

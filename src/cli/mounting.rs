@@ -19,7 +19,7 @@ use super::values::Busy;
 use crate::protocol::{Bytes, Code, Failure, Mount, Request, Serve};
 use crate::sys::mount::{self as kernel, HelperError, MountPoint, Options};
 use crate::sys::{namespace, process};
-pub use explain::device as explain_device;
+pub use explain::{device as explain_device, hidden_from_engine};
 
 const ENOTCONN: i32 = 107;
 const ENODEV: i32 = 19;

@@ -11,7 +11,8 @@ use super::forks::ForkFacts;
 use super::mounting::refuse_dangerous;
 use super::output;
 use super::place::{Place, real_path};
-use super::values;
+use super::{ForkOptions, values};
+use crate::fork::default_patterns_at;
 use crate::protocol::{Code, Failure};
 
 /// A volume and the paths that it is wanted at.
@@ -119,6 +120,23 @@ pub fn target(wish: &Wish, path: &Path, place: &Place) -> Result<Target, Failure
         folder: wish.has_folders().then(|| folder_name(path)),
         path: prepare(path, place)?,
     })
+}
+
+/// The options of a fork whose paths these are: where tools keep credentials there, no version gets them.
+pub fn excluding(options: &ForkOptions, wish: &Wish) -> ForkOptions {
+    let mut options = options.clone();
+    if !options.no_default_exclude {
+        let home = std::env::home_dir();
+        let home = home.map(|home| real_path(&home).unwrap_or(home));
+        let own = wish.paths.iter().flat_map(|path| {
+            let real = real_path(path).unwrap_or_else(|_| path.clone());
+            let folder = wish.has_folders().then(|| folder_name(path));
+            default_patterns_at(&real, folder.as_deref(), home.as_deref())
+        });
+        // What the caller says comes later, and wins.
+        options.exclude.splice(0..0, own);
+    }
+    options
 }
 
 /// The folders that would have to be made for a path, outer ones first.

@@ -229,7 +229,8 @@ impl<'a> Job<'a> {
             paths::make_folder(&path)?;
         }
         let job = Some(format!("run-{}", std::process::id()));
-        let fork = forks::make(self.context, client, &wish.volume, &self.run.options, job)?;
+        let options = paths::excluding(&self.run.options, wish);
+        let fork = forks::make(self.context, client, &wish.volume, &options, job)?;
         let at = Mountpoint {
             path,
             created: false,
@@ -375,7 +376,7 @@ impl<'a> Job<'a> {
         self.forks
             .iter()
             .for_each(|used| forks::write_back(&used.mount));
-        let commit = protocol::Commit::of(ids.clone(), when);
+        let commit = protocol::Commit::of(ids.iter().map(|id| (id.clone(), when)));
         let answer = forks::watched(&mut client, commit).inspect_err(|_| {
             // Nothing else will come back for them.
             ids.iter()

@@ -1,5 +1,6 @@
 //! From requests of the protocol to calls of the engine, and back. One arm per request; no decision is made here but who may.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
@@ -19,10 +20,6 @@ use crate::protocol::{
 };
 use crate::store::{ForkId, Verdict};
 use crate::sys::mount;
-use crate::volume;
-
-/// The longest name of a scope that is kept as it is.
-const MAX_SCOPE: usize = 48;
 
 /// Answers a request. The outer error ends the connection; the inner one is told to the client.
 pub fn answer(
@@ -99,6 +96,14 @@ pub fn live_fork_names(engine: &Engine) -> Vec<String> {
         .filter(|fork| fork.state == "live")
         .map(|fork| format!("{} ({})", fork.id, fork.volume))
         .collect()
+}
+
+fn when_of(when: When) -> engine::When {
+    match when {
+        When::Always => engine::When::Always,
+        When::OnChange => engine::When::OnChange,
+        When::IfMissing => engine::When::IfMissing,
+    }
 }
 
 struct Call<'a> {
@@ -218,11 +223,8 @@ impl Call<'_> {
             protected: said.protected,
         });
         let asker = self.who.asker(policy, facts);
-        let scope = match (&asker, said.and_then(|said| said.scope.as_deref())) {
-            (Asker::User(uid), _) => format!("uid-{uid}"),
-            (_, Some(scope)) => volume::legal_part(scope, MAX_SCOPE),
-            (_, None) => "unknown".into(),
-        };
+        let named = said.and_then(|said| said.scope.as_deref());
+        let scope = engine::scope(&asker, named, self.who.peer.uid);
         (policy.judge(&asker), scope)
     }
 
@@ -238,7 +240,7 @@ impl Call<'_> {
             return self.own(text).map(drop);
         }
         let volume = text.split('@').next().unwrap_or_default();
-        if policy.may_read(volume) || volume.ends_with(&format!("/untrusted/uid-{uid}")) {
+        if policy.may_user_read(volume, uid) {
             return Ok(());
         }
         Err(
@@ -335,8 +337,8 @@ impl Call<'_> {
         let forks = commit
             .forks
             .iter()
-            .map(|fork| Ok(self.own(fork)?.0))
-            .collect::<Result<Vec<_>, Failure>>()?;
+            .map(|(fork, when)| Ok((self.own(fork)?.0, when_of(*when))))
+            .collect::<Result<BTreeMap<_, _>, Failure>>()?;
         let request = CommitRequest {
             keep: commit.keep,
             labels: commit.labels,
@@ -344,12 +346,9 @@ impl Call<'_> {
             if_head: commit.if_head,
             if_base: commit.if_base,
             force: commit.force,
-            when: match commit.when {
-                When::Always => engine::When::Always,
-                When::OnChange => engine::When::OnChange,
-                When::IfMissing => engine::When::IfMissing,
-            },
+            when: forks.clone(),
         };
+        let forks = forks.into_keys().collect();
         let commits = self.engine.commit(forks, request).map_err(failure)?;
         Ok(json!({"commits": documents::list(&commits, documents::commit)}))
     }

@@ -9,9 +9,7 @@ use std::sync::Arc;
 
 use tar::{Builder, EntryType, Header};
 
-use super::{
-    Code, CommitRequest, Engine, EngineError, ForkRequest, Owner, Result, VersionInfo, When,
-};
+use super::{Code, CommitRequest, Engine, EngineError, ForkRequest, Owner, Result, VersionInfo};
 use crate::fork::view;
 use crate::fs::{Fs, Options, Ownership};
 use crate::record::{self, Attr, Ino, Key, Kind, ROOT, Value};
@@ -271,7 +269,7 @@ impl Engine {
             if_head: None,
             if_base: false,
             force: false,
-            when: When::Always,
+            when: Default::default(),
         };
         let warnings = match imported {
             Ok(warnings) => warnings,

@@ -32,7 +32,8 @@ pub struct CommitRequest {
     pub if_base: bool,
     /// Commit even forks of versions that were taken back.
     pub force: bool,
-    pub when: When,
+    /// When the commit of each fork makes a version; of one that is not named here: always.
+    pub when: BTreeMap<ForkId, When>,
 }
 
 /// What came of one fork.
@@ -284,7 +285,8 @@ impl Engine {
             .store
             .volume_by_id(volume)?
             .map_or(0, |volume| volume.head);
-        if request.when == When::IfMissing && head != 0 {
+        let when = request.when.get(&live.id);
+        if when == Some(&When::IfMissing) && head != 0 {
             return Ok(false);
         }
         // Of another volume's version, or of one that is not the head's volume yet: the first version of its own.
@@ -292,7 +294,7 @@ impl Engine {
         if base.is_none_or(|base| base.volume != volume) && head == 0 && base.is_some() {
             return Ok(true);
         }
-        let least = if request.when == When::OnChange {
+        let least = if when == Some(&When::OnChange) {
             Changed::Yes
         } else {
             Changed::Times

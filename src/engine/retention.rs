@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::{Engine, Result, now};
+use super::{Engine, Result, now, trust};
 use crate::store::{self, GcReport, VersionRef};
 use crate::volume::Patterns;
 
@@ -27,6 +27,25 @@ pub struct Keep {
     pub younger: Duration,
     /// A volume goes as a whole when it was neither forked nor committed for so long.
     pub unused: Duration,
+}
+
+/// The names of volumes that are for a while only, as patterns: those of branches and of untrusted jobs.
+pub const PASSING: [&str; 2] = ["**/branch/**", "**/untrusted/**"];
+
+fn is_passing(volume: &str) -> bool {
+    trust::is_untrusted(volume) || format!("/{volume}").contains("/branch/")
+}
+
+impl Keep {
+    /// What holds for [`PASSING`] volumes where nothing else was said: nobody says when a branch is closed.
+    pub fn passing() -> Keep {
+        let hour = Duration::from_secs(3600);
+        Keep {
+            versions: 2,
+            younger: hour,
+            unused: 72 * hour,
+        }
+    }
 }
 
 impl Default for Keep {
@@ -62,6 +81,8 @@ struct Facts {
     /// Pinned, or the bases of live forks.
     held: BTreeSet<u64>,
     forked: bool,
+    /// Its head goes before those of others.
+    passing: bool,
     keep: Keep,
 }
 
@@ -132,13 +153,16 @@ impl Policy {
 
     fn keep(&self, name: &str) -> Keep {
         let mut rules = self.rules.iter();
-        let rule = rules.find(|(volumes, _)| volumes.name(name.as_bytes(), false));
-        rule.map_or_else(Keep::default, |(_, keep)| *keep)
+        match rules.find(|(volumes, _)| volumes.name(name.as_bytes(), false)) {
+            Some((_, keep)) => *keep,
+            None if is_passing(name) => Keep::passing(),
+            None => Keep::default(),
+        }
     }
 }
 
 /// Says what goes: what is old or unused, and if that brings less than `need` bytes, older versions and then whole volumes, the
-/// least recently used first. A time of the future is as good as now.
+/// least recently used first, those of branches and untrusted jobs before others. A time of the future is as good as now.
 fn decide(now: i64, volumes: &[Facts], need: u64) -> Vec<Removal> {
     let age =
         |time: i64| Duration::from_nanos(u64::try_from(now.saturating_sub(time)).unwrap_or(0));
@@ -179,6 +203,7 @@ fn decide(now: i64, volumes: &[Facts], need: u64) -> Vec<Removal> {
             }
         }
     }
+    left.sort_by_key(|(volume, _)| !volume.passing);
     for (volume, stay) in &left {
         if found >= need {
             return gone;
@@ -233,6 +258,8 @@ impl Engine {
             self.counters.gcs.fetch_add(1, Ordering::Relaxed);
             let freed = &self.counters.freed_bytes;
             freed.fetch_add(garbage.freed_bytes, Ordering::Relaxed);
+            self.crowded
+                .store(self.beyond_limit() > 0, Ordering::Release);
         }
         log::info!(
             "gc removed {} chunks and freed {} bytes",
@@ -334,6 +361,7 @@ impl Engine {
             versions,
             held,
             forked,
+            passing: is_passing(&volume.name),
             keep: self.config.retention.keep(&volume.name),
         })
     }
@@ -362,6 +390,7 @@ mod tests {
             versions: ages.iter().enumerate().map(stored).collect(),
             held: BTreeSet::new(),
             forked: false,
+            passing: false,
             keep: Keep::default(),
         }
     }
@@ -406,7 +435,8 @@ mod tests {
     }
 
     /// > Where the store is beyond its `limit`, or its disk has less than `min-free` (a tenth, at most 20 GiB) left, older versions
-    /// > go and then whole volumes, the least recently used first; nothing of a volume that was used within the last hour.
+    /// > go and then whole volumes, the least recently used first, those of branches and untrusted jobs before others; nothing of a
+    /// > volume that was used within the last hour.
     #[test]
     fn for_room_older_versions_go_before_heads_and_the_least_recently_used_first() {
         let all = [
@@ -422,7 +452,8 @@ mod tests {
     }
 
     /// > Where the store is beyond its `limit`, or its disk has less than `min-free` (a tenth, at most 20 GiB) left, older versions
-    /// > go and then whole volumes, the least recently used first; nothing of a volume that was used within the last hour.
+    /// > go and then whole volumes, the least recently used first, those of branches and untrusted jobs before others; nothing of a
+    /// > volume that was used within the last hour.
     #[test]
     fn a_tenth_of_the_disk_stays_free_and_at_most_20_gib_unless_the_owner_says_otherwise() {
         let free = |min_free, total| Policy::new(None, min_free).to_stay_free(total);
@@ -433,6 +464,54 @@ mod tests {
     }
 
     /// > A pinned version, the base of a live fork and a volume with a live fork stay always, and a head as long as its volume.
+    /// > Where the store is beyond its `limit`, or its disk has less than `min-free` (a tenth, at most 20 GiB) left, older versions
+    /// > go and then whole volumes, the least recently used first, those of branches and untrusted jobs before others; nothing of a
+    /// > volume that was used within the last hour.
+    #[test]
+    fn for_room_the_heads_of_branches_go_before_those_of_the_main_line() {
+        let mut branch = volume(1, NOW - DAY, &[1]);
+        branch.passing = true;
+        let main = volume(2, NOW - 5 * DAY, &[5]);
+        assert_eq!(gone(&[main.clone(), branch.clone()], 1), ["1"]);
+        assert_eq!(gone(&[main, branch], 101), ["1", "2"]);
+    }
+
+    /// > Volumes of branches and of untrusted jobs (`**/branch/**`, `**/untrusted/**`) go after 3 days without use, and keep 2
+    /// > versions and those of the last hour: nobody says when a branch is closed.
+    #[test]
+    fn branches_and_untrusted_scopes_pass_soon_unless_a_rule_says_otherwise() {
+        let mut policy = Policy::default();
+        for (name, passing) in [
+            ("shop/branch/x", true),
+            ("branch/x", true),
+            ("shop/untrusted/pr-1", true),
+            ("shop/untrusted/uid/7", true),
+            ("shop", false),
+            ("shop/branches", false),
+            ("shop/mybranch/x", false),
+        ] {
+            assert_eq!(policy.keep(name) == Keep::passing(), passing, "{name}");
+            // The patterns that people are shown say the same.
+            let mut shown = Policy::default();
+            let keep = Keep {
+                versions: 99,
+                ..Keep::default()
+            };
+            for pattern in PASSING {
+                shown.add(pattern, keep).unwrap();
+            }
+            assert_eq!(shown.keep(name) == keep, passing, "{name}");
+        }
+        let own = Keep::default();
+        policy.add("shop/branch/**", own).unwrap();
+        assert_eq!(policy.keep("shop/branch/x"), own);
+        let day = Duration::from_secs(86_400);
+        let soon = Keep::passing();
+        assert_eq!((soon.versions, soon.unused), (2, 3 * day));
+        assert_eq!(soon.younger, Duration::from_secs(3600));
+        assert_eq!(policy.keep("app/branch/x"), Keep::passing());
+    }
+
     #[test]
     fn what_is_held_stays_however_short_the_disk_runs() {
         let mut pinned = volume(1, NOW - 5 * DAY, &[5, 6, 7]);
@@ -448,8 +527,8 @@ mod tests {
         assert!(gone(&[future], 10_000).is_empty());
     }
 
-    /// > `config.toml` says otherwise: the first table whose pattern matches the volume's name counts, `*` stops at a slash and
-    /// > `**` does not.
+    /// > `config.toml` says otherwise: the first table whose pattern matches the volume's name counts, before what is built in;
+    /// > what it does not say is 10 versions, 24 hours and 14 days. `*` stops at a slash and `**` does not.
     #[test]
     fn the_first_rule_that_matches_a_name_counts() {
         let keep = |versions| Keep {

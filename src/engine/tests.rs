@@ -159,7 +159,7 @@ fn request(keep: bool) -> CommitRequest {
         if_head: None,
         if_base: false,
         force: false,
-        when: When::Always,
+        when: BTreeMap::new(),
     }
 }
 

@@ -6,8 +6,10 @@
 
 use super::{Code, Engine, EngineError, ForkRequest, Result};
 use crate::store::{self, Verdict};
-use crate::volume::Patterns;
+use crate::volume::{self, Patterns};
 
+/// The longest name of a scope that is kept as it is, in bytes.
+const LONGEST: usize = 48;
 /// The part of a volume's name behind which the scopes of untrusted jobs stand.
 const UNTRUSTED: &str = "/untrusted/";
 /// The room of all untrusted volumes together, if nothing else was said.
@@ -74,6 +76,11 @@ impl TrustPolicy {
         !is_untrusted(volume) && self.readable.name(volume.as_bytes(), false)
     }
 
+    /// Whether a user of whom nothing is believed may read a volume: those of its own scope too.
+    pub fn may_user_read(&self, volume: &str, uid: u32) -> bool {
+        self.may_read(volume) || volume.ends_with(&format!("{UNTRUSTED}{}", of_user(uid)))
+    }
+
     /// What a job may do. On doubt it is not trusted.
     pub fn judge(&self, asker: &Asker) -> Verdict {
         let trusted = match asker {
@@ -90,6 +97,19 @@ impl TrustPolicy {
             (false, false) => Verdict::Nothing,
         }
     }
+}
+
+/// The scope of an untrusted job. One that an agent names is one part of a volume's name, one of a user is two: whoever chooses
+/// the name of a branch cannot choose that of a user's scope.
+pub fn scope(asker: &Asker, named: Option<&str>, uid: u32) -> String {
+    match (asker, named) {
+        (Asker::Agent(_), Some(name)) => volume::legal_part(name, LONGEST),
+        _ => of_user(uid),
+    }
+}
+
+fn of_user(uid: u32) -> String {
+    format!("uid/{uid}")
 }
 
 /// Whether a volume is one of untrusted jobs.
@@ -221,6 +241,36 @@ mod tests {
         }
         policy.scopes = true;
         assert_eq!(policy.judge(&Asker::User(7)), Verdict::Scope);
+    }
+
+    #[test]
+    fn no_name_of_a_branch_leads_to_the_scope_of_a_user_or_back() {
+        let agent = Asker::Agent(JobFacts::default());
+        let user = scope(&Asker::User(7), Some("pr-1"), 7);
+        assert_eq!(
+            user,
+            scope(&agent, None, 7),
+            "what names none is its user's"
+        );
+        let policy = TrustPolicy::default();
+        let volume = |scope: &str| format!("shop{UNTRUSTED}{scope}");
+        assert!(policy.may_user_read(&volume(&user), 7));
+        for name in [
+            "uid-7",
+            "uid/7",
+            "uid",
+            "7",
+            "../uid/7",
+            "x/untrusted/uid/7",
+            "",
+        ] {
+            let named = scope(&agent, Some(name), 8);
+            assert_ne!(named, user, "{name}");
+            assert!(!policy.may_user_read(&volume(&named), 7), "{name}");
+        }
+        for uid in [77, 0] {
+            assert!(!policy.may_user_read(&volume(&user), uid), "{uid}");
+        }
     }
 
     #[test]

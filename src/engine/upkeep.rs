@@ -136,8 +136,6 @@ impl Engine {
         }
         if short {
             tended.for_room = Some(now);
-            self.crowded
-                .store(self.beyond_limit() > 0, Ordering::Release);
         }
         false
     }

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::Bound;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 
@@ -91,6 +92,48 @@ impl Excludes {
     fn names(&self, path: &[u8], is_dir: bool) -> bool {
         self.0.name(path, is_dir)
     }
+}
+
+/// What the default patterns mean for a folder of a volume, or for its root, that is put at `path`: tools keep credentials where
+/// they do whichever part of the home the volume is, and at the top of each of its folders.
+pub fn default_patterns_at(path: &Path, folder: Option<&str>, home: Option<&Path>) -> Vec<String> {
+    let top = folder.map_or_else(String::new, |folder| format!("/{}", literal(folder)));
+    let anchored: Vec<&str> = DEFAULT.iter().filter_map(|p| p.strip_prefix('/')).collect();
+    let mut out = Vec::new();
+    for place in anchored.iter().filter(|_| home != Some(path)) {
+        let at = home.map(|home| home.join(place));
+        match at.as_deref().and_then(|at| at.strip_prefix(path).ok()) {
+            Some(rest) if rest.as_os_str().is_empty() => out.push(format!("{top}/*")),
+            Some(rest) => {
+                let slash = if place.ends_with('/') { "/" } else { "" };
+                out.push(format!("{top}/{}{slash}", rest.display()));
+            }
+            None => {}
+        }
+    }
+    if folder.is_some() {
+        let (folders, files): (Vec<&str>, Vec<&str>) =
+            anchored.iter().partition(|place| place.ends_with('/'));
+        let folders: Vec<&str> = folders
+            .iter()
+            .map(|place| place.trim_end_matches('/'))
+            .collect();
+        out.push(format!("{top}/{{{}}}", files.join(",")));
+        out.push(format!("{top}/{{{}}}/", folders.join(",")));
+    }
+    out
+}
+
+/// A name as a pattern that means nothing but it.
+fn literal(name: &str) -> String {
+    let mut out = String::new();
+    for c in name.chars() {
+        if c.is_ascii_punctuation() && !"._-".contains(c) {
+            out.push('\\');
+        }
+        out.push(c);
+    }
+    out
 }
 
 /// The live table of a fork taken apart.
@@ -479,6 +522,61 @@ mod tests {
         assert!(!excluded(&["tmp/"], false, "b/tmp", false));
         assert!(!excluded(&["*.o", "!keep.o"], false, "keep.o", false));
         assert!(Excludes::new(&["a{".into()], false).is_err());
+    }
+
+    /// > `attach` and `run` look for them where a path begins too: `credentials.toml` in a volume that is put at `~/.cargo`,
+    /// > `.npmrc` in each folder of a volume with several paths.
+    #[test]
+    fn the_default_ones_follow_a_volume_to_where_it_is_put() {
+        let excluded = |path: &str, folder, name: &str, is_dir| {
+            let home = Some(Path::new("/home/ci"));
+            let patterns = default_patterns_at(Path::new(path), folder, home);
+            Excludes::new(&patterns, true)
+                .unwrap()
+                .names(name.as_bytes(), is_dir)
+        };
+        for (path, folder, name, is_dir) in [
+            ("/home/ci/.cargo", None, "credentials.toml", false),
+            ("/home/ci/.docker", None, "config.json", false),
+            ("/home/ci/.aws", None, "sso/cache", true),
+            ("/home/ci/.ssh", None, "id_ed25519", false),
+            (
+                "/home/ci/.config",
+                Some(".config"),
+                ".config/gh/hosts.yml",
+                false,
+            ),
+            (
+                "/home/ci/.cargo",
+                Some(".cargo"),
+                ".cargo/credentials.toml",
+                false,
+            ),
+            ("/build/a", Some("a{*}[,"), "a{*}[,/.npmrc", false),
+            ("/build/a", Some("a"), "a/.ssh", true),
+            ("/build/a", Some("a"), "a/.docker/config.json", false),
+            ("/home/ci", None, ".npmrc", false),
+        ] {
+            assert!(
+                excluded(path, folder, name, is_dir),
+                "{path} {folder:?} {name}"
+            );
+        }
+        for (path, folder, name, is_dir) in [
+            ("/home/ci/.cargo", None, "config.toml", false),
+            ("/build/a", None, "config.json", false),
+            ("/home/ci/.docker2", None, "config.json", false),
+            ("/build/a", Some("a"), "a/x/.npmrc", false),
+            ("/build/a", Some("a*"), "ab/.npmrc", false),
+            ("/build/a", Some("a"), "a/.ssh", false),
+            ("/build/a", Some("a"), "a/.gnupg2", true),
+        ] {
+            assert!(
+                !excluded(path, folder, name, is_dir),
+                "{path} {folder:?} {name}"
+            );
+        }
+        assert!(default_patterns_at(Path::new("/build/a"), None, None).is_empty());
     }
 
     /// > Nor is, unless the fork was made with `--no-default-exclude`, a path where tools keep credentials: `.netrc`,

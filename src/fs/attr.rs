@@ -58,9 +58,11 @@ impl Fs {
         edits.into_iter().for_each(|edit| tx.push(edit));
         let attr = tx.attr_mut(ino);
         change(attr, set, now());
+        // Stored as it is shown: nobody gives rights to a file that is another's.
+        *attr = self.shown(attr.clone());
         let attr = attr.clone();
         tx.finish(caller.request)?;
-        Ok(self.shown(attr))
+        Ok(attr)
     }
 
     /// Drops the file capability of an inode that is written to; almost always there is none to drop.

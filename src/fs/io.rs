@@ -572,7 +572,7 @@ impl<'a> Change<'a> {
 
     /// Logs the change and shows it.
     pub fn finish(mut self, caller: Caller, inode: &mut Inode) -> Result<(), FsError> {
-        let attr = self.attr.clone();
+        let attr = self.fs.shown(self.attr.clone());
         self.edits.push(Edit::Attr {
             ino: self.ino,
             attr,

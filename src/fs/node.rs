@@ -142,16 +142,14 @@ impl Fs {
         time: Nanos,
     ) -> Attr {
         let mut mode = inherited.mode;
-        let (mut uid, mut gid) = (caller.uid, caller.gid);
-        if let Ownership::As {
-            uid: as_uid,
-            gid: as_gid,
-        } = self.options.ownership
-        {
-            (uid, gid) = (as_uid, as_gid);
-        }
+        let (uid, mut gid) = match self.options.ownership {
+            Ownership::As { uid, gid } => (uid, gid),
+            Ownership::Keep => (caller.uid, caller.gid),
+        };
         if parent.mode & 0o2000 != 0 {
-            gid = parent.gid;
+            if self.options.ownership == Ownership::Keep {
+                gid = parent.gid;
+            }
             if node.kind == Kind::Directory {
                 mode |= 0o2000;
             }

@@ -178,3 +178,52 @@ fn what_a_folder_tells_is_shown_and_attached() {
     assert_eq!(cli.got("2", &variables, &[]), ["shop/npm exact"]);
     cli.end("2", "1");
 }
+
+#[test]
+fn volumes_with_conditions_of_their_own_are_committed_as_one_or_not_at_all() {
+    let cli = Cli::new();
+    cli.write(
+        ".forkvol.yml",
+        "cache:
+  - {name: a, paths: a}
+  - {name: b, paths: b, commit: on-change}
+  - {name: c, paths: c, commit: if-missing}
+  - {name: d, paths: d, commit: never}
+",
+    );
+    let head = |name: &str| cli.json(&["volume", "show", name])["volume"]["head"].clone();
+    let heads = || ["shop/a", "shop/b", "shop/c", "shop/d"].map(head);
+    cli.got("1", &[], &[]);
+    for file in ["a/f", "b/f", "c/f", "d/f"] {
+        cli.write(file, "1");
+    }
+    cli.end("1", "0");
+    let none = serde_json::Value::Null;
+    assert_eq!(heads(), [1.into(), 1.into(), 1.into(), none.clone()]);
+    cli.got("2", &[], &[]);
+    for file in ["a/f", "b/f", "c/f"] {
+        cli.write(file, "2");
+    }
+    // What the job began from is no part of its history any more: its commit is refused.
+    cli.ok(&["volume", "reset", "shop/b"]);
+    let finish = cli.call(&["finish", "--job", "2", "--status", "0"]);
+    let talk = String::from_utf8_lossy(&finish.stderr).into_owned();
+    assert!(
+        finish.status.success() && talk.contains("taken back"),
+        "{talk}"
+    );
+    assert_eq!(heads()[0], 1, "nothing of the job is committed");
+    assert_eq!(cli.ok(&["cat", "shop/a:a/f"]), "1");
+    assert_eq!(cli.json(&["forks"])["forks"], serde_json::json!([]));
+    cli.got("3", &[], &[]);
+    for file in ["a/f", "b/f", "c/f"] {
+        cli.write(file, "3");
+    }
+    let done = cli.end("3", "0");
+    assert_eq!(done["shop/a"], "committed as shop/a@2");
+    assert_eq!(
+        (&done["shop/c"], &done["shop/d"]),
+        (&"unchanged".into(), &"abandoned".into())
+    );
+    assert_eq!(cli.ok(&["cat", "shop/b:b/f"]), "3");
+}

@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// An image that holds nothing but busybox; removed with the test.
+/// An image that holds nothing but busybox and forkvol; removed with the test.
 struct Image(String);
 
 impl Image {
@@ -13,7 +13,9 @@ impl Image {
             eprintln!("left out: no Docker engine answers");
             return None;
         }
-        let name = format!("forkvol-test-{}", std::process::id());
+        let of_test = cli.dir.path().file_name().unwrap().to_string_lossy();
+        let of_test = of_test.trim_start_matches('.').to_lowercase();
+        let name = format!("forkvol-test-{of_test}");
         let root = cli.path("image");
         fs::create_dir_all(root.join("bin")).unwrap();
         let busybox = Command::new("sh")
@@ -22,6 +24,15 @@ impl Image {
             .unwrap();
         let busybox = String::from_utf8(busybox.stdout).unwrap();
         fs::copy(busybox.trim(), root.join("bin/busybox")).expect("the tests need busybox-static");
+        // The program itself, with what it is linked to.
+        let program = env!("CARGO_BIN_EXE_forkvol");
+        fs::copy(program, root.join("bin/forkvol")).unwrap();
+        let script = format!(
+            "ldd {program} | grep -o '/[^ ]*' | xargs -I@ cp -L --parents @ {}",
+            root.display()
+        );
+        let copied = Command::new("sh").args(["-c", &script]).status();
+        assert!(copied.unwrap().success());
         let script = format!("tar c -C {} . | docker import - {name}", root.display());
         assert!(
             Command::new("sh")
@@ -126,4 +137,49 @@ fn a_commit_beside_a_container_that_still_runs_works_and_names_its_holder() {
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(words.contains("was still in use by"), "{words}");
     assert_eq!(cli.ok(&["cat", "v:f"]), "x");
+}
+
+#[test]
+fn an_agent_in_a_container_gives_its_forks_to_containers_of_the_host_s_engine() {
+    let cli = Cli::new();
+    let Some(image) = Image::new(&cli) else {
+        return;
+    };
+    let sh = |script: &str| {
+        let output = Command::new("sh")
+            .args(["-ec", script])
+            .current_dir(cli.dir.path())
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{script}: {text}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    // What the manual says: the folder of the mounts is at the same place inside, and shared with it.
+    let mounts = cli.path("mounts").display().to_string();
+    sh("mkdir mounts inner && mount --bind mounts mounts && mount --make-shared mounts");
+    let agent = sh(&format!(
+        "docker run -d --network none --device /dev/fuse --cap-add SYS_ADMIN --security-opt apparmor=unconfined \
+         -v $PWD/inner:/var/lib/forkvol -v {mounts}:{mounts}:rshared {} /bin/busybox sleep 600",
+        image.0
+    ));
+    let result = std::panic::catch_unwind(|| {
+        let forkvol = |args: &str| sh(&format!("docker exec {agent} /bin/forkvol --quiet {args}"));
+        forkvol(&format!(
+            "attach --strict --job 1 --mount-root {mounts} -v v -p /work --env-file /env"
+        ));
+        let volume = format!("{mounts}/1/v:/cache");
+        let script = "echo made >/cache/f && /bin/busybox cat /cache/f";
+        assert_eq!(image.run(&volume, "0:0", script), "made");
+        let inside = sh(&format!("docker exec {agent} /bin/busybox cat /work/f"));
+        assert_eq!(inside, "made");
+        forkvol("finish --strict --job 1 --status 0");
+        assert_eq!(forkvol("cat v:f"), "made");
+        assert!(
+            !cli.path("mounts/1").exists(),
+            "nothing is left on the host"
+        );
+    });
+    sh(&format!("docker rm -f {agent}; umount -l {mounts}"));
+    result.unwrap();
 }

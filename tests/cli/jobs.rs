@@ -129,7 +129,18 @@ fn labels_make_a_hit_exact_or_stale_and_parents_make_it_a_fallback() {
         "--parent",
         "v",
     ];
-    assert_eq!(attach("4", &parents), "fallback");
+    let said = cli.call(
+        &[
+            &["attach", "--job", "4", "--mount-root", "mounts"],
+            &parents[..],
+        ]
+        .concat(),
+    );
+    let said = String::from_utf8(said.stderr).unwrap();
+    assert!(
+        said.contains("has v/branch/x from v@1: fallback hit"),
+        "{said}"
+    );
     assert_eq!(fs::read_to_string(cli.path("c/f")).unwrap(), "1");
     cli.finish("4", "1");
 }
@@ -389,5 +400,202 @@ fn a_job_ends_with_one_line_that_says_what_it_cost_and_brought() {
         " newly stored",
     ] {
         assert!(lines[0].contains(part), "{part} in {text}");
+    }
+}
+
+#[test]
+fn what_is_committed_in_mid_job_stays_whatever_becomes_of_the_job() {
+    let cli = Cli::new();
+    cli.attach("1", &["-v", "v", "-p", "c", "-v", "w", "-p", "d"]);
+    fs::write(cli.path("c/f"), "installed").unwrap();
+    fs::write(cli.path("d/f"), "installed").unwrap();
+    assert_eq!(cli.ok(&["commit", "--keep", "./c"]), "v@1");
+    fs::write(cli.path("c/f"), "tested").unwrap();
+    cli.finish("1", "1");
+    assert_eq!(cli.ok(&["cat", "v:f"]), "installed");
+    assert!(cli.json(&["volume", "show", "w"])["volume"]["head"].is_null());
+
+    let both = ["-v", "v", "-p", "c", "-v", "w", "-p", "d"];
+    cli.attach("2", &both);
+    fs::write(cli.path("c/f"), "installed again").unwrap();
+    fs::write(cli.path("d/f"), "installed").unwrap();
+    let keep = ["finish", "--job", "2", "--keep", "--status", "0"];
+    let done = cli.json(&keep)["finish"]["volumes"].clone();
+    assert_eq!(
+        (&done["v"], &done["w"]),
+        (&"committed as v@2".into(), &"committed as w@1".into())
+    );
+    fs::write(cli.path("c/f"), "tested").unwrap();
+    assert_eq!(cli.finish("2", "1")["v"], "abandoned");
+    assert_eq!(cli.ok(&["cat", "v:f"]), "installed again");
+}
+
+#[test]
+fn what_is_excluded_is_in_no_version_and_named_at_the_end() {
+    let cli = Cli::new();
+    let args = [
+        "-v",
+        "v",
+        "-p",
+        "c",
+        "--exclude",
+        "*.tmp",
+        "--exclude",
+        "!keep.tmp",
+    ];
+    cli.attach("1", &args);
+    for name in ["f", "x.tmp", "keep.tmp", ".npmrc"] {
+        fs::write(cli.path("c").join(name), name).unwrap();
+    }
+    let output = cli.call(&["finish", "--job", "1", "--status", "0"]);
+    let talk = String::from_utf8(output.stderr).unwrap();
+    assert!(talk.contains("in no version: 2 (.npmrc, x.tmp)"), "{talk}");
+    let names = || {
+        let listed = cli.json(&["ls", "v"]);
+        let entries = listed["entries"].as_array().unwrap().iter();
+        let mut names: Vec<String> = entries
+            .map(|e| e["name"].as_str().unwrap().to_owned())
+            .collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(), ["f", "keep.tmp"]);
+    let excluded = &cli.json(&["log", "v"])["versions"][0]["excluded"];
+    assert_eq!(excluded["count"], 2, "{excluded}");
+    let run = ["run", "--no-default-exclude", "-v", "v", "-p", "c", "--"];
+    let output = cli.call(&[&run[..], &["sh", "-c", "touch c/.npmrc c/x.tmp"]].concat());
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+    assert_eq!(names(), [".npmrc", "f", "keep.tmp", "x.tmp"]);
+}
+
+#[test]
+fn files_belong_to_whoever_calls_where_that_was_asked_for() {
+    let cli = Cli::new();
+    let owner = |of: &str, script: &str| {
+        let args = [
+            "run", "--owner", of, "-v", "v", "-p", "c", "--", "sh", "-ec", script,
+        ];
+        cli.ok(&args)
+    };
+    owner(
+        "keep",
+        "umask 077; echo 1 > c/f; echo 1 > c/g; mkdir -m 2777 c/d; cp /bin/true c/suid; chmod 4755 c/suid",
+    );
+    // A job under another id reads and writes what root alone could, and cannot give it away.
+    let job = "setpriv --reuid 4242 --regid 4242 --clear-groups sh -ec \
+        'cat c/f; echo 2 > c/f; echo 2 > c/h; echo 2 > c/d/i; chmod 4755 c/suid'; chown 1 c/h 2>&1 | grep -o 'not permitted'; stat -c %u:%g c c/f c/g c/h";
+    assert_eq!(
+        owner("4242:4242", job),
+        "1\nnot permitted\n4242:4242\n4242:4242\n4242:4242\n4242:4242"
+    );
+    let stored = "stat -c %u:%g c/f c/g c/h c/d/i c/suid; cat c/f";
+    assert_eq!(
+        owner("keep", stored),
+        "4242:4242\n0:0\n4242:4242\n4242:4242\n4242:4242\n2"
+    );
+    assert_eq!(owner("caller", stored), "0:0\n0:0\n0:0\n0:0\n0:0\n2");
+}
+
+#[test]
+fn containers_of_an_engine_outside_are_said_not_to_see_the_fork() {
+    let cli = Cli::new();
+    cli.json(&["volumes"]);
+    let socket = cli.path("engine.sock");
+    let _engine = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let told = |entering: &[&str]| {
+        let program = env!("CARGO_BIN_EXE_forkvol");
+        let script = format!(
+            "{program} attach --job 1 --mount-root mounts -v v -p c --env-file env; {program} finish --job 1 --status 1"
+        );
+        let output = Command::new("env")
+            .args(entering)
+            .args(["sh", "-ec", &script])
+            .env("FORKVOL_STORE", cli.path("store"))
+            .env("DOCKER_HOST", format!("unix://{}", socket.display()))
+            .current_dir(cli.dir.path())
+            .output()
+            .unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let apart = ["unshare", "--mount", "--propagation"];
+    let talk = told(&[&apart[..], &["private"]].concat());
+    let line = format!("will not see {}", cli.path("c").display());
+    assert!(talk.contains(&line) && talk.contains("rshared"), "{talk}");
+    for seen in [&[&apart[..], &["shared"]].concat()[..], &[]] {
+        let talk = told(seen);
+        assert!(!talk.contains("will not see"), "{talk}");
+    }
+    // In a container of its own pid namespace the engine has no number.
+    let contained = ["unshare", "--mount", "--pid", "--fork", "--mount-proc"];
+    let talk = told(&[&contained[..], &["--propagation", "private"]].concat());
+    assert!(talk.contains(&line), "{talk}");
+}
+
+#[test]
+fn the_checkout_may_be_a_fork_but_is_never_hidden_by_one() {
+    let cli = Cli::new();
+    let work = cli.path("work");
+    fs::create_dir(&work).unwrap();
+    let mounts = cli.path("mounts");
+    let attach = |job: &str, root: &Path| {
+        let args = [
+            "attach", "--strict", "--job", job, "-v", "v", "-p", ".", "--json",
+        ];
+        let mut command = cli.command(&args);
+        command
+            .arg("--mount-root")
+            .arg(root)
+            .current_dir(&work)
+            .output()
+            .unwrap()
+    };
+    assert!(attach("1", &mounts).status.success(), "before the checkout");
+    fs::write(work.join("checked-out"), "x").unwrap();
+    assert_eq!(cli.finish("1", "0")["v"], "committed as v@1");
+    fs::write(work.join("source"), "precious").unwrap();
+    let said = |output: Output| {
+        assert_eq!(output.status.code(), Some(14));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let line = said(attach("2", &mounts));
+    assert!(line.contains("attach before the checkout"), "{line}");
+    assert!(work.join("source").exists());
+    fs::remove_file(work.join("source")).unwrap();
+    let line = said(attach("2", &work.join("mounts")));
+    assert!(line.contains("choose another --mount-root"), "{line}");
+}
+
+#[test]
+fn an_end_that_was_killed_behind_its_commit_is_brought_to_its_end_by_the_next() {
+    use forkvol::protocol::{Answer, Commit, Connection, Hello, Request, When};
+    let cli = Cli::new();
+    cli.attach("1", &["-v", "v", "-p", "c", "-v", "w", "-p", "d"]);
+    fs::write(cli.path("c/f"), "x").unwrap();
+    fs::write(cli.path("d/f"), "x").unwrap();
+    let forks = cli.json(&["forks"]);
+    let forks = forks["forks"].as_array().unwrap().iter();
+    let forks = forks.map(|fork| (fork["id"].as_str().unwrap().to_owned(), When::Always));
+    // All that it had done: the daemon has committed, and nothing else has happened.
+    let socket = std::os::unix::net::UnixStream::connect(cli.path("store/forkvol.sock")).unwrap();
+    let mut daemon = Connection::new(socket);
+    for request in [
+        Request::Hello(Hello::ours()),
+        Request::Commit(Commit::of(forks)),
+    ] {
+        daemon.send(&request).unwrap();
+        let answer: Answer = daemon
+            .receive(1 << 20, Some(Duration::from_secs(60)))
+            .unwrap();
+        assert!(!matches!(answer, Answer::Error(_)), "{answer:?}");
+    }
+    drop(daemon);
+    let done = cli.finish("1", "0");
+    let before = serde_json::Value::from("ended before");
+    assert_eq!((&done["v"], &done["w"]), (&before, &before));
+    assert!(!cli.path("c").exists() && !cli.path("d").exists());
+    assert!(cli.finish("1", "0").is_null());
+    for volume in ["v", "w"] {
+        assert_eq!(cli.ok(&["cat", &format!("{volume}:f")]), "x");
     }
 }

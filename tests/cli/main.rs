@@ -15,6 +15,7 @@ mod few;
 mod full;
 mod jobs;
 mod kills;
+mod retention;
 mod sockets;
 mod trust;
 mod unprivileged;

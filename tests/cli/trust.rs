@@ -133,7 +133,7 @@ fn an_untrusted_scope_is_kept_apart_and_within_its_limit() {
             refused agent $inside forkvol fork x m --parent shop/untrusted/pr-7@1
             refused job forkvol fork shop m --from shop/untrusted/pr-7
             job forkvol --quiet run -v shop -p cache --owner caller -- bash -c 'cat cache/f; echo mine > cache/f'
-            job forkvol cat shop/untrusted/uid-65534:f
+            job forkvol cat shop/untrusted/uid/65534:f
             for n in 1 2 3; do
               agent $outside forkvol run -v shop -p cache -- bash -c 'head -c 40000 /dev/urandom > cache/big' 2> $WORK/err
             done
@@ -148,6 +148,38 @@ fn an_untrusted_scope_is_kept_apart_and_within_its_limit() {
         an untrusted job may not read shop/untrusted/pr-7\ngood\nmine\n\
         the volumes of untrusted jobs take\ngood\n";
     assert_eq!(out, expected);
+}
+
+#[test]
+fn the_scope_of_a_user_cannot_be_claimed_by_the_name_of_a_branch() {
+    let out = service(
+        &format!("{POLICY}commit = \"scope\"\n"),
+        &format!(
+            r#"{SEED}
+            write='cat cache/f; echo evil > cache/f'
+            # Before its user's first job, and behind it.
+            for name in uid-65534 uid/65534 65534 uid shop/untrusted/uid/65534; do
+              agent forkvol --quiet run -v shop -p cache --foreign true --scope $name -- bash -c "$write"
+            done > $WORK/attack
+            job forkvol --quiet run -v shop -p cache --owner caller -- bash -c 'cat cache/f; echo mine > cache/f'
+            for name in uid-65534 uid/65534; do
+              agent forkvol --quiet run -v shop -p cache --foreign true --scope $name -- bash -c "$write"
+            done >> $WORK/attack
+            ! grep mine $WORK/attack
+            job forkvol --quiet run -v shop -p cache --owner caller -- cat cache/f
+            job forkvol cat shop/untrusted/uid/65534:f
+            # Nor may a user look into what another one, or a branch, has.
+            refused job forkvol cat shop/untrusted/uid/6553:f
+            refused job forkvol cat shop/untrusted/uid-65534:f
+            refused job forkvol fork shop m --from shop/untrusted/uid/65534"#
+        ),
+    );
+    assert_eq!(
+        out,
+        "good\nmine\nmine\nuser 65534 may not read shop/untrusted/uid/6553\n\
+         user 65534 may not read shop/untrusted/uid-65534\n\
+         an untrusted job may not read shop/untrusted/uid/65534\n"
+    );
 }
 
 #[test]

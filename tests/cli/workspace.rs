@@ -76,9 +76,12 @@ fn what_one_member_writes_another_sees_at_once() {
 #[test]
 fn the_workspace_of_a_pipeline_is_committed_at_its_end_without_credentials() {
     let cli = Cli::new();
+    let both = ["-v", "both", "-p", "c", "-p", "d"];
     let pipeline = ["-v", "work", "-p", "a", "--lifetime", "pipeline"];
-    join(&cli, "a", &pipeline);
+    join(&cli, "a", &[&pipeline[..], &both].concat());
     fs::write(cli.path("a/result"), "r").unwrap();
+    fs::write(cli.path("d/.npmrc"), "//registry/:_authToken=secret").unwrap();
+    fs::write(cli.path("d/f"), "x").unwrap();
     fs::write(cli.path("a/.npmrc"), "//registry/:_authToken=secret").unwrap();
     cli.ok(&["finish", "--job", "a", "--status", "0"]);
     join(&cli, "b", &["-v", "work", "-p", "b"]);
@@ -93,6 +96,9 @@ fn the_workspace_of_a_pipeline_is_committed_at_its_end_without_credentials() {
         names.contains("result") && !names.contains(".npmrc"),
         "{names}"
     );
+    let names = cli.ok(&["ls", "both:d"]);
+    assert_eq!(names.split_whitespace().last(), Some("f"), "{names}");
+    assert!(!names.contains(".npmrc"), "{names}");
 
     join(&cli, "a", &pipeline);
     fs::write(cli.path("a/result"), "of a build that fails").unwrap();
@@ -132,6 +138,27 @@ fn the_workspace_of_a_step_ends_with_its_last_member() {
 }
 
 #[test]
+fn a_workspace_that_nobody_was_in_for_an_hour_is_over() {
+    let cli = Cli::new();
+    join(&cli, "a", &["-v", "work", "-p", "a"]);
+    let file = cli.path("store/jobs/workspace.build-7.json");
+    let stale = || cli.json(&["finish", "--stale"])["stale"].clone();
+    let an_hour_passes = || {
+        let mut job: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        let touched = job["shared"]["touched"].as_u64().unwrap();
+        job["shared"]["touched"] = (touched - 3601).into();
+        fs::write(&file, job.to_string()).unwrap();
+    };
+    an_hour_passes();
+    assert_eq!(stale(), serde_json::json!([]), "somebody is in it");
+    cli.ok(&["finish", "--job", "a", "--status", "0"]);
+    assert_eq!(stale(), serde_json::json!([]), "somebody left it just now");
+    an_hour_passes();
+    assert_eq!(stale(), serde_json::json!(["workspace.build-7"]));
+    assert_eq!(forks(&cli), 0);
+}
+
+#[test]
 fn shards_that_do_not_share_have_each_its_own_fork_of_the_seed() {
     let cli = Cli::new();
     let seeded = cli.run(
@@ -163,4 +190,80 @@ fn shards_that_do_not_share_have_each_its_own_fork_of_the_seed() {
         cli.ok(&["finish", "--job", &own, "--status", "1"]);
     }
     assert_eq!(cli.ok(&["cat", "db:1"]), "1");
+}
+
+/// Runs SQL on a server that lives as long as that, on the data folder `$1/pg`.
+const SERVER: &str = r#"
+    user() { (cd / && exec setpriv --reuid 65534 --regid 65534 --clear-groups env HOME=/ "$@"); }
+    sql() {
+      local data="$PWD/$1" socket="$PWD/socket-$1"
+      mkdir -p "$socket" && chown 65534 "$socket"
+      user postgres -D "$data/pg" -k "$socket" -c listen_addresses= -c shared_buffers=1MB > "$socket/log" 2>&1 &
+      for n in $(seq 500); do psql -h "$socket" -U u -d postgres -Atqc 'select' 2> /dev/null && break; sleep 0.02; done
+      psql -h "$socket" -U u -d postgres -Atq -v ON_ERROR_STOP=1 -c "$2"
+      kill -INT "$(head -1 "$data/pg/postmaster.pid")"
+      wait
+    }
+"#;
+
+#[test]
+fn a_database_is_seeded_once_and_each_of_four_shards_changes_its_own() {
+    let there = Command::new("sh")
+        .args(["-c", "command -v initdb postgres psql setpriv"])
+        .output()
+        .unwrap();
+    if !there.status.success() {
+        eprintln!("left out: no Postgres is installed");
+        return;
+    }
+    let cli = Cli::new();
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs::set_permissions(cli.dir.path(), open).unwrap();
+    let bash = |script: &str| {
+        let output = Command::new("bash")
+            .args(["-euo", "pipefail", "-c", &format!("{SERVER}{script}")])
+            .current_dir(cli.dir.path())
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{script}: {text}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let attach = |job: &str, path: &str| {
+        let all = ["attach", "--strict", "--job", job, "-v", "db", "-p", path];
+        cli.ok(&[&all[..], &["--mount-root", "mounts"]].concat());
+    };
+    attach("seed", "seed");
+    bash(
+        "chown 65534 seed
+         user initdb -D $PWD/seed/pg -A trust -U u > /dev/null
+         sql seed 'create table t as select n from generate_series(1, 20000) n'",
+    );
+    cli.ok(&["finish", "--job", "seed", "--status", "0"]);
+
+    let shards: Vec<String> = (1..=4).map(|n| format!("shard{n}")).collect();
+    shards.iter().for_each(|shard| attach(shard, shard));
+    std::thread::scope(|scope| {
+        for (n, shard) in (1..).zip(&shards) {
+            let bash = &bash;
+            scope.spawn(move || {
+                let sql = format!(
+                    "update t set n = -{n}1 where n <= 1000; select count(*), min(n) from t"
+                );
+                assert_eq!(
+                    bash(&format!("sql {shard} '{sql}'")),
+                    format!("20000|-{n}1\n")
+                );
+            });
+        }
+    });
+    let sum = "select count(*), count(distinct n), min(n) from t";
+    for (n, shard) in (1..).zip(&shards) {
+        let own = bash(&format!("sql {shard} '{sum}'"));
+        assert_eq!(own, format!("20000|19001|-{n}1\n"), "after a restart");
+        cli.ok(&["finish", "--job", shard, "--status", "1"]);
+    }
+    attach("last", "last");
+    assert_eq!(bash(&format!("sql last '{sum}'")), "20000|20000|1\n");
+    cli.ok(&["finish", "--job", "last", "--status", "0"]);
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use forkvol::engine::{CommitRequest, Engine, EngineConfig, ForkRequest, Owner, Served, When};
+use forkvol::engine::{CommitRequest, Engine, EngineConfig, ForkRequest, Owner, Served};
 use forkvol::store::{ForkId, Verdict};
 use forkvol::sys::mount;
 
@@ -160,7 +160,7 @@ impl TestStore {
             if_head: None,
             if_base: false,
             force: false,
-            when: When::Always,
+            when: Default::default(),
         };
         let mut done = self.engine.commit(vec![mount.id], request).unwrap();
         done.remove(0).version.map(|version| version.number)

@@ -21,6 +21,7 @@ use crate::cli::forks;
 use crate::cli::mounting::{self, By, Mountpoint};
 use crate::cli::output::{self, warn};
 use crate::cli::paths::{self, Target};
+use crate::cli::place::real_path;
 use crate::cli::{Context, exit};
 use crate::protocol::{Bytes, Code, Failure, Request};
 use crate::sys::mount as kernel;
@@ -62,7 +63,17 @@ pub fn attach(
             warn(&format!("the job goes without {}: {why}", volume.volume));
         }
     }
-    let names: Vec<&str> = job.volumes.iter().map(|v| v.volume.as_str()).collect();
+    let spots = job.volumes.iter().flat_map(|volume| &volume.paths);
+    let bound = spots.filter(|spot| spot.link.is_some());
+    let bound: Vec<PathBuf> = bound.map(|spot| spot.path.clone()).collect();
+    // An engine that does not answer is waited for no longer than a cache.
+    let hidden = within(options.deadline, move || {
+        Ok(mounting::hidden_from_engine(&bound))
+    });
+    if let Ok(Some(why)) = hidden {
+        warn(&why);
+    }
+    let names: Vec<String> = job.volumes.iter().map(with_parent).collect();
     output::note(&format!(
         "job {} has {}: {} hit, trust {}, {:.0} ms",
         job.job,
@@ -72,6 +83,14 @@ pub fn attach(
         begun.elapsed().as_secs_f64() * 1e3
     ));
     tell(context, &options, &job)
+}
+
+/// A volume, and which parent it was begun from where it has nothing of its own.
+fn with_parent(volume: &Volume) -> String {
+    match (volume.hit.as_str(), &volume.base) {
+        ("fallback", Some(base)) => format!("{} from {base}", volume.volume),
+        _ => volume.volume.clone(),
+    }
 }
 
 fn document(job: &Job) -> Value {
@@ -282,7 +301,7 @@ impl<'a> Work<'a> {
             self.context,
             client,
             &wish.volume,
-            &plan.fork,
+            &paths::excluding(&plan.fork, wish),
             Some(job.job.clone()),
         )?;
         let volume = current(job);
@@ -357,6 +376,7 @@ impl<'a> Work<'a> {
         }
         let missing = paths::missing(path)?;
         let target = paths::target(&plan.wish, path, &self.context.place)?;
+        self.refuse_to_cover(&target.path)?;
         let taken = |job: &&Job| {
             let mut spots = job.volumes.iter().flat_map(|v| &v.paths);
             spots.any(|s| s.link.is_some() && s.path == target.path)
@@ -386,14 +406,38 @@ impl<'a> Work<'a> {
         }
     }
 
-    fn mount_folder(&self, job: &str, volume: &str) -> Result<PathBuf, Failure> {
-        let root = match &self.options.mount_root {
+    /// Refuses a path that would hide what the job works on, or the mounts themselves.
+    fn refuse_to_cover(&self, path: &Path) -> Result<(), Failure> {
+        let refuse = |why: &str, hint: &str| {
+            let message = format!("{} may not be covered: {why}", path.display());
+            Err(Failure::new(Code::Policy, message).hint(hint))
+        };
+        if real_path(&self.mount_root()?).is_ok_and(|root| root.starts_with(path)) {
+            return refuse("the forks are mounted in it", "choose another --mount-root");
+        }
+        let holds_job = std::env::current_dir().is_ok_and(|folder| folder.starts_with(path));
+        let is_empty = || fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
+        if holds_job && !is_empty() {
+            return refuse(
+                "it holds the working folder, which is not empty",
+                "name folders in it, or attach before the checkout",
+            );
+        }
+        Ok(())
+    }
+
+    fn mount_root(&self) -> Result<PathBuf, Failure> {
+        match &self.options.mount_root {
             // Links to it and a later finish come from other folders.
             Some(root) => std::path::absolute(root)
-                .map_err(|e| Failure::new(Code::Failed, format!("{}: {e}", root.display())))?,
-            None if process::euid() == 0 => "/cache/forkvol".into(),
-            None => state::runtime_folder().join("mnt"),
-        };
+                .map_err(|e| Failure::new(Code::Failed, format!("{}: {e}", root.display()))),
+            None if process::euid() == 0 => Ok("/cache/forkvol".into()),
+            None => Ok(state::runtime_folder().join("mnt")),
+        }
+    }
+
+    fn mount_folder(&self, job: &str, volume: &str) -> Result<PathBuf, Failure> {
+        let root = self.mount_root()?;
         // No name of a volume has this sign, so no two of them meet.
         let folder = root.join(job).join(volume.replace('/', "+"));
         paths::make_folder_open(&folder)?;

@@ -198,8 +198,8 @@ fn traffic(client: &mut Client, job: &Job) -> BTreeMap<String, String> {
     out
 }
 
-/// Commits what is to be committed, all or none of what is committed under one condition, and drops the rest. `when` is told for each
-/// volume of the job; nothing is committed where it is None.
+/// Commits what is to be committed, all or none, and drops the rest. `when` is told for each volume of the job; nothing is committed
+/// where it is None.
 fn settle(
     client: &mut Client,
     job: &Job,
@@ -216,14 +216,11 @@ fn settle(
             }
         }
     }
-    let mut groups: Vec<(protocol::When, Vec<&Volume>)> = Vec::new();
+    let mut chosen: Vec<(&Volume, protocol::When)> = Vec::new();
     for (volume, when) in job.volumes.iter().zip(when) {
         let why = volume.degraded.as_ref().or(volume.refused.as_ref());
         match (why, when) {
-            (None, Some(when)) => match groups.iter_mut().find(|(known, _)| *known == when) {
-                Some((_, group)) => group.push(volume),
-                None => groups.push((when, vec![volume])),
-            },
+            (None, Some(when)) => chosen.push((volume, when)),
             (Some(why), Some(_)) => {
                 warn(&format!("{} is not committed: {why}", volume.volume));
                 outcomes.insert(volume.volume.clone(), ("not committed".into(), 0));
@@ -233,13 +230,7 @@ fn settle(
             }
         }
     }
-    let mut result = Ok(());
-    for (when, volumes) in groups {
-        if let Err(failure) = commit(client, when, &volumes, keep, outcomes) {
-            result = Err(failure);
-            break;
-        }
-    }
+    let result = commit(client, &chosen, keep, outcomes);
     if !keep {
         for volume in &job.volumes {
             drop_fork(client, volume)?;
@@ -251,24 +242,26 @@ fn settle(
 /// Commits the forks of these volumes as one.
 fn commit(
     client: &mut Client,
-    when: protocol::When,
-    volumes: &[&Volume],
+    chosen: &[(&Volume, protocol::When)],
     keep: bool,
     outcomes: &mut Outcomes,
 ) -> Result<(), Failure> {
-    let forks: Vec<String> = volumes.iter().filter_map(|v| v.fork.clone()).collect();
-    if forks.is_empty() {
-        return Ok(());
-    }
-    let mounts = volumes.iter().flat_map(|v| v.mounts());
-    mounts.for_each(forks::write_back);
+    let forks = chosen.iter();
+    let forks = forks.filter_map(|(volume, when)| Some((volume.fork.clone()?, *when)));
     let request = protocol::Commit {
         keep,
-        ..protocol::Commit::of(forks, when)
+        ..protocol::Commit::of(forks)
     };
+    if request.forks.is_empty() {
+        return Ok(());
+    }
+    let volumes = chosen.iter().map(|(volume, _)| *volume);
+    let mounts = volumes.clone().flat_map(|v| v.mounts());
+    mounts.for_each(forks::write_back);
     match forks::watched(client, request) {
         Ok(answer) => {
             let commits: Vec<Value> = take(&answer, "/commits")?;
+            commits.iter().for_each(forks::note_excluded);
             for volume in volumes {
                 let commit = commits.iter().find(|c| c["fork"] == json!(volume.fork));
                 let what = match commit.filter(|c| !c["version"].is_null()) {

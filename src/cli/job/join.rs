@@ -146,6 +146,7 @@ fn fill(
             continue;
         }
         let mut plan = plan.clone();
+        plan.fork = paths::excluding(&plan.fork, &plan.wish);
         plan.wish.paths.clear();
         plan.commit = common.commit;
         plan.fork.ephemeral |= !commits;

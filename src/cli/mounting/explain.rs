@@ -1,11 +1,15 @@
 //! What is to be done where the kernel or fusermount3 does not let a fork be mounted.
 
+use std::fs;
 use std::io;
-use std::path::Path;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 
 use super::ENODEV;
 use crate::protocol::{Code, Failure};
-use crate::sys::{mount as kernel, process};
+use crate::sys::mount::{self as kernel, MountPoint};
+use crate::sys::{process, socket};
 
 /// Says what is to be done where the FUSE device cannot be opened.
 pub fn device(error: &io::Error) -> Failure {
@@ -30,6 +34,66 @@ pub fn device(error: &io::Error) -> Failure {
         }
         (_, Some(ENODEV) | Some(6)) => failure.hint("modprobe fuse"),
         _ => failure,
+    }
+}
+
+/// Says which of these paths containers will not have: an engine outside of this mount namespace binds what is there for it.
+pub fn hidden_from_engine(paths: &[PathBuf]) -> Option<String> {
+    let engine = engine_socket()?;
+    if !is_apart(&engine) {
+        return None;
+    }
+    let mounts = kernel::mounts().ok()?;
+    let around = |path: &Path| {
+        let holds = |m: &&MountPoint| m.kind != kernel::FS_TYPE && path.starts_with(&m.path);
+        mounts
+            .iter()
+            .filter(holds)
+            .max_by_key(|m| m.path.as_os_str().len())
+    };
+    let hidden = |path: &&PathBuf| around(path).is_some_and(|mount| mount.peers.is_none());
+    let hidden: Vec<String> = paths
+        .iter()
+        .filter(hidden)
+        .map(|p| p.display().to_string())
+        .collect();
+    (!hidden.is_empty()).then(|| {
+        format!(
+            "containers started through {} will not see {}: this is another mount namespace than the engine's; bind the folder above it rshared, or attach outside",
+            engine.display(),
+            hidden.join(", ")
+        )
+    })
+}
+
+/// The socket of a container engine, if one is in reach.
+fn engine_socket() -> Option<PathBuf> {
+    let named = std::env::var("DOCKER_HOST").unwrap_or_default();
+    let known = [
+        "/run/docker.sock",
+        "/var/run/docker.sock",
+        "/run/podman/podman.sock",
+    ];
+    let paths = named.strip_prefix("unix://").into_iter().chain(known);
+    let is_socket = |path: &PathBuf| fs::metadata(path).is_ok_and(|m| m.file_type().is_socket());
+    paths.map(PathBuf::from).find(is_socket)
+}
+
+/// Whether an engine sees other mounts than this process, as far as it can be told.
+fn is_apart(engine: &Path) -> bool {
+    let Ok(listens) = UnixStream::connect(engine).and_then(|stream| socket::peer(&stream)) else {
+        return false;
+    };
+    let mounts = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+    match listens.pid {
+        // It is outside of this container.
+        0 => true,
+        pid => {
+            let theirs = mounts(&pid.to_string());
+            theirs
+                .zip(mounts("self"))
+                .is_some_and(|(theirs, own)| theirs != own)
+        }
     }
 }
 

@@ -180,7 +180,7 @@ fn a_commit_that_makes_no_version_leaves_everything_in_the_fork() {
     make(&fs, dir, "x", Kind::File);
     let before = view(&fs);
     let if_missing = CommitRequest {
-        when: When::IfMissing,
+        when: [(id, When::IfMissing)].into(),
         ..request(true)
     };
     let done = bench.engine().commit(vec![id], if_missing).unwrap();
