@@ -19,7 +19,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
@@ -77,10 +77,13 @@ pub enum StoreError {
     NotAStore { dir: PathBuf, why: String },
     #[error("the store {dir} is damaged and cannot be opened: {why}")]
     Unreadable { dir: PathBuf, why: String },
+    /// The database is opened again, and everything goes on, when so many bytes are free.
     #[error("the disk of the store is full")]
-    NoSpace,
+    NoSpace { wants: u64 },
     #[error("content was lost with a write to the store that failed: run the command again")]
     Lost,
+    #[error("the daemon is stopping")]
+    Ending,
     #[error("{what}: {source}")]
     Io { what: String, source: io::Error },
     #[error("the database of the store: {0}")]
@@ -112,7 +115,9 @@ impl From<rocksdb::Error> for StoreError {
     fn from(error: rocksdb::Error) -> StoreError {
         let text = error.to_string();
         if text.contains("No space left") || text.contains("NoSpace") {
-            StoreError::NoSpace
+            StoreError::NoSpace {
+                wants: write::LEAST_ROOM,
+            }
         // A file that the database knows of and that is not there is as bad as one that is wrong.
         } else if error.kind() == rocksdb::ErrorKind::Corruption || text.contains("No such file") {
             StoreError::Corrupt {
@@ -173,6 +178,9 @@ pub struct Store {
     /// The database; taken out only to be opened again.
     db: RwLock<Option<DB>>,
     poisoned: Mutex<bool>,
+    /// The database was opened with small buffers, for there was little room.
+    frugal: AtomicBool,
+    course: Mutex<Course>,
     /// How often the database was opened again: what had been written without WAL and not flushed went each time.
     reopened: AtomicU64,
     nodes: quick_cache::sync::Cache<NodeId, Arc<Node>, NodeWeight>,
@@ -187,6 +195,17 @@ pub struct Store {
     #[cfg(test)]
     pub(crate) steps: steps::Steps,
     _lock: File,
+}
+
+/// How far what takes long has come, and whether it may go on.
+#[derive(Default)]
+struct Course {
+    /// The process is to end.
+    ending: bool,
+    /// A gc compacts at this moment.
+    compacting: bool,
+    /// It was told not to: the database writes no more tables.
+    cancelled: bool,
 }
 
 /// Keeps everything below a root from gc as long as it lives.
@@ -233,12 +252,15 @@ impl Store {
             let folder = dir.join(folder);
             fs::create_dir_all(&folder).map_err(io(&folder))?;
         }
-        let db = open_db(dir).map_err(|error| error.at_open(dir))?;
+        let opening = Opening::for_room(free_space(dir));
+        let db = open_db(dir, opening).map_err(|error| error.at_open(dir))?;
         let store = Store {
             dir: dir.into(),
             options,
             db: RwLock::new(Some(db)),
             poisoned: Mutex::new(false),
+            frugal: AtomicBool::new(opening == Opening::Frugal),
+            course: Mutex::default(),
             reopened: AtomicU64::new(0),
             nodes: quick_cache::sync::Cache::with_weighter(20_000, options.node_cache, NodeWeight),
             chunks: quick_cache::sync::Cache::with_weighter(2000, options.chunk_cache, ChunkWeight),
@@ -410,7 +432,7 @@ impl Store {
         let db = self.db.read();
         match db.as_ref() {
             Some(db) => f(db),
-            None => Err(StoreError::NoSpace),
+            None => Err(self.full()),
         }
     }
 
@@ -525,8 +547,36 @@ fn lock_file(path: &Path) -> Result<File, StoreError> {
     })
 }
 
+/// How the database is opened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Opening {
+    Usual,
+    /// With buffers, and room taken ahead for them, that fit where little is free.
+    Frugal,
+    /// For reading alone, which takes no room.
+    ReadOnly,
+}
+
+impl Opening {
+    fn for_room(free: u64) -> Opening {
+        match free < write::PLENTY {
+            true => Opening::Frugal,
+            false => Opening::Usual,
+        }
+    }
+}
+
+/// The write buffers of a family.
+fn write_buffer(family: &str, opening: Opening) -> usize {
+    match family {
+        _ if opening == Opening::Frugal => 4 << 20,
+        "chunks" => 32 << 20,
+        _ => 16 << 20,
+    }
+}
+
 /// Opens the database with the settings found good: small buffers, little WAL, blobs for chunks, no compression of its own.
-fn open_db(dir: &Path) -> Result<DB, StoreError> {
+fn open_db(dir: &Path, opening: Opening) -> Result<DB, StoreError> {
     let db = dir.join("db");
     wal::trim(&db).map_err(|source| StoreError::Io {
         what: db.display().to_string(),
@@ -555,20 +605,22 @@ fn open_db(dir: &Path) -> Result<DB, StoreError> {
         blocks.set_block_cache(&cache);
         options.set_block_based_table_factory(&blocks);
         options.set_compression_type(rocksdb::DBCompressionType::None);
-        options.set_write_buffer_size(16 << 20);
+        options.set_write_buffer_size(write_buffer(name, opening));
         options.set_max_write_buffer_number(4);
         if name == "chunks" {
             options.set_enable_blob_files(true);
             options.set_min_blob_size(0);
             options.set_blob_file_size(64 << 20);
             options.set_enable_blob_gc(true);
-            options.set_write_buffer_size(32 << 20);
         }
         ColumnFamilyDescriptor::new(name, options)
     };
     let mut families: Vec<_> = FAMILIES.iter().map(|name| tuned(name)).collect();
     families.push(tuned("default"));
-    Ok(DB::open_cf_descriptors(&options, dir.join("db"), families)?)
+    Ok(match opening {
+        Opening::ReadOnly => DB::open_cf_descriptors_read_only(&options, db, families, false)?,
+        _ => DB::open_cf_descriptors(&options, db, families)?,
+    })
 }
 
 /// The prefix of an id that stands for it where a false hit does no harm.

@@ -12,6 +12,7 @@ mod content;
 mod crashes;
 mod exclude;
 mod faults;
+mod full;
 mod meanwhile;
 mod model;
 mod power;

@@ -123,7 +123,9 @@ fn on_a_full_disk_nothing_is_lost_and_work_goes_on_when_there_is_room() {
         forkvol check | grep -o ' 0 problems'
         [ "$pid" = "$(forkvol daemon status --json | grep -o '"pid":[0-9]*')" ]
         forkvol daemon stop
-        forkvol forks --json 2> err"#,
+        forkvol forks --json 2> err
+        for n in $(seq 200); do [ -z "$(ls store/forks)" ] && break; sleep 0.05; done
+        ls store/forks | wc -l"#,
     );
     let full: (&str, &[&str]) = ("16", &["full", "room"]);
     expect(
@@ -147,6 +149,7 @@ fn on_a_full_disk_nothing_is_lost_and_work_goes_on_when_there_is_room() {
             ("v@2", &[]),
             ("", &["0 problems"]),
             ("{\"forks\":[]}", &[]),
+            ("0", &[]),
         ],
     );
 }
