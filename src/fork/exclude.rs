@@ -68,7 +68,33 @@ const NAMED: usize = 100;
 
 /// The patterns of a fork, in gitignore syntax, relative to the root of its volume.
 #[derive(Clone, Debug)]
-pub struct Excludes(Arc<Gitignore>);
+pub struct Excludes(Arc<Patterns>);
+
+#[derive(Debug)]
+struct Patterns {
+    all: Gitignore,
+    /// The only last names of a path that a pattern can name; `None` where one of them ends with more than a plain name. Whoever
+    /// looks through many paths passes over most of them by that.
+    last: Option<HashSet<Vec<u8>>>,
+}
+
+impl Patterns {
+    fn new(lines: &[&str], all: Gitignore) -> Patterns {
+        let last = lines.iter().filter(|line| !line.starts_with('#'));
+        let last = last.map(|line| last_name(line)).collect();
+        Patterns { all, last }
+    }
+}
+
+/// The last name of what a pattern matches, if that is always the same one.
+fn last_name(line: &str) -> Option<Vec<u8>> {
+    let path = line.trim_end().trim_end_matches('/');
+    let name = path.strip_prefix('!').unwrap_or(path);
+    let name = name.rsplit('/').next().unwrap_or(name);
+    // An empty one is no pattern, and names nothing.
+    let plain = !path.contains(['*', '?', '[', ']', '{', '}', '\\']);
+    plain.then(|| name.as_bytes().to_vec())
+}
 
 /// The default ones alone, made once: a fork is not to wait for them.
 static DEFAULT_ONLY: OnceLock<Excludes> = OnceLock::new();
@@ -93,11 +119,12 @@ impl Excludes {
     fn build(patterns: &[String], with_default: bool) -> Result<Excludes, String> {
         let mut builder = GitignoreBuilder::new("/");
         let default = if with_default { DEFAULT } else { &[] };
-        for line in default
+        let lines: Vec<&str> = default
             .iter()
             .copied()
             .chain(patterns.iter().map(String::as_str))
-        {
+            .collect();
+        for line in &lines {
             if line.len() > PATTERN_MAX || depth(line) > BRACES_MAX {
                 let start: String = line.chars().take(40).collect();
                 return Err(format!(
@@ -108,13 +135,23 @@ impl Excludes {
             added.map_err(|error| format!("the pattern {line:?}: {}", why(&error)))?;
         }
         let built = builder.build().map_err(|e| format!("the patterns: {e}"))?;
-        Ok(Excludes(Arc::new(built)))
+        Ok(Excludes(Arc::new(Patterns::new(&lines, built))))
     }
 
     /// Whether a pattern names this very path; what lies below an excluded folder is excluded too.
     fn names(&self, path: &[u8], is_dir: bool) -> bool {
         let path = Path::new(OsStr::from_bytes(path));
-        self.0.matched(path, is_dir).is_ignore()
+        self.0.all.matched(path, is_dir).is_ignore()
+    }
+
+    /// Whether a pattern may name a path that ends with this name.
+    fn may_name(&self, name: &[u8]) -> bool {
+        let last = self.0.last.as_ref();
+        last.is_none_or(|last| last.contains(name))
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.all.is_empty()
     }
 }
 
@@ -158,7 +195,7 @@ pub fn split(
     layers: &Layers,
     store: &Store,
 ) -> Result<Option<Split>, FsError> {
-    if excludes.0.is_empty() {
+    if excludes.is_empty() {
         return Ok(None);
     }
     let mut paths = Paths::new(excludes, layers, store);
@@ -192,7 +229,7 @@ pub fn excluded_inodes(
     store: &Store,
     wanted: &HashSet<Ino>,
 ) -> Result<HashSet<Ino>, FsError> {
-    if excludes.0.is_empty() {
+    if excludes.is_empty() {
         return Ok(HashSet::new());
     }
     let mut paths = Paths::new(excludes, layers, store);
@@ -393,7 +430,10 @@ impl<'a> Paths<'a> {
             return Ok(false);
         };
         let is_dir = kind == Kind::Directory;
-        Ok(folder.excluded || self.excludes.names(&join(&folder.path, name), is_dir))
+        let named = || {
+            self.excludes.may_name(name) && self.excludes.names(&join(&folder.path, name), is_dir)
+        };
+        Ok(folder.excluded || named())
     }
 
     /// A folder by its number; `None` if it is gone.
@@ -413,7 +453,8 @@ impl<'a> Paths<'a> {
         for (ino, name) in chain.into_iter().rev() {
             above = above.map(|above| {
                 let path = join(&above.path, &name);
-                let excluded = above.excluded || self.excludes.names(&path, true);
+                let named = self.excludes.may_name(&name) && self.excludes.names(&path, true);
+                let excluded = above.excluded || named;
                 Rc::new(Folder { path, excluded })
             });
             self.known.insert(ino, above.clone());
@@ -483,6 +524,29 @@ mod tests {
         assert!(!excluded(&["tmp/"], false, "b/tmp", false));
         assert!(!excluded(&["*.o", "!keep.o"], false, "keep.o", false));
         assert!(Excludes::new(&["a{".into()], false).is_err());
+    }
+
+    #[test]
+    fn no_path_that_a_pattern_names_is_passed_over_for_its_last_name() {
+        for (patterns, path, is_dir) in [
+            (&["/a/b/"][..], "a/b", true),
+            (&["*.key"], "x/y.key", false),
+            (&["a/**"], "a/b/c", false),
+            (&["x", "{a,b/c}"], "b/c", false),
+            (&["\\#x"], "#x", false),
+            (&["#x", " y "], " y", false),
+            (&["q\\ "], "q ", false),
+            (&["k?y", "l"], "key", false),
+            (&["[ab]", "l"], "d/b", false),
+        ] {
+            let patterns: Vec<String> = patterns.iter().map(|p| (*p).to_owned()).collect();
+            let excludes = Excludes::new(&patterns, true).unwrap();
+            assert!(excludes.names(path.as_bytes(), is_dir), "{path}");
+            let last = path.rsplit('/').next().unwrap();
+            assert!(excludes.may_name(last.as_bytes()), "{patterns:?}");
+        }
+        let default = Excludes::new(&[], true).unwrap();
+        assert!(default.0.last.is_some() && !default.may_name(b"index.js"));
     }
 
     #[test]
