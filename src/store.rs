@@ -509,6 +509,13 @@ impl Store {
     }
 }
 
+impl Store {
+    /// Whether nothing should be written that can wait.
+    pub fn is_short(&self) -> bool {
+        self.room() < write::PLENTY
+    }
+}
+
 impl tree::Source for Store {
     type Error = StoreError;
 

@@ -183,7 +183,8 @@ impl Engine {
             let record = live.record.lock();
             !record.options.ephemeral && !record.options.read_only
         };
-        if !will_commit || !live.is_served() {
+        // The last of the room is for what is asked for.
+        if !will_commit || !live.is_served() || self.store.is_short() {
             return false;
         }
         // A commit does the work itself, and faster.

@@ -63,6 +63,16 @@ fn fitting(files: &[(u64, u64)], room: u64) -> usize {
     files.iter().take_while(fits).count()
 }
 
+/// How many deletions the description of some tables counts.
+fn deletions(tables: &str) -> u64 {
+    let fields = tables.split(';').filter_map(|field| field.split_once('='));
+    let mut counts = fields.filter(|(name, _)| name.trim() == "# deletions");
+    counts
+        .next()
+        .and_then(|(_, count)| count.trim().parse().ok())
+        .unwrap_or(0)
+}
+
 /// What the tables of a family take.
 fn table_bytes(db: &DB, family: &ColumnFamily) -> Result<u64, StoreError> {
     let bytes = db.property_int_value_cf(family, properties::TOTAL_SST_FILES_SIZE)?;
@@ -273,9 +283,10 @@ impl Store {
         })
     }
 
-    /// Rewrites what deletions left, so that the disk gets its room back; nothing if little was removed.
+    /// Rewrites what deletions left, so that the disk gets its room back; nothing if neither this gc nor an earlier one, which was
+    /// cut off then, left any.
     fn compact(&self, report: &GcReport) -> Result<(), StoreError> {
-        if report.removed_nodes + report.removed_chunks == 0 {
+        if report.removed_nodes + report.removed_chunks == 0 && !self.has_deletions()? {
             return Ok(());
         }
         self.flush()?;
@@ -283,6 +294,23 @@ impl Store {
         let result = self.compact_all();
         self.course.lock().compacting = false;
         self.poison_on_error(result)
+    }
+
+    /// Whether deletions wait for the compaction that gives their room back.
+    fn has_deletions(&self) -> Result<bool, StoreError> {
+        self.with(|db| {
+            for target in [Target::Nodes, Target::Sizes] {
+                let family = family(db, target)?;
+                let fresh =
+                    db.property_int_value_cf(family, properties::NUM_DELETES_ACTIVE_MEM_TABLE)?;
+                let tables =
+                    db.property_value_cf(family, properties::AGGREGATED_TABLE_PROPERTIES)?;
+                if fresh.unwrap_or(0) > 0 || deletions(&tables.unwrap_or_default()) > 0 {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        })
     }
 
     fn compact_all(&self) -> Result<(), StoreError> {

@@ -288,6 +288,7 @@ fn a_store_on_fuse_is_refused_and_one_that_will_go_is_warned_of() {
 fn a_store_that_cannot_be_written_to_says_so_and_is_as_it_was() {
     let lines = surrounded(
         r#"mkdir ro full
+        printf 'reserve = "0"\n' > config/forkvol/config.toml
         mount -t tmpfs -o mode=700 none ro
         forkvol --store ro/s run -v v -p c -- bash -c 'echo kept > c/f' 2> err
         forkvol --store ro/s daemon stop

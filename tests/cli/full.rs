@@ -205,10 +205,11 @@ fn a_database_that_met_a_full_disk_goes_on_with_little_room_and_gc_makes_more() 
     let mount = cli.path("m");
     let fork = cli.ok(&["fork", "kept", mount.to_str().unwrap()]);
     let big = incompressible(40_000_000);
+    disk.leave(55 << 20);
     fs::write(mount.join("big"), &big).unwrap();
-    disk.leave(12 << 20);
     let (code, line) = cli.fails(&["commit", &fork]);
     assert_eq!(code, 16, "{line}");
+    disk.leave(12 << 20);
     let (code, line) = cli.fails(&["gc"]);
     assert_eq!(code, 16, "{line}");
     let wanted = line
@@ -237,10 +238,11 @@ fn a_fork_abandoned_on_a_full_disk_stays_abandoned_though_the_daemon_is_killed()
     let cli = &disk.cli;
     let at = |name: &str| cli.path(name).to_str().unwrap().to_owned();
     let [fork, other] = ["m", "m2"].map(|name| cli.ok(&["fork", "v", &at(name)]));
-    fs::write(cli.path("m/big"), incompressible(40_000_000)).unwrap();
     fs::write(cli.path("m2/f"), "dropped").unwrap();
-    disk.leave(12 << 20);
+    disk.leave(55 << 20);
+    fs::write(cli.path("m/big"), incompressible(40_000_000)).unwrap();
     assert_eq!(cli.fails(&["commit", &fork]).0, 16);
+    disk.leave(12 << 20);
     cli.ok(&["abandon", &other]);
     let mark = format!("{other}.gone");
     let forks = cli.path("store/forks");
