@@ -103,7 +103,7 @@ fn on_a_full_disk_nothing_is_lost_and_work_goes_on_when_there_is_room() {
         says forkvol commit ./m
         says forkvol commit ./m
         echo "writers"
-        head -c 30000000 /dev/urandom > m2/z 2> err || grep -o 'No space left on device' err
+        { head -c 30000000 /dev/urandom > m2/z; } 2> err || grep -o 'No space left on device' err
         says forkvol fork w m3
         says forkvol run -v v -p c -- true
         says forkvol gc
