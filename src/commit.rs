@@ -15,7 +15,7 @@ use crate::fork::extent::{PAGE, pages};
 use crate::fork::{Fork, Sealed};
 use crate::record::Value;
 use crate::record::{Attr, Key, Kind};
-use crate::store::{Ingest, Step, Totals};
+use crate::store::{Ingest, Step, StoreError, Totals};
 use crate::tree::{self, NodeId};
 
 pub use ingest::ahead;
@@ -63,7 +63,11 @@ pub fn prepare(fork: &Arc<Fork>, keep: bool, threads: usize) -> Result<Ingested,
         }),
         Err(error) => {
             fork.thaw();
-            Err(error)
+            // Whatever it ran into then is no damage.
+            match ingest.is_lost() {
+                true => Err(StoreError::Lost.into()),
+                false => Err(error),
+            }
         }
     }
 }

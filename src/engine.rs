@@ -203,9 +203,13 @@ impl Engine {
         };
         let store = Store::open(dir, options)?;
         let boot = boot_id()?;
-        let mut forks = HashMap::new();
+        let (mut forks, mut over) = (HashMap::new(), Vec::new());
         let records = store.forks().map_err(|error| error.at_open(dir))?;
         for record in records {
+            if upkeep::is_aside(&dir.join("forks").join(record.id.to_string())) {
+                over.push(record.id);
+                continue;
+            }
             let live = reopen(&store, record, &boot);
             forks.insert(live.id, Arc::new(live));
         }
@@ -221,8 +225,9 @@ impl Engine {
             stopping: AtomicBool::new(false),
             upkeep: Mutex::default(),
             leaving: Mutex::default(),
-            unforgotten: Mutex::default(),
+            unforgotten: Mutex::new(over),
         });
+        engine.forget();
         engine.remove_strays();
         *engine.upkeep.lock() = upkeep::start(&engine)?;
         Ok(engine)
@@ -303,8 +308,14 @@ impl Engine {
         let _one = live.alone();
         match self.store.remove_fork(id) {
             Ok(()) => {}
-            // What it wrote may be all that fills the disk, so that goes first; the record follows when there is room.
-            Err(StoreError::NoSpace) => self.unforgotten.lock().push(id),
+            // What it wrote may be all that fills the disk, so that goes first; the record follows when there is room. Until then
+            // the name of its folder says that it is over.
+            Err(error @ StoreError::NoSpace { .. }) => {
+                if !self.put_aside(id) {
+                    return Err(error.into());
+                }
+                self.unforgotten.lock().push(id);
+            }
             Err(error) => return Err(error.into()),
         }
         self.counters.abandoned.fetch_add(1, Ordering::Relaxed);
@@ -344,9 +355,10 @@ impl Engine {
         gone.map(|live| live.id).collect()
     }
 
-    /// Takes no new forks from now on.
+    /// Takes no new forks from now on, and ends what would take long.
     pub fn drain(&self) {
         self.stopping.store(true, Ordering::Release);
+        self.store.end_soon();
     }
 
     /// Ends the engine: what was acknowledged is in the logs of the forks, and the database is flushed.
@@ -364,7 +376,7 @@ impl Engine {
             thread.join().expect("a panic ends the process");
         }
         self.forget();
-        Ok(self.store.flush()?)
+        Ok(self.store.end()?)
     }
 }
 

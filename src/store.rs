@@ -20,7 +20,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
@@ -38,7 +38,7 @@ pub use meta::{
     VersionRef, Volume,
 };
 use meta::{Target, corrupt};
-use open::open_db;
+use open::{Opening, open_db, write_buffer};
 pub use steps::Step;
 #[cfg(test)]
 pub use steps::copy_folder;
@@ -96,6 +96,9 @@ pub struct Store {
     /// The database; taken out only to be opened again.
     db: RwLock<Option<DB>>,
     poisoned: Mutex<bool>,
+    /// The database was opened with small buffers, for there was little room.
+    frugal: AtomicBool,
+    course: Mutex<Course>,
     /// How often the database was opened again: what had been written without WAL and not flushed went each time.
     reopened: AtomicU64,
     nodes: quick_cache::sync::Cache<NodeId, Arc<Node>, NodeWeight>,
@@ -110,6 +113,17 @@ pub struct Store {
     #[cfg(test)]
     pub(crate) steps: steps::Steps,
     _lock: File,
+}
+
+/// How far what takes long has come, and whether it may go on.
+#[derive(Default)]
+struct Course {
+    /// The process is to end.
+    ending: bool,
+    /// A gc compacts at this moment.
+    compacting: bool,
+    /// It was told not to: the database writes no more tables.
+    cancelled: bool,
 }
 
 /// Keeps everything below a root from gc as long as it lives.
@@ -202,7 +216,7 @@ impl Store {
         let db = self.db.read();
         match db.as_ref() {
             Some(db) => f(db),
-            None => Err(StoreError::NoSpace),
+            None => Err(self.full()),
         }
     }
 
@@ -276,6 +290,13 @@ impl Store {
         let room = free.saturating_sub(reserve);
         *space = Some((Instant::now(), room));
         room
+    }
+}
+
+impl Store {
+    /// Whether nothing should be written that can wait.
+    pub fn is_short(&self) -> bool {
+        self.room() < write::PLENTY
     }
 }
 

@@ -111,6 +111,25 @@ impl std::fmt::Display for FsKind {
     }
 }
 
+impl FsKind {
+    /// The field's width and sign differ between C libraries; the magic numbers are 32 bits wide.
+    fn of_magic(magic: u32) -> FsKind {
+        match magic {
+            0x6969 => FsKind::Nfs,
+            0x517b | 0xff53_4d42 | 0xfe53_4d42 => FsKind::Smb,
+            0x6573_5546 => FsKind::Fuse,
+            0x794c_7630 => FsKind::Overlay,
+            0x0102_1994 => FsKind::Tmpfs,
+            _ => FsKind::Other,
+        }
+    }
+
+    /// Whether locks and syncs may not mean there what a database takes them for.
+    pub fn is_unsafe(self) -> bool {
+        matches!(self, FsKind::Nfs | FsKind::Smb | FsKind::Fuse)
+    }
+}
+
 /// Returns the kind of filesystem that holds `path`.
 pub fn fs_kind(path: &Path) -> io::Result<FsKind> {
     let path = c_path(path)?;
@@ -118,15 +137,7 @@ pub fn fs_kind(path: &Path) -> io::Result<FsKind> {
     let mut out: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: the path ends in NUL and `out` is writable for the length of the call.
     check(unsafe { libc::statfs(path.as_ptr(), &raw mut out) })?;
-    // The field's width and sign differ between C libraries; the magic numbers are 32 bits wide.
-    Ok(match out.f_type as u32 {
-        0x6969 => FsKind::Nfs,
-        0x517b | 0xff53_4d42 | 0xfe53_4d42 => FsKind::Smb,
-        0x6573_5546 => FsKind::Fuse,
-        0x794c_7630 => FsKind::Overlay,
-        0x0102_1994 => FsKind::Tmpfs,
-        _ => FsKind::Other,
-    })
+    Ok(FsKind::of_magic(out.f_type as u32))
 }
 
 /// Idle cores poll for work instead of sleeping, for as long as this lives: a request to the kernel's power management.
@@ -303,6 +314,23 @@ mod tests {
         let mut bytes = [0; 32];
         random(&mut bytes).unwrap();
         assert_ne!(bytes, [0; 32]);
+    }
+
+    #[test]
+    fn what_is_no_place_for_a_store_is_known_by_its_number() {
+        for (magic, kind, is_unsafe) in [
+            (0x6969, FsKind::Nfs, true),
+            (0xff53_4d42, FsKind::Smb, true),
+            (0xfe53_4d42, FsKind::Smb, true),
+            (0x6573_5546, FsKind::Fuse, true),
+            (0x794c_7630, FsKind::Overlay, false),
+            (0x0102_1994, FsKind::Tmpfs, false),
+            (0xef53, FsKind::Other, false),
+            (0x9123_683e, FsKind::Other, false),
+        ] {
+            let found = FsKind::of_magic(magic);
+            assert_eq!((found, found.is_unsafe()), (kind, is_unsafe), "{magic:#x}");
+        }
     }
 
     #[test]

@@ -273,7 +273,7 @@ fn store(context: &Context) -> Finding {
     let text = context.place.to_string();
     let elsewhere = "choose a folder on a local disk with --store or FORKVOL_STORE";
     match fs_kind(existing) {
-        Ok(kind @ (FsKind::Nfs | FsKind::Smb | FsKind::Fuse)) => Finding::error(
+        Ok(kind) if kind.is_unsafe() => Finding::error(
             "store",
             format!("{text} lies on {kind}, where it is not safe"),
             elsewhere,
@@ -288,7 +288,7 @@ fn store(context: &Context) -> Finding {
             format!("{text} lies in memory and does not survive a reboot"),
             elsewhere,
         ),
-        Ok(FsKind::Other) => match fs::metadata(store) {
+        Ok(_) => match fs::metadata(store) {
             Ok(metadata) if metadata.mode() & 0o077 != 0 => Finding::warning(
                 "store",
                 format!("{text} is open to other users"),

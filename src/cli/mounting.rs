@@ -19,6 +19,7 @@ use super::values::Busy;
 use crate::protocol::{Bytes, Code, Failure, Mount, Request, Serve};
 use crate::sys::mount::{self as kernel, HelperError, MountPoint, Options};
 use crate::sys::{namespace, process};
+use explain::Guards;
 pub use explain::{device as explain_device, hidden_from_engine};
 
 const ENOTCONN: i32 = 107;
@@ -265,9 +266,8 @@ fn attach(at: &Path, manner: &Manner) -> Result<OwnedFd, Failure> {
             match kernel::mount_fuse(&fuse, at, &options) {
                 Ok(()) => Ok(fuse.into()),
                 Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
-                    Err(cannot("the kernel does not permit it".into()).hint(
-                        "mounting needs CAP_SYS_ADMIN: in a container, --cap-add SYS_ADMIN and a profile that allows mount",
-                    ))
+                    let (why, hint) = explain::forbidden(&e, &Guards::of_this_process());
+                    Err(cannot(why).hint(hint))
                 }
                 Err(e) if e.raw_os_error() == Some(ENODEV) => {
                     Err(cannot("this kernel has no FUSE".into()).hint("modprobe fuse"))

@@ -122,7 +122,7 @@ pub fn make_store_folder(store: &Path) -> Result<FsKind, Failure> {
         return Err(Failure::new(Code::Failed, message));
     }
     let kind = fs_kind(existing).map_err(failed)?;
-    if matches!(kind, FsKind::Nfs | FsKind::Smb | FsKind::Fuse) {
+    if kind.is_unsafe() {
         let message = format!("the store {name} lies on {kind}, where it is not safe");
         return Err(Failure::new(Code::Policy, message)
             .hint("choose a folder on a local disk with --store or FORKVOL_STORE"));

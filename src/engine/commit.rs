@@ -7,7 +7,9 @@ use std::sync::atomic::Ordering;
 use super::{Code, Engine, EngineError, Live, MountInfo, Result, VersionInfo, no_fork, now};
 use crate::commit::{Changed, Ingested, changed, charge, prepare};
 use crate::fork::Private;
-use crate::store::{self, ForkChange, ForkId, ForkOptions, Ingest, LeftOut, Publish, VersionRef};
+use crate::store::{
+    self, ForkChange, ForkId, ForkOptions, Ingest, LeftOut, Publish, StoreError, VersionRef,
+};
 use crate::tree::NodeId;
 
 /// When a commit makes a version.
@@ -99,6 +101,18 @@ impl Engine {
             }
             self.check_verdict(&record, &mut taken)?;
         }
+        match self.promote(lives, request) {
+            // The forks still have all of it.
+            Err(error) if error.lost => {
+                log::warn!("a commit begins again: {error}");
+                self.promote(lives, request)
+            }
+            result => result,
+        }
+    }
+
+    /// Seals, ingests and publishes forks; they are as before if that fails.
+    fn promote(&self, lives: &[Arc<Live>], request: &CommitRequest) -> Result<Vec<Committed>> {
         self.check_heads(lives, request)?;
         let mut prepared: Vec<(usize, Ingested)> = Vec::new();
         for (index, live) in lives.iter().enumerate() {
@@ -111,11 +125,14 @@ impl Engine {
                 }
             }
         }
-        let published = self.publish(lives, request, &prepared);
-        if published.is_err() {
+        self.publish(lives, request, &prepared).map_err(|error| {
             prepared.iter().for_each(|(_, done)| done.fork.thaw());
-        }
-        published
+            // Whatever it ran into then is no damage.
+            match prepared.iter().any(|(_, done)| done.ingest.is_lost()) {
+                true => StoreError::Lost.into(),
+                false => error,
+            }
+        })
     }
 
     /// Fails if a head is not what the caller or the history of the volume says it must be.

@@ -29,6 +29,8 @@ pub struct EngineError {
     pub code: Code,
     pub message: String,
     pub hint: Option<String>,
+    /// What was ingested for it is gone, and what it is made of is not: it may be tried again at once.
+    pub(super) lost: bool,
 }
 
 impl EngineError {
@@ -37,6 +39,7 @@ impl EngineError {
             code,
             message: message.into(),
             hint: None,
+            lost: false,
         }
     }
 
@@ -61,9 +64,11 @@ impl From<StoreError> for EngineError {
             StoreError::NotAStore { .. } => EngineError::new(Code::Failed, message).hint(ANOTHER),
             StoreError::Locked { .. } => EngineError::new(Code::Busy, message)
                 .hint("end that process, or name another store with --store"),
-            // The database writes again when it can be opened again, which takes this much. Nothing can be deleted from it before.
-            StoreError::NoSpace => {
-                EngineError::new(Code::NoSpace, message).hint("make at least 80 MiB of room there: abandon forks, or remove other files")
+            // The database writes again when it can be opened again. Nothing can be deleted from it before.
+            StoreError::NoSpace { wants } => {
+                let wants = wants.div_ceil(1 << 20);
+                EngineError::new(Code::NoSpace, message)
+                    .hint(format!("make at least {wants} MiB of room there: abandon forks, or remove other files"))
             }
             StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 EngineError::new(Code::NoSpace, message).hint("make room there")
@@ -72,7 +77,9 @@ impl From<StoreError> for EngineError {
                 source.kind(),
                 std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem
             ) => EngineError::new(Code::Failed, message).hint(ANOTHER),
-            StoreError::Io { .. } | StoreError::Database(_) | StoreError::Lost => EngineError::new(Code::Failed, message),
+            StoreError::Lost => EngineError { lost: true, ..EngineError::new(Code::Failed, message) },
+            StoreError::Ending => EngineError::new(Code::Busy, message),
+            StoreError::Io { .. } | StoreError::Database(_) => EngineError::new(Code::Failed, message),
         }
     }
 }

@@ -297,6 +297,9 @@ impl Engine {
         let facts = self.store.volumes()?;
         let facts = facts.iter().map(|volume| self.facts(volume));
         for removal in decide(now, &facts.collect::<Result<Vec<_>>>()?, need) {
+            if self.stopping.load(Ordering::Acquire) {
+                break;
+            }
             let _alone = self.bases.write();
             // What was forked, pinned or committed since stays.
             let Some(volume) = self.store.volume_by_id(removal.volume())? else {

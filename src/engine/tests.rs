@@ -15,6 +15,7 @@ mod content;
 mod crashes;
 mod exclude;
 mod faults;
+mod full;
 mod meanwhile;
 mod model;
 mod power;

@@ -1,7 +1,8 @@
 //! What an engine does by itself: ingest ahead of commits, give room back, drop what jobs left behind, flush when idle.
 
 use std::fs;
-use std::path::Path;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::commit::never_commits;
 use super::{Code, Engine, EngineError, Live, Result};
 use crate::commit;
-use crate::store::{Step, Verdict};
+use crate::store::{ForkId, Step, Verdict};
 
 /// How many times longer than its table, or than the limit of one, a log may be.
 const LOG_FACTOR: u64 = 4;
@@ -181,7 +182,8 @@ impl Engine {
             let record = live.record.lock();
             never_commits(&record.options).is_none() && record.verdict != Verdict::Nothing
         };
-        if !will_commit || !live.is_served() {
+        // The last of the room is for what is asked for.
+        if !will_commit || !live.is_served() || self.store.is_short() {
             return false;
         }
         // A commit does the work itself, and faster.
@@ -238,27 +240,39 @@ impl Engine {
         if let Some(fork) = &live.fork {
             fork.end();
         }
-        let dir = self.fork_dir(live.id);
-        let aside = dir.with_extension("gone");
-        if self.store.reach(Step::Ending).is_err() {
-            return;
-        }
-        if let Err(error) = fs::rename(&dir, &aside) {
-            if error.kind() != std::io::ErrorKind::NotFound {
-                log::warn!("{}: {error}", dir.display());
-            }
+        if self.store.reach(Step::Ending).is_err() || !self.put_aside(live.id) {
             return;
         }
         if self.store.reach(Step::Aside).is_ok() {
-            remove_in_background(aside.as_path());
+            let stays = self.unforgotten.lock().contains(&live.id);
+            remove_in_background(aside(&self.fork_dir(live.id)), stays);
         }
     }
 
-    /// Removes the records of forks that were abandoned while the disk was full.
+    /// Gives the folder of a fork that is over a name that says so, to whoever opens the store next; false if it kept its own.
+    pub(super) fn put_aside(&self, id: ForkId) -> bool {
+        let dir = self.fork_dir(id);
+        match fs::rename(&dir, aside(&dir)) {
+            // It is there already, or never was anything but a name.
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                aside(&dir).exists() || fs::create_dir(aside(&dir)).is_ok()
+            }
+            Err(error) => {
+                log::warn!("{}: {error}", dir.display());
+                false
+            }
+            Ok(()) => true,
+        }
+    }
+
+    /// Removes the records of forks that were abandoned while the disk was full, and then what says that they were.
     pub(super) fn forget(&self) {
         let mut left = self.unforgotten.lock();
         left.retain(|id| match self.store.remove_fork(*id) {
-            Ok(()) => false,
+            Ok(()) => {
+                remove_in_background(aside(&self.fork_dir(*id)), false);
+                false
+            }
             Err(error) => {
                 log::debug!("the record of fork {id} is still there: {error}");
                 true
@@ -275,19 +289,33 @@ impl Engine {
             let name = entry.file_name();
             let id = name.to_str().and_then(|name| name.parse().ok());
             if id.is_none_or(|id| !self.forks.lock().contains_key(&id)) {
-                remove_in_background(&entry.path());
+                let left = self.unforgotten.lock();
+                let stays = left
+                    .iter()
+                    .any(|id| aside(&self.fork_dir(*id)) == entry.path());
+                remove_in_background(entry.path(), stays);
             }
         }
     }
 }
 
-fn remove_in_background(dir: &Path) {
-    let dir = dir.to_path_buf();
+/// The name that the folder of a fork has when the fork is over.
+fn aside(dir: &Path) -> PathBuf {
+    dir.with_extension("gone")
+}
+
+/// Whether the folder of a fork says that it is over.
+pub(super) fn is_aside(dir: &Path) -> bool {
+    !dir.exists() && aside(dir).exists()
+}
+
+/// Removes a folder with what is in it, or that alone if its name is to stay.
+fn remove_in_background(dir: PathBuf, stays: bool) {
     let work = move || {
         if let Err(error) = crate::sys::idle_priority() {
             log::debug!("{}: removed at normal priority: {error}", dir.display());
         }
-        if let Err(error) = remove_slowly(&dir) {
+        if let Err(error) = remove_slowly(&dir, stays) {
             log::warn!("{} was not removed: {error}", dir.display());
         }
     };
@@ -297,16 +325,34 @@ fn remove_in_background(dir: &Path) {
     }
 }
 
-fn remove_slowly(dir: &Path) -> std::io::Result<()> {
-    for entry in fs::read_dir(dir)? {
+fn remove_slowly(dir: &Path, stays: bool) -> std::io::Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
         let path = entry?.path();
-        let file = fs::File::options().write(true).open(&path)?;
+        let file = match fs::File::options().write(true).open(&path) {
+            // It is removed twice at once where the record went meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            file => file?,
+        };
         let mut len = file.metadata()?.len();
         while len > STEP {
             len -= STEP;
             file.set_len(len)?;
         }
-        fs::remove_file(&path)?;
+        unless_gone(fs::remove_file(&path))?;
     }
-    fs::remove_dir(dir)
+    match stays {
+        true => Ok(()),
+        false => unless_gone(fs::remove_dir(dir)),
+    }
+}
+
+fn unless_gone(result: std::io::Result<()>) -> std::io::Result<()> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
 }

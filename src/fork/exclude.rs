@@ -92,6 +92,15 @@ impl Excludes {
     fn names(&self, path: &[u8], is_dir: bool) -> bool {
         self.0.name(path, is_dir)
     }
+
+    /// Whether a pattern may name a path that ends with this name.
+    fn may_name(&self, name: &[u8]) -> bool {
+        self.0.may_name(name)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
 }
 
 /// What the default patterns mean for a folder of a volume, or for its root, that is put at `path`: tools keep credentials where
@@ -153,7 +162,7 @@ pub fn split(
     layers: &Layers,
     store: &Store,
 ) -> Result<Option<Split>, FsError> {
-    if excludes.0.is_empty() {
+    if excludes.is_empty() {
         return Ok(None);
     }
     let mut paths = Paths::new(excludes, store);
@@ -195,7 +204,7 @@ pub fn excluded_inodes(
     cells: &[Arc<Cell>],
     give_up: impl Fn() -> bool,
 ) -> Result<Option<HashSet<Ino>>, FsError> {
-    if fork.excludes.0.is_empty() {
+    if fork.excludes.is_empty() {
         return Ok(Some(HashSet::new()));
     }
     let mut found = Names::new();
@@ -437,7 +446,10 @@ impl<'a> Paths<'a> {
             return Ok(false);
         };
         let is_dir = kind == Kind::Directory;
-        Ok(folder.excluded || self.excludes.names(&join(&folder.path, name), is_dir))
+        let named = || {
+            self.excludes.may_name(name) && self.excludes.names(&join(&folder.path, name), is_dir)
+        };
+        Ok(folder.excluded || named())
     }
 
     /// A folder by its number; `None` if it is gone.
@@ -457,7 +469,8 @@ impl<'a> Paths<'a> {
         for (ino, name) in chain.into_iter().rev() {
             above = above.map(|above| {
                 let path = join(&above.path, &name);
-                let excluded = above.excluded || self.excludes.names(&path, true);
+                let named = self.excludes.may_name(&name) && self.excludes.names(&path, true);
+                let excluded = above.excluded || named;
                 Rc::new(Folder { path, excluded })
             });
             self.known.insert(ino, above.clone());
@@ -582,6 +595,29 @@ mod tests {
     /// > Nor is, unless the fork was made with `--no-default-exclude`, a path where tools keep credentials: `.netrc`,
     /// > `.git-credentials`, `/.npmrc`, `/.docker/config.json`, `/.cargo/credentials.toml`, `/.aws/credentials`, `/.ssh/`,
     /// > `/.gnupg/` and their like. A bare `*.pem`, `.env` and `.git/config` are no such paths.
+    #[test]
+    fn no_path_that_a_pattern_names_is_passed_over_for_its_last_name() {
+        for (patterns, path, is_dir) in [
+            (&["/a/b/"][..], "a/b", true),
+            (&["*.key"], "x/y.key", false),
+            (&["a/**"], "a/b/c", false),
+            (&["x", "{a,b/c}"], "b/c", false),
+            (&["\\#x"], "#x", false),
+            (&["#x", " y "], " y", false),
+            (&["q\\ "], "q ", false),
+            (&["k?y", "l"], "key", false),
+            (&["[ab]", "l"], "d/b", false),
+        ] {
+            let patterns: Vec<String> = patterns.iter().map(|p| (*p).to_owned()).collect();
+            let excludes = Excludes::new(&patterns, true).unwrap();
+            assert!(excludes.names(path.as_bytes(), is_dir), "{path}");
+            let last = path.rsplit('/').next().unwrap();
+            assert!(excludes.may_name(last.as_bytes()), "{patterns:?}");
+        }
+        let default = Excludes::new(&[], true).unwrap();
+        assert!(!default.may_name(b"index.js") && default.may_name(b".netrc"));
+    }
+
     #[test]
     fn the_default_ones_hit_credentials_and_not_certificates_or_settings() {
         for path in [

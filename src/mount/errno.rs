@@ -27,7 +27,7 @@ pub fn errno(error: &FsError) -> Errno {
         FsError::NoSuchOffset => Errno::ENXIO,
         FsError::Stale => Errno::ESTALE,
         FsError::Ended => Errno::EIO,
-        FsError::Store(StoreError::NoSpace) => Errno::ENOSPC,
+        FsError::Store(StoreError::NoSpace { .. }) => Errno::ENOSPC,
         FsError::Store(_) => Errno::EIO,
         FsError::Io(error) => match error.kind() {
             std::io::ErrorKind::StorageFull => Errno::ENOSPC,
@@ -41,7 +41,7 @@ pub fn errno(error: &FsError) -> Errno {
 /// Logs what is the store's or the disk's fault, where it is answered; what a caller asked for is its own business.
 pub fn report(what: &str, error: &FsError) {
     match error {
-        FsError::Store(StoreError::NoSpace) => {}
+        FsError::Store(StoreError::NoSpace { .. }) => {}
         FsError::Store(_) | FsError::Io(_) => log::error!("{what}: {error}"),
         _ => log::debug!("{what}: {error}"),
     }

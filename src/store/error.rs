@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::open::FORMAT;
+use super::write;
 use crate::tree::TreeError;
 
 /// Why the store could not do what it was asked.
@@ -23,10 +24,13 @@ pub enum StoreError {
     NotAStore { dir: PathBuf, why: String },
     #[error("the store {dir} is damaged and cannot be opened: {why}")]
     Unreadable { dir: PathBuf, why: String },
+    /// The database is opened again, and everything goes on, when so many bytes are free.
     #[error("the disk of the store is full")]
-    NoSpace,
+    NoSpace { wants: u64 },
     #[error("content was lost with a write to the store that failed: run the command again")]
     Lost,
+    #[error("the daemon is stopping")]
+    Ending,
     #[error("{what}: {source}")]
     Io { what: String, source: io::Error },
     #[error("the database of the store: {0}")]
@@ -58,7 +62,9 @@ impl From<rocksdb::Error> for StoreError {
     fn from(error: rocksdb::Error) -> StoreError {
         let text = error.to_string();
         if text.contains("No space left") || text.contains("NoSpace") {
-            StoreError::NoSpace
+            StoreError::NoSpace {
+                wants: write::LEAST_ROOM,
+            }
         // A file that the database knows of and that is not there is as bad as one that is wrong.
         } else if error.kind() == rocksdb::ErrorKind::Corruption || text.contains("No such file") {
             StoreError::Corrupt {

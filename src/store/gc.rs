@@ -3,9 +3,12 @@
 use serde::Serialize;
 use std::collections::HashMap;
 
-use rocksdb::{IteratorMode, ReadOptions};
+use rocksdb::{ColumnFamily, DB, IteratorMode, ReadOptions, properties};
 
-use super::{NodeId, Prefixes, Step, Store, StoreError, Target, family, prefix_of, stored_len};
+use super::write::LEAST_ROOM;
+use super::{
+    NodeId, Prefixes, Step, Store, StoreError, Target, family, free_space, prefix_of, stored_len,
+};
 use crate::chunk::ChunkId;
 use crate::record;
 use crate::tree;
@@ -50,6 +53,32 @@ pub struct VolumeStats {
     pub exclusive_bytes: u64,
 }
 
+/// How many of the first of these files fit into some room.
+fn fitting(files: &[(u64, u64)], room: u64) -> usize {
+    let mut taken = 0_u64;
+    let fits = |(_, len): &&(u64, u64)| {
+        taken += len;
+        taken <= room
+    };
+    files.iter().take_while(fits).count()
+}
+
+/// How many deletions the description of some tables counts.
+fn deletions(tables: &str) -> u64 {
+    let fields = tables.split(';').filter_map(|field| field.split_once('='));
+    let mut counts = fields.filter(|(name, _)| name.trim() == "# deletions");
+    counts
+        .next()
+        .and_then(|(_, count)| count.trim().parse().ok())
+        .unwrap_or(0)
+}
+
+/// What the tables of a family take.
+fn table_bytes(db: &DB, family: &ColumnFamily) -> Result<u64, StoreError> {
+    let bytes = db.property_int_value_cf(family, properties::TOTAL_SST_FILES_SIZE)?;
+    Ok(bytes.unwrap_or(0))
+}
+
 /// An id and what the index says of it.
 type Indexed = ([u8; 32], Vec<u8>);
 
@@ -57,7 +86,7 @@ impl Store {
     /// Removes everything that no version, fork or lease reaches. `roots` are those that only the caller knows of.
     ///
     /// # Errors
-    /// `Locked` if one runs already; damage met while marking, before anything was removed.
+    /// `Locked` if one runs already; `Ending` if the process is to end; damage met while marking, before anything was removed.
     pub fn gc(
         &self,
         dry_run: bool,
@@ -132,6 +161,7 @@ impl Store {
             root,
             &mut |id| nodes.insert(prefix_of(&id.0)),
             &mut |node| {
+                self.go_on()?;
                 if node.level() == 0 {
                     for at in 0..node.len() {
                         let named = record::chunk_refs(node.key(at), node.value(at))?;
@@ -155,6 +185,7 @@ impl Store {
             if !nodes.insert(prefix_of(&id.0)) {
                 continue;
             }
+            self.go_on()?;
             let node = match self.load_node(id) {
                 Ok(node) => node,
                 Err(StoreError::Missing { .. } | StoreError::Corrupt { .. }) => continue,
@@ -181,6 +212,7 @@ impl Store {
     ) -> Result<(), StoreError> {
         let mut from: Vec<u8> = Vec::new();
         loop {
+            self.go_on()?;
             let page = self.keys(target, &from, 10_000)?;
             let Some((last, _)) = page.last() else {
                 return Ok(());
@@ -251,30 +283,125 @@ impl Store {
         })
     }
 
-    /// Rewrites what deletions left, so that the disk gets its room back; nothing if little was removed.
+    /// Rewrites what deletions left, so that the disk gets its room back; nothing if neither this gc nor an earlier one, which was
+    /// cut off then, left any.
     fn compact(&self, report: &GcReport) -> Result<(), StoreError> {
-        if report.removed_nodes + report.removed_chunks == 0 {
+        if report.removed_nodes + report.removed_chunks == 0 && !self.has_deletions()? {
             return Ok(());
         }
         self.flush()?;
-        let result = self.with(|db| {
-            let chunks = family(db, Target::Chunks)?;
-            let all = [
-                ("blob_garbage_collection_age_cutoff", "1.0"),
-                ("blob_garbage_collection_force_threshold", "0.1"),
-            ];
-            db.set_options_cf(chunks, &all)?;
-            for target in [Target::Chunks, Target::Nodes, Target::Sizes] {
-                db.compact_range_cf(family(db, target)?, None::<&[u8]>, None::<&[u8]>);
+        self.course.lock().compacting = true;
+        let result = self.compact_all();
+        self.course.lock().compacting = false;
+        self.poison_on_error(result)
+    }
+
+    /// Whether deletions wait for the compaction that gives their room back.
+    fn has_deletions(&self) -> Result<bool, StoreError> {
+        self.with(|db| {
+            for target in [Target::Nodes, Target::Sizes] {
+                let family = family(db, target)?;
+                let fresh =
+                    db.property_int_value_cf(family, properties::NUM_DELETES_ACTIVE_MEM_TABLE)?;
+                let tables =
+                    db.property_value_cf(family, properties::AGGREGATED_TABLE_PROPERTIES)?;
+                if fresh.unwrap_or(0) > 0 || deletions(&tables.unwrap_or_default()) > 0 {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        })
+    }
+
+    fn compact_all(&self) -> Result<(), StoreError> {
+        self.with(|db| {
+            self.compact_chunks(db)?;
+            for target in [Target::Nodes, Target::Sizes] {
+                self.go_on()?;
+                let family = family(db, target)?;
+                if table_bytes(db, family)? > self.room_to_compact() {
+                    log::warn!("gc: no room to give back what removed records took");
+                    continue;
+                }
+                db.compact_range_cf(family, None::<&[u8]>, None::<&[u8]>);
                 self.reach(Step::Compacted)?;
             }
-            let usual = [
-                ("blob_garbage_collection_age_cutoff", "0.25"),
-                ("blob_garbage_collection_force_threshold", "1.0"),
+            Ok(())
+        })
+    }
+
+    /// Rewrites what stays of chunks, all at once or in as many rounds as there is room for: each takes the oldest files.
+    fn compact_chunks(&self, db: &DB) -> Result<(), StoreError> {
+        let chunks = family(db, Target::Chunks)?;
+        let first = self.blob_files();
+        let Some((last, _)) = first.last().copied() else {
+            return Ok(());
+        };
+        let mut fits = fitting(&first, self.room_to_compact());
+        if fits < first.len() {
+            // Files in which nothing is left go without being rewritten.
+            fits = 0;
+        }
+        let mut files = first;
+        loop {
+            self.go_on()?;
+            // Rounded down there.
+            let share = match fits {
+                0 => 0.0,
+                n => (n as f64 + 0.5) / files.len() as f64,
+            };
+            let rewrite = [
+                (
+                    "blob_garbage_collection_age_cutoff",
+                    &*share.min(1.0).to_string(),
+                ),
+                ("blob_garbage_collection_force_threshold", "0.1"),
             ];
-            Ok(db.set_options_cf(chunks, &usual)?)
-        });
-        self.poison_on_error(result)
+            db.set_options_cf(chunks, &rewrite)?;
+            db.compact_range_cf(chunks, None::<&[u8]>, None::<&[u8]>);
+            self.reach(Step::Compacted)?;
+            self.go_on()?;
+            let oldest = files.first().copied();
+            files = self.blob_files();
+            let old = files
+                .iter()
+                .take_while(|(number, _)| *number <= last)
+                .count();
+            if old == 0 || (fits > 0 && files.first().copied() == oldest) {
+                break;
+            }
+            let room = self
+                .room_to_compact()
+                .saturating_sub(table_bytes(db, chunks)?);
+            fits = fitting(&files, room).min(old);
+            if fits == 0 {
+                log::warn!("gc: no room to rewrite {old} files of chunks");
+                break;
+            }
+        }
+        let usual = [
+            ("blob_garbage_collection_age_cutoff", "0.25"),
+            ("blob_garbage_collection_force_threshold", "1.0"),
+        ];
+        Ok(db.set_options_cf(chunks, &usual)?)
+    }
+
+    /// Bytes that a compaction may write without the database meeting a full disk.
+    fn room_to_compact(&self) -> u64 {
+        free_space(&self.dir).saturating_sub(LEAST_ROOM / 2)
+    }
+
+    /// The numbers of the files that hold chunks, oldest first, and what they take.
+    fn blob_files(&self) -> Vec<(u64, u64)> {
+        let entries = std::fs::read_dir(self.dir.join("db")).into_iter().flatten();
+        let file = |entry: std::fs::DirEntry| {
+            let name = entry.file_name().into_string().ok()?;
+            let number = name.strip_suffix(".blob")?.parse().ok()?;
+            Some((number, entry.metadata().ok()?.len()))
+        };
+        let mut files: Vec<(u64, u64)> = entries.flatten().filter_map(file).collect();
+        files.sort_unstable();
+        files
     }
 
     /// What the database takes on disk.

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use parking_lot::{Mutex, RwLock};
 use rocksdb::{
@@ -13,8 +13,8 @@ use rocksdb::{
 #[cfg(test)]
 use super::steps;
 use super::{
-    ChunkWeight, FAMILIES, NodeWeight, Store, StoreError, StoreOptions, Target, corrupt, ingest,
-    keys, wal,
+    ChunkWeight, FAMILIES, NodeWeight, Store, StoreError, StoreOptions, Target, corrupt,
+    free_space, ingest, keys, wal, write,
 };
 use crate::{chunk, tree};
 
@@ -58,12 +58,15 @@ impl Store {
             let folder = dir.join(folder);
             fs::create_dir_all(&folder).map_err(io(&folder))?;
         }
-        let db = open_db(dir).map_err(|error| error.at_open(dir))?;
+        let opening = Opening::for_room(free_space(dir));
+        let db = open_db(dir, opening).map_err(|error| error.at_open(dir))?;
         let store = Store {
             dir: dir.into(),
             options,
             db: RwLock::new(Some(db)),
             poisoned: Mutex::new(false),
+            frugal: AtomicBool::new(opening == Opening::Frugal),
+            course: Mutex::default(),
             reopened: AtomicU64::new(0),
             nodes: quick_cache::sync::Cache::with_weighter(20_000, options.node_cache, NodeWeight),
             chunks: quick_cache::sync::Cache::with_weighter(2000, options.chunk_cache, ChunkWeight),
@@ -174,8 +177,36 @@ fn lock_file(path: &Path) -> Result<File, StoreError> {
     })
 }
 
+/// How the database is opened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Opening {
+    Usual,
+    /// With buffers, and room taken ahead for them, that fit where little is free.
+    Frugal,
+    /// For reading alone, which takes no room.
+    ReadOnly,
+}
+
+impl Opening {
+    pub(super) fn for_room(free: u64) -> Opening {
+        match free < write::PLENTY {
+            true => Opening::Frugal,
+            false => Opening::Usual,
+        }
+    }
+}
+
+/// The write buffers of a family.
+pub(super) fn write_buffer(family: &str, opening: Opening) -> usize {
+    match family {
+        _ if opening == Opening::Frugal => 4 << 20,
+        "chunks" => 32 << 20,
+        _ => 16 << 20,
+    }
+}
+
 /// Opens the database with the settings found good: small buffers, little WAL, blobs for chunks, no compression of its own.
-pub(super) fn open_db(dir: &Path) -> Result<DB, StoreError> {
+pub(super) fn open_db(dir: &Path, opening: Opening) -> Result<DB, StoreError> {
     let db = dir.join("db");
     wal::trim(&db).map_err(|source| StoreError::Io {
         what: db.display().to_string(),
@@ -204,18 +235,20 @@ pub(super) fn open_db(dir: &Path) -> Result<DB, StoreError> {
         blocks.set_block_cache(&cache);
         options.set_block_based_table_factory(&blocks);
         options.set_compression_type(rocksdb::DBCompressionType::None);
-        options.set_write_buffer_size(16 << 20);
+        options.set_write_buffer_size(write_buffer(name, opening));
         options.set_max_write_buffer_number(4);
         if name == "chunks" {
             options.set_enable_blob_files(true);
             options.set_min_blob_size(0);
             options.set_blob_file_size(64 << 20);
             options.set_enable_blob_gc(true);
-            options.set_write_buffer_size(32 << 20);
         }
         ColumnFamilyDescriptor::new(name, options)
     };
     let mut families: Vec<_> = FAMILIES.iter().map(|name| tuned(name)).collect();
     families.push(tuned("default"));
-    Ok(DB::open_cf_descriptors(&options, dir.join("db"), families)?)
+    Ok(match opening {
+        Opening::ReadOnly => DB::open_cf_descriptors_read_only(&options, db, families, false)?,
+        _ => DB::open_cf_descriptors(&options, db, families)?,
+    })
 }

@@ -108,6 +108,8 @@ mod watch {
     pub struct Steps {
         /// The process is as good as dead: every further step fails, so that nothing is written any more.
         dead: AtomicBool,
+        /// The disk is as good as full: every write fails.
+        full: AtomicBool,
         state: Mutex<State>,
     }
 
@@ -135,6 +137,11 @@ mod watch {
         /// Calls something at each step from now on, before it goes on.
         pub fn meanwhile(&self, call: impl Fn(Step) + Send + Sync + 'static) {
             self.state.lock().meanwhile = Some(Arc::new(call));
+        }
+
+        /// Lets every write fail as on a full disk, or no longer.
+        pub fn fill(&self, full: bool) {
+            self.full.store(full, Ordering::Release);
         }
 
         /// Forgets what was asked for.
@@ -173,7 +180,10 @@ mod watch {
             if let Some(meanwhile) = meanwhile {
                 meanwhile(step);
             }
-            Ok(())
+            match step == Step::Writing && self.full.load(Ordering::Acquire) {
+                true => Err(StoreError::NoSpace { wants: 0 }),
+                false => Ok(()),
+            }
         }
     }
 

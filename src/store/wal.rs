@@ -42,6 +42,15 @@ pub fn trim(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// How much all segments of the WAL in `dir` hold; nothing of what cannot be seen.
+pub fn len(dir: &Path) -> u64 {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let segments = entries.filter(|e| e.path().extension().is_some_and(|x| x == "log"));
+    segments
+        .filter_map(|e| Some(e.metadata().ok()?.len()))
+        .sum()
+}
+
 /// Where the records of a segment end, as far as their headers tell. A record that is not whole yet ends it too.
 fn end_of_records(file: &File, len: u64) -> io::Result<u64> {
     let mut at = 0;

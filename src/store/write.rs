@@ -4,7 +4,17 @@ use std::sync::atomic::Ordering;
 
 use rocksdb::{ColumnFamily, WriteBatch, WriteOptions};
 
-use super::{Step, Store, StoreError, Target, family, free_space, open_db};
+use super::{
+    FAMILIES, Opening, Step, Store, StoreError, Target, family, free_space, open_db, wal,
+    write_buffer,
+};
+
+/// What the database takes to be opened beside what its WAL holds: new segments of it, a manifest, a few tables.
+pub(super) const LEAST_ROOM: u64 = 16 << 20;
+/// With less than this it gets small buffers, for it sets room aside for each.
+pub(super) const PLENTY: u64 = 256 << 20;
+/// As in [`FAMILIES`].
+const TARGETS: [Target; 4] = [Target::Meta, Target::Nodes, Target::Chunks, Target::Sizes];
 
 impl Store {
     pub(super) fn put(
@@ -59,10 +69,23 @@ impl Store {
         &self,
         result: Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        if matches!(result, Err(StoreError::NoSpace | StoreError::Database(_))) {
-            *self.poisoned.lock() = true;
-        }
-        result
+        result.map_err(|error| match error {
+            StoreError::NoSpace { .. } => {
+                *self.poisoned.lock() = true;
+                self.full()
+            }
+            StoreError::Database(_) => {
+                *self.poisoned.lock() = true;
+                error
+            }
+            other => other,
+        })
+    }
+
+    /// That there is no room, and how much there has to be. What the WAL holds is written to tables when it is opened.
+    pub(super) fn full(&self) -> StoreError {
+        let wants = LEAST_ROOM + wal::len(&self.dir.join("db"));
+        StoreError::NoSpace { wants }
     }
 
     /// Opens the database again after a failed write, if there is room to write again.
@@ -71,19 +94,29 @@ impl Store {
         if !*poisoned {
             return Ok(());
         }
-        let free = free_space(&self.dir);
-        if free < (80 << 20) {
-            return Err(StoreError::NoSpace);
+        let (free, full) = (free_space(&self.dir), self.full());
+        if matches!(full, StoreError::NoSpace { wants } if free < wants) {
+            return Err(full);
         }
+        let opening = Opening::for_room(free);
         let mut db = self.db.write();
         drop(db.take());
         #[cfg(test)]
         self.take_what_was_left();
-        *db = Some(open_db(&self.dir)?);
-        drop(db);
         // What was written without the WAL and not flushed is gone.
         self.reopened.fetch_add(1, Ordering::AcqRel);
         self.unflushed.lock().clear();
+        match open_db(&self.dir, opening) {
+            Ok(opened) => *db = Some(opened),
+            Err(error) => {
+                // Whoever only reads notices nothing.
+                *db = open_db(&self.dir, Opening::ReadOnly).ok();
+                return Err(error);
+            }
+        }
+        drop(db);
+        self.frugal
+            .store(opening == Opening::Frugal, Ordering::Release);
         *poisoned = false;
         log::warn!(
             "{}: opened the database again after a failed write",
@@ -92,13 +125,65 @@ impl Store {
         Ok(())
     }
 
+    /// Gives the database its usual buffers back when there is room for them.
+    fn unfold(&self) -> Result<(), StoreError> {
+        if !self.frugal.load(Ordering::Acquire) || free_space(&self.dir) < PLENTY {
+            return Ok(());
+        }
+        self.with(|db| {
+            for (target, name) in TARGETS.into_iter().zip(FAMILIES) {
+                let bytes = write_buffer(name, Opening::Usual).to_string();
+                db.set_options_cf(family(db, target)?, &[("write_buffer_size", &bytes)])?;
+            }
+            Ok(())
+        })?;
+        self.frugal.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// Ends what takes long, for the process is to end: what a gc has not done the next one does.
+    pub fn end_soon(&self) {
+        let mut course = self.course.lock();
+        course.ending = true;
+        if !course.compacting || course.cancelled {
+            return;
+        }
+        course.cancelled = true;
+        drop(course);
+        // Afterwards nothing is flushed any more.
+        let flushed = self.flush();
+        let cancelled = self.with(|db| {
+            db.cancel_all_background_work(false);
+            Ok(())
+        });
+        if let Err(error) = flushed.and(cancelled) {
+            log::warn!("{}: {error}", self.dir.display());
+        }
+    }
+
+    /// Fails if the process is to end.
+    pub(super) fn go_on(&self) -> Result<(), StoreError> {
+        match self.course.lock().ending {
+            true => Err(StoreError::Ending),
+            false => Ok(()),
+        }
+    }
+
+    /// Writes to tables what the WAL holds, so that the next process opens the store at once.
+    pub fn end(&self) -> Result<(), StoreError> {
+        match self.course.lock().cancelled {
+            true => Ok(()),
+            false => self.flush(),
+        }
+    }
+
     /// Flushes everything to disk; for an idle moment and a clean end.
     pub fn flush(&self) -> Result<(), StoreError> {
+        self.unfold()?;
         self.reach(Step::Flushing)?;
         let flushing = self.unflushed.lock().begin_flush();
         let result = self.with(|db| {
-            let families = [Target::Meta, Target::Nodes, Target::Chunks, Target::Sizes];
-            let families: Result<Vec<&ColumnFamily>, StoreError> = families
+            let families: Result<Vec<&ColumnFamily>, StoreError> = TARGETS
                 .into_iter()
                 .map(|target| family(db, target))
                 .collect();

@@ -1,5 +1,6 @@
 //! Patterns in gitignore syntax: which volumes are meant, and which paths inside of one.
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -13,11 +14,19 @@ const BRACES_MAX: usize = 32;
 
 /// Patterns, of which later ones win over earlier ones.
 #[derive(Clone, Debug)]
-pub struct Patterns(Gitignore);
+pub struct Patterns {
+    all: Gitignore,
+    /// The only last names of a path that a pattern can name; `None` where one of them ends with more than a plain name. Whoever
+    /// looks through many paths passes over most of them by that.
+    last: Option<HashSet<Vec<u8>>>,
+}
 
 impl Default for Patterns {
     fn default() -> Patterns {
-        Patterns(Gitignore::empty())
+        Patterns {
+            all: Gitignore::empty(),
+            last: Some(HashSet::new()),
+        }
     }
 }
 
@@ -39,19 +48,25 @@ impl Patterns {
     }
 
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.all.is_empty()
     }
 
     /// Whether they mean this very name or path, and not one above it.
     pub fn name(&self, path: &[u8], is_dir: bool) -> bool {
         let path = Path::new(OsStr::from_bytes(path));
-        self.0.matched(path, is_dir).is_ignore()
+        self.all.matched(path, is_dir).is_ignore()
+    }
+
+    /// Whether they may mean a path that ends with this name.
+    pub fn may_name(&self, last: &[u8]) -> bool {
+        self.last.as_ref().is_none_or(|known| known.contains(last))
     }
 }
 
 /// Reads patterns; each is taken as if it began with `anchor`.
 fn read<'a>(patterns: impl IntoIterator<Item = &'a str>, anchor: &str) -> Result<Patterns, String> {
     let mut builder = GitignoreBuilder::new("/");
+    let mut last = Some(HashSet::new());
     for pattern in patterns {
         if pattern.len() > LONGEST || depth(pattern) > BRACES_MAX {
             let start: String = pattern.chars().take(40).collect();
@@ -61,11 +76,27 @@ fn read<'a>(patterns: impl IntoIterator<Item = &'a str>, anchor: &str) -> Result
         }
         let added = builder.add_line(None, &format!("{anchor}{pattern}"));
         added.map_err(|error| format!("the pattern {pattern:?}: {}", why(&error)))?;
+        if !pattern.starts_with('#') {
+            last = last.zip(last_name(pattern)).map(|(mut known, name)| {
+                known.insert(name);
+                known
+            });
+        }
     }
     let built = builder.build();
     built
-        .map(Patterns)
+        .map(|all| Patterns { all, last })
         .map_err(|error| format!("the patterns: {}", why(&error)))
+}
+
+/// The last name of what a pattern matches, if that is always the same one.
+fn last_name(line: &str) -> Option<Vec<u8>> {
+    let path = line.trim_end().trim_end_matches('/');
+    let name = path.strip_prefix('!').unwrap_or(path);
+    let name = name.rsplit('/').next().unwrap_or(name);
+    // An empty one is no pattern, and names nothing.
+    let plain = !path.contains(['*', '?', '[', ']', '{', '}', '\\']);
+    plain.then(|| name.as_bytes().to_vec())
 }
 
 /// How deep braces lie in each other.

@@ -301,6 +301,66 @@ fn a_store_on_fuse_is_refused_and_one_that_will_go_is_warned_of() {
 }
 
 #[test]
+fn a_store_that_cannot_be_written_to_says_so_and_is_as_it_was() {
+    let lines = surrounded(
+        r#"mkdir ro full
+        printf 'reserve = "0"\n' > config/forkvol/config.toml
+        mount -t tmpfs -o mode=700 none ro
+        forkvol --store ro/s run -v v -p c -- bash -c 'echo kept > c/f' 2> err
+        forkvol --store ro/s daemon stop
+        mount -o remount,ro ro
+        says forkvol --store ro/s volumes
+        says forkvol --store ro/new volumes
+        says forkvol --store ro/s run -v v -p c -- true
+        mount -o remount,rw ro
+        forkvol --store ro/s cat v:f 2> err
+        forkvol --store ro/s daemon stop
+        mount -t tmpfs -o mode=700,size=200k none full
+        head -c 300000 /dev/zero > full/filler 2> err || grep -o 'No space left' err
+        says forkvol --store full/s volumes
+        mount -o remount,size=200m full
+        forkvol --store full/s run -v v -p c -- bash -c 'echo begun > c/f' 2> err
+        forkvol --store full/s cat v:f 2> err
+        forkvol --store full/s daemon stop"#,
+    );
+    expect(
+        &lines,
+        &[
+            ("1", &["ro/s", "Read-only file system", "--store"]),
+            ("1", &["ro/new", "Read-only file system", "--store"]),
+            ("125", &["ro/s", "Read-only file system", "--store"]),
+            ("kept", &[]),
+            ("No", &["space left"]),
+            ("16", &["full", "room"]),
+            ("begun", &[]),
+        ],
+    );
+}
+
+#[test]
+fn a_command_that_cannot_be_run_is_named_in_one_line_and_commits_nothing() {
+    let lines = surrounded(
+        r#"echo data > plain
+        says forkvol run -v v -p c -- no-such-command
+        says forkvol run -v v -p c -- ./no/such
+        says forkvol run -v v -p c -- ./plain
+        forkvol run -v v -p c -- bash -c 'echo x > c/f; kill -9 $$' 2> err || echo "status $?"
+        forkvol log v --json | grep -o '"versions":\[\]'
+        forkvol forks"#,
+    );
+    expect(
+        &lines,
+        &[
+            ("127", &["no-such-command"]),
+            ("127", &["./no/such"]),
+            ("126", &["./plain"]),
+            ("status", &["137"]),
+            ("\"versions\":[]", &[]),
+        ],
+    );
+}
+
+#[test]
 fn without_the_device_it_is_said_how_to_get_it_and_nothing_is_left() {
     let lines = surrounded(
         r#"forkvol volumes

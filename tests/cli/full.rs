@@ -27,6 +27,27 @@ impl SmallDisk {
         self.cli.path("store/ballast")
     }
 
+    /// Leaves so much free, by what the ballast takes.
+    fn leave(&self, bytes: u64) {
+        let file = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.ballast())
+            .unwrap();
+        let free = || {
+            let room = rustix::fs::statvfs(self.cli.path("store")).unwrap();
+            room.f_bavail * room.f_frsize
+        };
+        let len = file.metadata().unwrap().len();
+        let wanted = (len + free()).saturating_sub(bytes);
+        if wanted < len {
+            file.set_len(wanted).unwrap();
+        } else {
+            rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, wanted).unwrap();
+        }
+        println!("{} bytes are free", free());
+    }
+
     /// Leaves not a byte free.
     fn fill(&self) {
         let mut file = fs::File::create(self.ballast()).unwrap();
@@ -51,6 +72,18 @@ impl Drop for SmallDisk {
             eprintln!("the small disk stays: {error}");
         }
     }
+}
+
+/// The same bytes each time, and none that are stored already.
+fn incompressible(len: usize) -> Vec<u8> {
+    let mut state = 1_u64;
+    let next = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (state >> 56) as u8
+    };
+    std::iter::repeat_with(next).take(len).collect()
 }
 
 fn names(path: &Path) -> BTreeSet<String> {
@@ -153,4 +186,84 @@ fn an_append_to_the_log_that_a_full_disk_cut_short_costs_nothing_before_or_behin
     let listed = disk.cli.json(&["ls", "v"]);
     assert_eq!(listed["entries"].as_array().unwrap().len(), expected.len());
     disk.cli.check();
+}
+
+#[test]
+fn a_database_that_met_a_full_disk_goes_on_with_little_room_and_gc_makes_more() {
+    let disk = SmallDisk::new();
+    let (cli, cache) = (&disk.cli, disk.cli.path("cache"));
+    let write = |name: &str, megabytes: u32| {
+        format!("head -c {megabytes}000000 /dev/urandom > cache/{name}")
+    };
+    for (volume, name) in [("kept", "f"), ("garbage", "g"), ("kept", "h")] {
+        let done = cli.run(volume, &cache, &write(name, 35));
+        assert!(done.status.success(), "{done:?}");
+    }
+    let kept = || ["f", "h"].map(|name| cli.call(&["cat", &format!("kept:{name}")]).stdout);
+    let before = kept();
+    cli.ok(&["volume", "rm", "garbage"]);
+    let mount = cli.path("m");
+    let fork = cli.ok(&["fork", "kept", mount.to_str().unwrap()]);
+    let big = incompressible(40_000_000);
+    disk.leave(55 << 20);
+    fs::write(mount.join("big"), &big).unwrap();
+    let (code, line) = cli.fails(&["commit", &fork]);
+    assert_eq!(code, 16, "{line}");
+    disk.leave(12 << 20);
+    let (code, line) = cli.fails(&["gc"]);
+    assert_eq!(code, 16, "{line}");
+    let wanted = line
+        .split("at least ")
+        .nth(1)
+        .and_then(|rest| rest.split(' ').next());
+    let wanted: u64 = wanted.unwrap().parse().unwrap();
+    assert!((16..40).contains(&wanted), "{line}");
+    assert!(kept() == before, "what was committed is read meanwhile");
+    disk.leave((wanted + 1) << 20);
+    let pid = cli.daemon_pid();
+    let freed = cli.json(&["gc"]);
+    let freed = freed["gc"]["freed_bytes"].as_u64().unwrap();
+    assert!(freed > 30_000_000, "{freed}");
+    assert!(kept() == before);
+    disk.leave(80 << 20);
+    cli.ok(&["commit", &fork]);
+    assert!(cli.call(&["cat", "kept:big"]).stdout == big);
+    cli.check();
+    assert_eq!(cli.daemon_pid(), pid, "nothing was begun anew");
+}
+
+#[test]
+fn a_fork_abandoned_on_a_full_disk_stays_abandoned_though_the_daemon_is_killed() {
+    let disk = SmallDisk::new();
+    let cli = &disk.cli;
+    let at = |name: &str| cli.path(name).to_str().unwrap().to_owned();
+    let [fork, other] = ["m", "m2"].map(|name| cli.ok(&["fork", "v", &at(name)]));
+    fs::write(cli.path("m2/f"), "dropped").unwrap();
+    // More than the database has set aside for itself, too.
+    disk.leave(72 << 20);
+    fs::write(cli.path("m/big"), incompressible(60_000_000)).unwrap();
+    assert_eq!(cli.fails(&["commit", &fork]).0, 16);
+    disk.leave(12 << 20);
+    cli.ok(&["abandon", &other]);
+    let mark = format!("{other}.gone");
+    let forks = cli.path("store/forks");
+    assert_eq!(names(&forks), BTreeSet::from([fork.clone(), mark]));
+    cli.kill_daemon();
+    let listed = cli.json(&["forks"]);
+    assert_eq!(listed["forks"].as_array().unwrap().len(), 1, "{listed}");
+    assert_eq!(listed["forks"][0]["id"], fork.as_str());
+    let begun = Instant::now();
+    while names(&forks) != BTreeSet::from([fork.clone()]) {
+        assert!(
+            begun.elapsed() < Duration::from_secs(20),
+            "{:?}",
+            names(&forks)
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    disk.leave(120 << 20);
+    cli.ok(&["mount", &fork]);
+    cli.ok(&["commit", &fork]);
+    assert!(cli.call(&["cat", "v:big"]).stdout == incompressible(60_000_000));
+    cli.check();
 }

@@ -341,7 +341,7 @@ pub(super) fn some_of(count: usize, seed: &mut u64) -> Vec<usize> {
 }
 
 /// In the end there is a folder for each fork and no other.
-fn no_strays(bench: &Bench) {
+pub(super) fn no_strays(bench: &Bench) {
     let forks = bench.engine().forks().unwrap();
     let mut expected: Vec<String> = forks.into_iter().map(|fork| fork.id).collect();
     expected.sort();

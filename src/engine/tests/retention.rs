@@ -1,6 +1,7 @@
 //! What goes by itself, and what never does.
 
 use super::*;
+use crate::store::Step;
 
 const DAY: i64 = 24 * 3600 * 1_000_000_000;
 
@@ -160,4 +161,46 @@ fn the_daemon_lets_go_once_a_day_and_soon_after_it_runs_short() {
     assert!(is_there(&bench, "c"), "it was looked after a moment ago");
     bench.engine().tend(after(200));
     assert!(!is_there(&bench, "c"), "long before the next day");
+}
+
+#[test]
+fn a_gc_ends_at_its_next_step_when_the_daemon_stops_and_the_next_one_does_the_rest() {
+    let steps = [Step::Marked, Step::Swept, Step::Compacted];
+    for (nth, at) in steps.into_iter().enumerate() {
+        println!("stopped at {at:?}");
+        let mut bench = Bench::new();
+        commit_one(&bench, "gone", 1);
+        commit_one(&bench, "v", 2);
+        bench.engine().remove_volume("gone", false).unwrap();
+        let engine = Arc::downgrade(bench.engine());
+        let store = bench.engine().store.clone();
+        store.steps.watch();
+        store.steps.meanwhile(move |step| {
+            if step == at {
+                engine.upgrade().unwrap().drain();
+            }
+        });
+        let error = bench.engine().gc(false).unwrap_err();
+        assert_eq!(error.code, Code::Busy, "{error}");
+        let seen = store.steps.seen();
+        assert_eq!(seen[&at], 1);
+        for later in &steps[nth + 1..] {
+            assert!(!seen.contains_key(later), "{later:?}");
+        }
+        store.steps.over();
+        drop(store);
+        bench.engine().shutdown(false).unwrap();
+        bench.reopen();
+        check(&bench);
+        bench.engine().store.steps.watch();
+        bench.engine().gc(false).unwrap();
+        let seen = bench.engine().store.steps.seen();
+        assert!(seen.contains_key(&Step::Compacted), "the room is owed");
+        let left = bench.engine().gc(true).unwrap().garbage;
+        assert_eq!((left.removed_nodes, left.removed_chunks), (0, 0));
+        assert_eq!(
+            get(&bench.fs(bench.fork("v")), "f2"),
+            Some(noise(100_000, 2))
+        );
+    }
 }
