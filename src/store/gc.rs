@@ -293,6 +293,11 @@ impl Store {
         self.course.lock().compacting = true;
         let result = self.compact_all();
         self.course.lock().compacting = false;
+        // A compaction that met a full disk says so nowhere else, and the next write fails of it.
+        let failed = self.with(|db| Ok(db.property_int_value(properties::BACKGROUND_ERRORS)?));
+        if failed?.is_some_and(|count| count > 0) {
+            *self.poisoned.lock() = true;
+        }
         self.poison_on_error(result)
     }
 
