@@ -8,13 +8,14 @@ mod gc;
 mod ingest;
 mod keys;
 mod meta;
+mod settle;
 mod steps;
 #[cfg(test)]
 mod tests;
 mod wal;
 mod write;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -29,7 +30,7 @@ use rocksdb::{
 };
 use serde::de::DeserializeOwned;
 
-use crate::chunk::{self, ChunkId};
+use crate::chunk::{self, ChunkId, Dictionary};
 use crate::tree::{self, Node, NodeId, TreeError};
 pub use check::{CheckReport, Problem};
 pub use gc::{GcReport, Stats, VolumeStats};
@@ -39,12 +40,15 @@ pub use meta::{
     VersionRef, Volume,
 };
 use meta::{Target, corrupt};
+pub use settle::Settled;
 pub use steps::Step;
 #[cfg(test)]
 pub use steps::copy_folder;
 
-/// The format that this program writes; a store of a newer one is refused.
-const FORMAT: u32 = 1;
+/// The newest format that this program writes; a store of a newer one is refused.
+const FORMAT: u32 = 2;
+/// The format of a store that has no dictionary.
+const FIRST_FORMAT: u32 = 1;
 /// What may lie in the folder of a store that has no database yet.
 const OURS: [&str; 8] = [
     "lock",
@@ -184,6 +188,11 @@ pub struct Store {
     hands: ingest::Hands,
     unflushed: Mutex<ingest::Unflushed>,
     space: Mutex<Option<(Instant, u64)>>,
+    /// Those that were needed so far.
+    dictionaries: Mutex<BTreeMap<u64, Arc<Dictionary>>>,
+    /// The record of settling changes under this lock.
+    settling: Mutex<()>,
+    compacting: Mutex<()>,
     #[cfg(test)]
     pub(crate) steps: steps::Steps,
     _lock: File,
@@ -248,6 +257,9 @@ impl Store {
             hands: ingest::Hands::default(),
             unflushed: Mutex::default(),
             space: Mutex::default(),
+            dictionaries: Mutex::default(),
+            settling: Mutex::default(),
+            compacting: Mutex::default(),
             #[cfg(test)]
             steps: steps::Steps::default(),
             _lock: lock,
@@ -300,7 +312,7 @@ impl Store {
     }
 
     fn check_format(&self, had_db: bool) -> Result<(), StoreError> {
-        match self.meta(keys::FORMAT)? {
+        let format = match self.meta(keys::FORMAT)? {
             Some(bytes) => {
                 let found = bytes.as_slice().try_into().map(u32::from_be_bytes);
                 let found = found.map_err(|_| corrupt("the format version"))?;
@@ -310,6 +322,7 @@ impl Store {
                         found,
                     });
                 }
+                found
             }
             None if had_db && self.first(&[])?.is_some() => {
                 return Err(corrupt("the format version"));
@@ -320,23 +333,30 @@ impl Store {
                     &mut batch,
                     Target::Meta,
                     keys::FORMAT,
-                    &FORMAT.to_be_bytes(),
+                    &FIRST_FORMAT.to_be_bytes(),
                 )?;
                 let (id, bytes) = tree::empty();
                 self.put(&mut batch, Target::Nodes, &id.0, &chunk::pack(&bytes, 0))?;
                 self.write_synced(batch)?;
+                FIRST_FORMAT
             }
-        }
-        // Says that there was a database; written last, and again if the process ended before it came to that.
+        };
+        self.say_format(format)
+    }
+
+    /// Says beside the database that there is one, and of which format: after it is so, and again at the next start if the process
+    /// ended before it came to that.
+    fn say_format(&self, format: u32) -> Result<(), StoreError> {
         let state = self.dir.join("state");
-        if state.exists() {
+        let line = format!("format {format}\n");
+        if fs::read_to_string(&state).is_ok_and(|said| said == line) {
             return Ok(());
         }
         let io = |source| StoreError::Io {
             what: state.display().to_string(),
             source,
         };
-        fs::write(&state, format!("format {FORMAT}\n")).map_err(io)
+        fs::write(&state, line).map_err(io)
     }
 
     /// The folder of the store.
@@ -399,9 +419,17 @@ impl Store {
         self.with(|db| {
             let stored = db.get_pinned_cf(family(db, target)?, key)?;
             let stored = stored.ok_or_else(|| StoreError::Missing { what: what() })?;
-            chunk::unpack(&stored, max).map_err(|e| StoreError::Corrupt {
-                what: format!("{} ({e})", what()),
-            })
+            let mut failed = None;
+            let raw = chunk::unpack_with(&stored, max, |id| {
+                let found = self.dictionary(db, id).map_err(|e| failed = Some(e));
+                found.ok().flatten()
+            });
+            match failed {
+                Some(error) => Err(error),
+                None => raw.map_err(|e| StoreError::Corrupt {
+                    what: format!("{} ({e})", what()),
+                }),
+            }
         })
     }
 

@@ -18,6 +18,7 @@ mod power;
 mod private_root;
 mod replay;
 mod retention;
+mod settling;
 
 const ME: Caller = Caller {
     uid: 0,

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 
 use rocksdb::{IteratorMode, ReadOptions};
 
+use super::settle::is_settled;
 use super::{NodeId, Prefixes, Step, Store, StoreError, Target, family, prefix_of, stored_len};
 use crate::chunk::ChunkId;
 use crate::record;
@@ -36,6 +37,9 @@ pub struct Stats {
     /// The same as stored.
     pub stored_bytes: u64,
     pub chunks: u64,
+    /// Chunks that were compressed a second time, after a day, and the bytes that this saved since the store was made.
+    pub settled_chunks: u64,
+    pub saved_bytes: u64,
     /// What the database takes on disk.
     pub disk_bytes: u64,
 }
@@ -115,7 +119,9 @@ impl Store {
             self.reach(Step::Swept)?;
         }
         if !dry_run {
-            self.compact(&report)?;
+            if report.removed_nodes + report.removed_chunks > 0 || self.has_much_replaced() {
+                self.compact()?;
+            }
             report.freed_bytes = before.saturating_sub(self.disk_bytes());
         }
         Ok(report)
@@ -251,11 +257,9 @@ impl Store {
         })
     }
 
-    /// Rewrites what deletions left, so that the disk gets its room back; nothing if little was removed.
-    fn compact(&self, report: &GcReport) -> Result<(), StoreError> {
-        if report.removed_nodes + report.removed_chunks == 0 {
-            return Ok(());
-        }
+    /// Rewrites what deletions and replacements left, so that the disk gets its room back.
+    pub(super) fn compact(&self) -> Result<(), StoreError> {
+        let _alone = self.compacting.lock();
         self.flush()?;
         let result = self.with(|db| {
             let chunks = family(db, Target::Chunks)?;
@@ -274,7 +278,8 @@ impl Store {
             ];
             Ok(db.set_options_cf(chunks, &usual)?)
         });
-        self.poison_on_error(result)
+        self.poison_on_error(result)?;
+        self.nothing_is_replaced()
     }
 
     /// What the database takes on disk.
@@ -293,6 +298,7 @@ impl Store {
     pub fn stats(&self) -> Result<Stats, StoreError> {
         let mut stats = Stats {
             disk_bytes: self.disk_bytes(),
+            saved_bytes: self.rounds()?.saved,
             ..Stats::default()
         };
         // The only volume that has a chunk; None once there are two.
@@ -339,6 +345,7 @@ impl Store {
                 stats.chunks += 1;
                 stats.unique_bytes += raw;
                 stats.stored_bytes += stored;
+                stats.settled_chunks += u64::from(is_settled(&value));
                 if let Some(Some(index)) = owner.get(&ChunkId(id)) {
                     stats.volumes[*index].exclusive_bytes += stored;
                 }
