@@ -52,7 +52,7 @@ pub struct Settling {
     /// How many wait for that: the background makes way for them.
     waiting: AtomicUsize,
     /// No look before this.
-    next: Mutex<Instant>,
+    pub(super) next: Mutex<Instant>,
 }
 
 impl Default for Settling {
@@ -186,7 +186,7 @@ impl Engine {
     }
 
     /// Compresses once more what has been in the store for a day, as long as nobody wants anything.
-    fn settle_in_background(&self) -> bool {
+    pub(super) fn settle_in_background(&self) -> bool {
         let mut next = self.settling.next.lock();
         if Instant::now() < *next || self.wants_quiet() {
             return false;

@@ -1,9 +1,11 @@
 //! Garbage: mark what the roots reach, sweep the rest, and give the disk its room back. And the numbers of the store.
 
-use serde::Serialize;
 use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fs::{DirEntry, Metadata};
 
 use rocksdb::{IteratorMode, ReadOptions};
+use serde::Serialize;
 
 use super::settle::is_settled;
 use super::{NodeId, Prefixes, Step, Store, StoreError, Target, family, prefix_of, stored_len};
@@ -282,16 +284,26 @@ impl Store {
         self.nothing_is_replaced()
     }
 
-    /// What the database takes on disk.
+    /// What the database takes on disk, with the room that it took ahead for its WAL.
     pub fn disk_bytes(&self) -> u64 {
         use std::os::unix::fs::MetadataExt;
+        let files = self.database_files().into_iter();
+        files.map(|(_, meta)| meta.blocks() * 512).sum()
+    }
+
+    /// Bytes of the files in which stored chunks lie.
+    pub(super) fn blob_bytes(&self) -> u64 {
+        let files = self.database_files().into_iter();
+        let blobs = files.filter(|(name, _)| name.as_encoded_bytes().ends_with(b".blob"));
+        blobs.map(|(_, meta)| meta.len()).sum()
+    }
+
+    fn database_files(&self) -> Vec<(OsString, Metadata)> {
         let Ok(entries) = std::fs::read_dir(self.dir.join("db")) else {
-            return 0;
+            return Vec::new();
         };
-        let sizes = entries
-            .filter_map(Result::ok)
-            .filter_map(|entry| entry.metadata().ok());
-        sizes.map(|meta| meta.blocks() * 512).sum()
+        let file = |entry: DirEntry| Some((entry.file_name(), entry.metadata().ok()?));
+        entries.filter_map(Result::ok).filter_map(file).collect()
     }
 
     /// Counts what the store holds.

@@ -261,7 +261,7 @@ impl Store {
     /// Whether so much was replaced that the room it takes is worth a compaction.
     pub(super) fn has_much_replaced(&self) -> bool {
         let replaced = self.rounds().map_or(0, |rounds| rounds.replaced);
-        replaced > 0 && replaced >= self.disk_bytes() / 8
+        replaced > 0 && replaced >= self.blob_bytes() / 8
     }
 
     /// A compaction gave the room of what was replaced back.

@@ -192,7 +192,9 @@ const GOES_ON: &[Step] = &[
 const GC: &[Step] = &[
     Writing, Written, Flushing, Flushed, Marked, Swept, Compacted,
 ];
-const SETTLING: &[Step] = &[Writing, Written, Synced, Flushing, Flushed, Repacked];
+const SETTLING: &[Step] = &[
+    Writing, Written, Synced, Flushing, Flushed, Compacted, Repacked,
+];
 const ABANDON: &[Step] = &[Writing, Written, Ending, Aside];
 const IMPORT: &[Step] = &[
     Writing, Written, Synced, Taken, Gathered, Publishing, DeltaMade, Sealed, Ingested, Ending,
@@ -469,7 +471,7 @@ operations! {
             let fs = bench.fs(id);
             let line = |byte: &u8| format!("{byte} of the same words, again and again;\n");
             for n in 0..1_050 {
-                let text: String = noise(40, 1_000 + n).iter().map(line).collect();
+                let text: String = noise(120, 1_000 + n).iter().map(line).collect();
                 put(&fs, &format!("f{n}"), text.as_bytes());
             }
             bench.commit(id, false);
