@@ -471,7 +471,7 @@ operations! {
             let fs = bench.fs(id);
             let line = |byte: &u8| format!("{byte} of the same words, again and again;\n");
             for n in 0..1_050 {
-                let text: String = noise(120, 1_000 + n).iter().map(line).collect();
+                let text: String = noise(70, 1_000 + n).iter().map(line).collect();
                 put(&fs, &format!("f{n}"), text.as_bytes());
             }
             bench.commit(id, false);
