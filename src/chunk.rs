@@ -2,9 +2,14 @@
 //!
 //! Pure: no IO. Cutting depends on the bytes alone, so equal content gives equal chunks wherever it lies.
 
+mod dictionary;
+
 use std::cell::RefCell;
 use std::fmt;
 use std::io;
+use std::sync::Arc;
+
+pub use dictionary::{Dictionary, Packer, SIZE_MAX as DICTIONARY_MAX, SMALL};
 
 use fastcdc::v2020::{FastCDC, Normalization};
 use zstd::bulk::{Compressor, Decompressor};
@@ -93,6 +98,7 @@ pub mod varint {
 /// How a value is stored.
 const RAW: u8 = 0;
 const ZSTD: u8 = 1;
+const DICT: u8 = 2;
 
 /// Why a stored value cannot be read.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -101,6 +107,8 @@ pub enum PackError {
     Head,
     #[error("its codec {0} is not known to this version")]
     Codec(u8),
+    #[error("the dictionary {0} that it is packed with is missing or damaged")]
+    Dictionary(u64),
     #[error("it is said to be longer than any can be")]
     TooLong,
     #[error("it cannot be decompressed")]
@@ -146,8 +154,17 @@ pub fn pack(raw: &[u8], level: i32) -> Vec<u8> {
     out
 }
 
-/// Returns the raw bytes of a stored value of at most `max` bytes.
-pub fn unpack(mut stored: &[u8], max: usize) -> Result<Vec<u8>, PackError> {
+/// Returns the raw bytes of a stored value of at most `max` bytes, packed without a dictionary.
+pub fn unpack(stored: &[u8], max: usize) -> Result<Vec<u8>, PackError> {
+    unpack_with(stored, max, |_| None)
+}
+
+/// Returns the raw bytes of a stored value of at most `max` bytes; `find` knows dictionaries.
+pub fn unpack_with(
+    mut stored: &[u8],
+    max: usize,
+    find: impl FnOnce(u64) -> Option<Arc<Dictionary>>,
+) -> Result<Vec<u8>, PackError> {
     let (&codec, rest) = stored.split_first().ok_or(PackError::Head)?;
     stored = rest;
     let len = varint::take(&mut stored).ok_or(PackError::Head)?;
@@ -158,6 +175,11 @@ pub fn unpack(mut stored: &[u8], max: usize) -> Result<Vec<u8>, PackError> {
     let raw = match codec {
         RAW => stored.to_vec(),
         ZSTD => decompress(stored, len).map_err(|_| PackError::Payload)?,
+        DICT => {
+            let id = varint::take(&mut stored).ok_or(PackError::Head)?;
+            let dictionary = find(id).ok_or(PackError::Dictionary(id))?;
+            dictionary.decompress(stored, len)?
+        }
         other => return Err(PackError::Codec(other)),
     };
     if raw.len() == len {

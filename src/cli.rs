@@ -159,6 +159,9 @@ enum Command {
         /// Only say what would go
         #[arg(long)]
         dry_run: bool,
+        /// Compress everything once more, and well, which takes long and goes by itself after a day
+        #[arg(long, conflicts_with = "dry_run")]
+        settle: bool,
     },
     /// Verify everything the store holds
     Check {
@@ -480,7 +483,7 @@ fn execute(context: &Context, command: Command) -> Result<(), Failure> {
         Command::Cat { file } => content::cat(context, &file),
         Command::Ls { folder } => content::ls(context, &folder),
         Command::Stats { prometheus } => volumes::stats(context, prometheus),
-        Command::Gc { dry_run } => volumes::gc(context, dry_run),
+        Command::Gc { dry_run, settle } => volumes::gc(context, dry_run, settle),
         Command::Check { repair, yes } => volumes::check(context, repair, yes),
         Command::Doctor { fix } => doctor::doctor(context, fix),
         Command::Daemon { command } => daemon::daemon(context, command),

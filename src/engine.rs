@@ -44,7 +44,7 @@ pub use read::{DiffEntry, DiffKind, ListEntry};
 pub use retention::{Collected, Keep, PASSING, Policy};
 pub use serving::Served;
 use serving::Sessions;
-pub use store::{CheckReport, GcReport, LeftOut, Stats};
+pub use store::{CheckReport, GcReport, LeftOut, Settled, Stats};
 pub use trust::{Asker, JobFacts, TrustPolicy, scope};
 pub use versions::Repaired;
 
@@ -158,6 +158,7 @@ pub struct Engine {
     /// Shared by whoever chooses a version until something holds it, alone by who removes versions.
     bases: RwLock<()>,
     tended: Mutex<upkeep::Tended>,
+    settling: upkeep::Settling,
     /// The store is beyond its limit, and gc could not help.
     crowded: AtomicBool,
     counters: Counters,
@@ -220,6 +221,7 @@ impl Engine {
             forks: Mutex::new(forks),
             bases: RwLock::default(),
             tended: Mutex::default(),
+            settling: upkeep::Settling::default(),
             crowded: AtomicBool::new(false),
             counters: Counters::default(),
             stopping: AtomicBool::new(false),

@@ -138,6 +138,9 @@ pub enum Request {
     Stats,
     Gc {
         dry_run: bool,
+        /// Then everything is compressed once more.
+        #[serde(default)]
+        settle: bool,
     },
     Check,
     Repair {
@@ -487,7 +490,8 @@ mod tests {
             (any::<bool>(), of(0.0_f64..1e9))
                 .prop_map(|(force, drain)| Request::Stop(Stop { force, drain })),
             (text(), bytes()).prop_map(|(version, path)| Request::Cat { version, path }),
-            Just(Request::Gc { dry_run: true }),
+            (any::<bool>(), any::<bool>())
+                .prop_map(|(dry_run, settle)| Request::Gc { dry_run, settle }),
         ]
     }
 

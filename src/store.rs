@@ -10,13 +10,14 @@ mod ingest;
 mod keys;
 mod meta;
 mod open;
+mod settle;
 mod steps;
 #[cfg(test)]
 mod tests;
 mod wal;
 mod write;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,7 +28,7 @@ use parking_lot::{Mutex, RwLock};
 use rocksdb::{ColumnFamily, DB, IteratorMode};
 use serde::de::DeserializeOwned;
 
-use crate::chunk::{self, ChunkId};
+use crate::chunk::{self, ChunkId, Dictionary};
 use crate::tree::{self, Node, NodeId};
 pub use check::{CheckReport, Problem};
 pub use error::StoreError;
@@ -38,7 +39,8 @@ pub use meta::{
     VersionRef, Volume,
 };
 use meta::{Target, corrupt};
-use open::{Opening, open_db, write_buffer};
+use open::{FORMAT, Opening, open_db, write_buffer};
+pub use settle::Settled;
 pub use steps::Step;
 #[cfg(test)]
 pub use steps::copy_folder;
@@ -110,6 +112,11 @@ pub struct Store {
     hands: ingest::Hands,
     unflushed: Mutex<ingest::Unflushed>,
     space: Mutex<Option<(Instant, u64)>>,
+    /// Those that were needed so far.
+    dictionaries: Mutex<BTreeMap<u64, Arc<Dictionary>>>,
+    /// The record of settling changes under this lock.
+    settling: Mutex<()>,
+    compacting: Mutex<()>,
     #[cfg(test)]
     pub(crate) steps: steps::Steps,
     _lock: File,
@@ -205,9 +212,17 @@ impl Store {
         self.with(|db| {
             let stored = db.get_pinned_cf(family(db, target)?, key)?;
             let stored = stored.ok_or_else(|| StoreError::Missing { what: what() })?;
-            chunk::unpack(&stored, max).map_err(|e| StoreError::Corrupt {
-                what: format!("{} ({e})", what()),
-            })
+            let mut failed = None;
+            let raw = chunk::unpack_with(&stored, max, |id| {
+                let found = self.dictionary(db, id).map_err(|e| failed = Some(e));
+                found.ok().flatten()
+            });
+            match failed {
+                Some(error) => Err(error),
+                None => raw.map_err(|e| StoreError::Corrupt {
+                    what: format!("{} ({e})", what()),
+                }),
+            }
         })
     }
 

@@ -74,6 +74,11 @@ fn raws() -> impl Strategy<Value = Vec<u8>> + Clone {
     ]
 }
 
+fn packed_small(raw: &[u8]) -> Vec<u8> {
+    let mut packer = Packer::new(Some(&dictionary())).unwrap();
+    packer.pack(raw, usize::MAX).unwrap()
+}
+
 #[test]
 fn a_stored_value_that_says_less_than_it_holds_is_refused() {
     let bomb = pack(&vec![0; 64 << 20], 3);
@@ -82,6 +87,27 @@ fn a_stored_value_that_says_less_than_it_holds_is_refused() {
     let mut lying = vec![ZSTD, 100];
     lying.extend_from_slice(&bomb[5..]);
     assert_eq!(unpack(&lying, MAX), Err(PackError::Payload));
+}
+
+const LIKE_IT: &[u8] = b"the lazy dog jumps over the quick brown fox";
+
+fn dictionary() -> Dictionary {
+    Dictionary::new(300, b"the quick brown fox jumps over the lazy dog".to_vec())
+}
+
+#[test]
+fn small_values_are_packed_with_the_dictionary_where_that_is_shorter() {
+    let dictionary = Arc::new(dictionary());
+    let mut packer = Packer::new(Some(&dictionary)).unwrap();
+    let packed = packer.pack(LIKE_IT, LIKE_IT.len()).unwrap();
+    assert_eq!(packed[..4], hex("02 2b ac02"));
+    let find = |id: u64| (id == 300).then(|| dictionary.clone());
+    assert_eq!(unpack_with(&packed, 100, find), Ok(LIKE_IT.to_vec()));
+    assert_eq!(packer.pack(LIKE_IT, packed.len()), None);
+    assert_eq!(packer.pack(&noise(5000, 1), 5000), None);
+    let large = [7].repeat(SMALL + 1);
+    let packed = packer.pack(&large, 100).unwrap();
+    assert_eq!(unpack(&packed, MAX), Ok(large));
 }
 
 #[test]
@@ -96,9 +122,19 @@ fn the_format_of_stored_values_is_kept() {
         Ok([7].repeat(1000)),
         "raise the format version"
     );
-    for codec in [2, 3, 255] {
+    for codec in [3, 255] {
         assert_eq!(unpack(&[codec, 0], 9), Err(PackError::Codec(codec)));
     }
+    let dictionary = Arc::new(dictionary());
+    let find = |id: u64| (id == 300).then(|| dictionary.clone());
+    let small = hex("02 2b ac02 28b52ffd202b6500000874030046f0e0a80337ca15");
+    assert_eq!(
+        unpack_with(&small, 100, find),
+        Ok(LIKE_IT.to_vec()),
+        "raise the format version"
+    );
+    assert_eq!(unpack(&small, 100), Err(PackError::Dictionary(300)));
+    assert_eq!(unpack_with(&small, 42, find), Err(PackError::TooLong));
 }
 
 #[test]
@@ -159,6 +195,20 @@ proptest! {
             prop_assert!(raw.len() <= max && raw.capacity() <= max.max(bytes.len()));
             prop_assert_eq!(unpack(&pack(&raw, 3), max), Ok(raw));
         }
+    }
+
+    #[test]
+    fn what_names_a_dictionary_gives_no_more_than_was_allowed(bytes in hostile::bytes(raws().prop_map(|raw| packed_small(&raw))), max in 0_usize..5000) {
+        let known = Arc::new(dictionary());
+        if let Ok(raw) = unpack_with(&bytes, max, |_| Some(known.clone())) {
+            prop_assert!(raw.len() <= max && raw.capacity() <= max.max(bytes.len()));
+        }
+    }
+
+    #[test]
+    fn what_was_packed_small_comes_back(raw in raws()) {
+        let known = Arc::new(dictionary());
+        prop_assert_eq!(unpack_with(&packed_small(&raw), raw.len(), |_| Some(known.clone())), Ok(raw));
     }
 
     #[test]

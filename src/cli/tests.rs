@@ -47,6 +47,7 @@ fn every_command_of_the_contract_is_there() {
         "ls npm@1",
         "stats --prometheus",
         "gc --dry-run",
+        "gc --settle",
         "check --repair --yes",
         "doctor --fix",
         "doctor --fix=store",

@@ -167,6 +167,8 @@ pub fn stats(context: &Context, prometheus: bool) -> Result<(), Failure> {
                 ("stored", "/stored_bytes", Shown::Size),
                 ("on disk", "/disk_bytes", Shown::Size),
                 ("chunks", "/chunks", Shown::Plain),
+                ("settled chunks", "/settled_chunks", Shown::Plain),
+                ("saved by that", "/saved_bytes", Shown::Size),
             ],
         );
         text.push_str(&format!("ratio:    {ratio:.1}\n"));
@@ -210,8 +212,8 @@ fn exposition(answer: &Value) -> String {
     text
 }
 
-pub fn gc(context: &Context, dry_run: bool) -> Result<(), Failure> {
-    let answer = context.ask(&Request::Gc { dry_run })?;
+pub fn gc(context: &Context, dry_run: bool, settle: bool) -> Result<(), Failure> {
+    let answer = context.ask(&Request::Gc { dry_run, settle })?;
     output::show(context.json, &answer, |answer| {
         let names = ["/gc/volumes", "/gc/versions"].map(|list| {
             let names = answer.pointer(list).and_then(Value::as_array);
@@ -220,15 +222,17 @@ pub fn gc(context: &Context, dry_run: bool) -> Result<(), Failure> {
         let verb = if dry_run { "would go" } else { "gone" };
         let line = |name| format!("{verb}: {}\n", output::path_text(name));
         let gone: String = names.iter().flatten().map(line).collect();
-        gone + &output::fields(
-            &answer["gc"],
-            &[
-                ("removed nodes", "/removed_nodes", Shown::Plain),
-                ("removed chunks", "/removed_chunks", Shown::Plain),
-                ("removed", "/removed_bytes", Shown::Size),
-                ("freed on disk", "/freed_bytes", Shown::Size),
-            ],
-        )
+        let mut columns = vec![
+            ("removed nodes", "/gc/removed_nodes", Shown::Plain),
+            ("removed chunks", "/gc/removed_chunks", Shown::Plain),
+            ("removed", "/gc/removed_bytes", Shown::Size),
+            ("freed on disk", "/gc/freed_bytes", Shown::Size),
+        ];
+        if settle {
+            columns.push(("settled chunks", "/settled/settled_chunks", Shown::Plain));
+            columns.push(("saved", "/settled/saved_bytes", Shown::Size));
+        }
+        gone + &output::fields(answer, &columns)
     })
 }
 

@@ -183,9 +183,13 @@ impl Call<'_> {
             Request::Stats => {
                 json!({"stats": engine.stats().map_err(failure)?, "counters": engine.counters()})
             }
-            Request::Gc { dry_run } => {
+            Request::Gc { dry_run, settle } => {
                 self.administer()?;
-                json!({"gc": engine.gc(dry_run).map_err(failure)?})
+                let mut answer = json!({"gc": engine.gc(dry_run).map_err(failure)?});
+                if settle {
+                    answer["settled"] = json!(engine.settle().map_err(failure)?);
+                }
+                answer
             }
             Request::Check => json!({"check": engine.check().map_err(failure)?}),
             Request::Repair { remove } => {

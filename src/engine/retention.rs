@@ -275,10 +275,24 @@ impl Engine {
 
     /// Bytes that the store takes too many: beyond its limit, or of what is to stay free on its disk.
     pub(super) fn short_of(&self) -> u64 {
-        let policy = &self.config.retention;
-        let beyond = self.beyond_limit();
+        let (free, kept_free) = self.free();
+        self.beyond_limit().max(kept_free.saturating_sub(free))
+    }
+
+    /// Bytes that the store may take beside what it has, until it would take too many.
+    pub(super) fn spare(&self) -> u64 {
+        let (free, kept_free) = self.free();
+        let limit = self.config.retention.limit.unwrap_or(u64::MAX);
+        let within = limit.saturating_sub(self.store.disk_bytes());
+        within
+            .min(free.saturating_sub(kept_free))
+            .min(self.store.room())
+    }
+
+    /// Bytes of the store's disk that are free, and that are to stay so.
+    fn free(&self) -> (u64, u64) {
         let (free, total) = self.store.disk();
-        beyond.max(policy.to_stay_free(total).saturating_sub(free))
+        (free, self.config.retention.to_stay_free(total))
     }
 
     pub(super) fn beyond_limit(&self) -> u64 {

@@ -22,6 +22,7 @@ mod power;
 mod private_root;
 mod replay;
 mod retention;
+mod settling;
 mod versions;
 
 const ME: Caller = Caller {

@@ -1,17 +1,21 @@
-//! What an engine does by itself: ingest ahead of commits, give room back, drop what jobs left behind, flush when idle.
+//! What an engine does by itself: ingest ahead of commits, give room back, drop what jobs left behind, compress what stays, flush
+//! when idle.
 
+use std::cell::Cell;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use super::commit::never_commits;
 use super::{Code, Engine, EngineError, Live, Result};
 use crate::commit;
-use crate::store::{ForkId, Step, Verdict};
+use crate::store::{ForkId, Settled, Step, Verdict};
 
 /// How many times longer than its table, or than the limit of one, a log may be.
 const LOG_FACTOR: u64 = 4;
@@ -43,16 +47,38 @@ impl Default for Tended {
     }
 }
 
-/// Starts the threads that look after an engine until it stops: two for what can wait, at idle priority, and one that keeps
+/// Who settles, and when by itself.
+pub struct Settling {
+    /// Held by who settles.
+    alone: Mutex<()>,
+    /// How many wait for that: the background makes way for them.
+    waiting: AtomicUsize,
+    /// No look before this.
+    pub(super) next: Mutex<Instant>,
+}
+
+impl Default for Settling {
+    fn default() -> Settling {
+        Settling {
+            alone: Mutex::default(),
+            waiting: AtomicUsize::new(0),
+            next: Mutex::new(Instant::now() + LOOK),
+        }
+    }
+}
+
+/// Starts the threads that look after an engine until it stops: three for what can wait, at idle priority, and one that keeps
 /// the tables of forks small.
 pub fn start(engine: &Arc<Engine>) -> Result<Vec<thread::JoinHandle<()>>> {
     let idle = |engine: &Engine| engine.look_after();
     let tables = |engine: &Engine| engine.move_large_tables();
     let tend = |engine: &Engine| engine.tend(Instant::now());
+    let settle = |engine: &Engine| engine.settle_in_background();
     Ok(vec![
         repeat(engine, "upkeep", true, idle)?,
         repeat(engine, "tables", false, tables)?,
         repeat(engine, "retention", true, tend)?,
+        repeat(engine, "settling", true, settle)?,
     ])
 }
 
@@ -139,6 +165,81 @@ impl Engine {
             tended.for_room = Some(now);
         }
         false
+    }
+
+    /// Compresses everything once more that has not been yet, whatever its age.
+    ///
+    /// # Errors
+    /// What the disk answered.
+    pub fn settle(&self) -> Result<Settled> {
+        self.settling.waiting.fetch_add(1, Ordering::AcqRel);
+        let _alone = self.settling.alone.lock();
+        self.settling.waiting.fetch_sub(1, Ordering::AcqRel);
+        let go_on = || !self.stopping.load(Ordering::Acquire);
+        let work = || {
+            crate::sys::step_back();
+            self.store.settle_all(super::now(), &go_on)
+        };
+        // A thread that has stepped back stays behind.
+        let settled = thread::scope(|scope| scope.spawn(work).join());
+        Ok(settled.expect("a panic ends the process")?)
+    }
+
+    /// Compresses once more what has been in the store for a day, as long as nobody wants anything.
+    pub(super) fn settle_in_background(&self) -> bool {
+        let mut next = self.settling.next.lock();
+        if Instant::now() < *next || self.wants_quiet() {
+            return false;
+        }
+        let Some(_alone) = self.settling.alone.try_lock() else {
+            return false;
+        };
+        *next = Instant::now() + LOOK;
+        if !self.has_room_to_settle() {
+            return false;
+        }
+        let looked = Cell::new(Instant::now());
+        let go_on = || {
+            if self.wants_quiet() {
+                return false;
+            }
+            let again = looked.get().elapsed() > Duration::from_secs(1);
+            if again {
+                looked.set(Instant::now());
+            }
+            !again || self.has_room_to_settle()
+        };
+        match self.store.settle(super::now(), &go_on) {
+            Ok(settled) => {
+                if settled.settled_chunks > 0 {
+                    log::debug!("compressed again: {settled:?}");
+                }
+                if !settled.whole {
+                    *next = Instant::now();
+                }
+            }
+            Err(error) => {
+                log::warn!("what stays is not compressed again: {error}");
+                *next = Instant::now() + HOUR;
+            }
+        }
+        false
+    }
+
+    /// Whether somebody wants the machine or the store for something that cannot wait.
+    fn wants_quiet(&self) -> bool {
+        let commits = |live: &Arc<Live>| {
+            live.committing.is_locked() || live.waiting.load(Ordering::Acquire) > 0
+        };
+        self.stopping.load(Ordering::Acquire)
+            || self.settling.waiting.load(Ordering::Acquire) > 0
+            || self.forks.lock().values().any(commits)
+    }
+
+    /// Old and new values lie side by side until a compaction, which needs as much room as all of them take; what is short of room
+    /// loses versions. So there must be that much to spare.
+    fn has_room_to_settle(&self) -> bool {
+        self.spare() >= self.store.disk_bytes()
     }
 
     /// Frees the room of forks that are over and whose mount somebody holds on to. What was committed stays readable there.

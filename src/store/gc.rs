@@ -1,10 +1,13 @@
 //! Garbage: mark what the roots reach, sweep the rest, and give the disk its room back. And the numbers of the store.
 
-use serde::Serialize;
 use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fs::{DirEntry, Metadata};
 
 use rocksdb::{ColumnFamily, DB, IteratorMode, ReadOptions, properties};
+use serde::Serialize;
 
+use super::settle::is_settled;
 use super::write::LEAST_ROOM;
 use super::{
     NodeId, Prefixes, Step, Store, StoreError, Target, family, free_space, prefix_of, stored_len,
@@ -39,6 +42,9 @@ pub struct Stats {
     /// The same as stored.
     pub stored_bytes: u64,
     pub chunks: u64,
+    /// Chunks that were compressed a second time, after a day, and the bytes that this saved since the store was made.
+    pub settled_chunks: u64,
+    pub saved_bytes: u64,
     /// What the database takes on disk.
     pub disk_bytes: u64,
 }
@@ -144,7 +150,11 @@ impl Store {
             self.reach(Step::Swept)?;
         }
         if !dry_run {
-            self.compact(&report)?;
+            // An earlier one may have been cut off before it gave anything back.
+            let removed = report.removed_nodes + report.removed_chunks > 0;
+            if removed || self.has_deletions()? || self.has_much_replaced() {
+                self.compact()?;
+            }
             report.freed_bytes = before.saturating_sub(self.disk_bytes());
         }
         Ok(report)
@@ -283,12 +293,9 @@ impl Store {
         })
     }
 
-    /// Rewrites what deletions left, so that the disk gets its room back; nothing if neither this gc nor an earlier one, which was
-    /// cut off then, left any.
-    fn compact(&self, report: &GcReport) -> Result<(), StoreError> {
-        if report.removed_nodes + report.removed_chunks == 0 && !self.has_deletions()? {
-            return Ok(());
-        }
+    /// Rewrites what deletions and replacements left, so that the disk gets its room back.
+    pub(super) fn compact(&self) -> Result<(), StoreError> {
+        let _alone = self.compacting.lock();
         self.flush()?;
         self.course.lock().compacting = true;
         let result = self.compact_all();
@@ -298,7 +305,8 @@ impl Store {
         if failed?.is_some_and(|count| count > 0) {
             *self.poisoned.lock() = true;
         }
-        self.poison_on_error(result)
+        self.poison_on_error(result)?;
+        self.nothing_is_replaced()
     }
 
     /// Whether deletions wait for the compaction that gives their room back.
@@ -398,33 +406,41 @@ impl Store {
 
     /// The numbers of the files that hold chunks, oldest first, and what they take.
     fn blob_files(&self) -> Vec<(u64, u64)> {
-        let entries = std::fs::read_dir(self.dir.join("db")).into_iter().flatten();
-        let file = |entry: std::fs::DirEntry| {
-            let name = entry.file_name().into_string().ok()?;
-            let number = name.strip_suffix(".blob")?.parse().ok()?;
-            Some((number, entry.metadata().ok()?.len()))
+        let file = |(name, meta): (OsString, Metadata)| {
+            let number = name.to_str()?.strip_suffix(".blob")?.parse().ok()?;
+            Some((number, meta.len()))
         };
-        let mut files: Vec<(u64, u64)> = entries.flatten().filter_map(file).collect();
+        let mut files: Vec<(u64, u64)> =
+            self.database_files().into_iter().filter_map(file).collect();
         files.sort_unstable();
         files
     }
 
-    /// What the database takes on disk.
+    /// What the database takes on disk, with the room that it took ahead for its WAL.
     pub fn disk_bytes(&self) -> u64 {
         use std::os::unix::fs::MetadataExt;
+        let files = self.database_files().into_iter();
+        files.map(|(_, meta)| meta.blocks() * 512).sum()
+    }
+
+    /// Bytes of the files in which stored chunks lie.
+    pub(super) fn blob_bytes(&self) -> u64 {
+        self.blob_files().iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    fn database_files(&self) -> Vec<(OsString, Metadata)> {
         let Ok(entries) = std::fs::read_dir(self.dir.join("db")) else {
-            return 0;
+            return Vec::new();
         };
-        let sizes = entries
-            .filter_map(Result::ok)
-            .filter_map(|entry| entry.metadata().ok());
-        sizes.map(|meta| meta.blocks() * 512).sum()
+        let file = |entry: DirEntry| Some((entry.file_name(), entry.metadata().ok()?));
+        entries.filter_map(Result::ok).filter_map(file).collect()
     }
 
     /// Counts what the store holds.
     pub fn stats(&self) -> Result<Stats, StoreError> {
         let mut stats = Stats {
             disk_bytes: self.disk_bytes(),
+            saved_bytes: self.rounds()?.saved,
             ..Stats::default()
         };
         // The only volume that has a chunk; None once there are two.
@@ -471,6 +487,7 @@ impl Store {
                 stats.chunks += 1;
                 stats.unique_bytes += raw;
                 stats.stored_bytes += stored;
+                stats.settled_chunks += u64::from(is_settled(&value));
                 if let Some(Some(index)) = owner.get(&ChunkId(id)) {
                     stats.volumes[*index].exclusive_bytes += stored;
                 }

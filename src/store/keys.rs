@@ -3,12 +3,14 @@
 //! ```text
 //! "!format"                   format version, u32
 //! "!next-volume", "!next-ino" counters, u64
+//! "!rounds"                   how far settling is (JSON)
 //! 'v' ‖ volume id             volume record (JSON)
 //! 'n' ‖ name                  volume id, u64
 //! 'r' ‖ volume id ‖ number    version record (JSON)
 //! 'd' ‖ volume id ‖ number    the version was set aside as damaged (why)
 //! 'p' ‖ volume id ‖ number    the version is pinned
 //! 'f' ‖ fork id               fork record (JSON)
+//! 'z' ‖ dictionary id         what small chunks are packed with, as a stored value
 //! 'l' ‖ fork id ‖ number      inode numbers that a fork took since its last commit: how many, u64
 //! 'u' ‖ first number          free inode numbers: how many, u64
 //! ```
@@ -16,6 +18,7 @@
 pub const FORMAT: &[u8] = b"!format";
 pub const NEXT_VOLUME: &[u8] = b"!next-volume";
 pub const NEXT_INO: &[u8] = b"!next-ino";
+pub const ROUNDS: &[u8] = b"!rounds";
 
 pub const VOLUME: u8 = b'v';
 pub const NAME: u8 = b'n';
@@ -25,6 +28,7 @@ pub const PIN: u8 = b'p';
 pub const FORK: u8 = b'f';
 pub const LEASE: u8 = b'l';
 pub const FREE: u8 = b'u';
+pub const DICTIONARY: u8 = b'z';
 
 /// Returns the key of a record named by one number.
 pub fn one(kind: u8, id: u64) -> Vec<u8> {

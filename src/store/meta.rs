@@ -9,6 +9,7 @@ use rocksdb::WriteBatch;
 use serde::{Deserialize, Serialize};
 
 use super::{Store, StoreError, keys};
+use crate::chunk::ChunkId;
 use crate::record::Ino;
 use crate::tree::NodeId;
 
@@ -59,6 +60,7 @@ macro_rules! serde_as_text {
 
 serde_as_text!(ForkId, |text: &str| text.parse().ok());
 serde_as_text!(NodeId, |text: &str| parse_hex(text).map(NodeId));
+serde_as_text!(ChunkId, |text: &str| parse_hex(text).map(ChunkId));
 
 fn parse_hex(text: &str) -> Option<[u8; 32]> {
     let hash = blake3::Hash::from_hex(text).ok()?;

@@ -18,8 +18,10 @@ use super::{
 };
 use crate::{chunk, tree};
 
-/// The format that this program writes; a store of a newer one is refused.
-pub(super) const FORMAT: u32 = 1;
+/// The newest format that this program writes; a store of a newer one is refused.
+pub(super) const FORMAT: u32 = 2;
+/// The format of a store that has no dictionary.
+const FIRST_FORMAT: u32 = 1;
 /// What may lie in the folder of a store that has no database yet.
 const OURS: [&str; 8] = [
     "lock",
@@ -76,6 +78,9 @@ impl Store {
             hands: ingest::Hands::default(),
             unflushed: Mutex::default(),
             space: Mutex::default(),
+            dictionaries: Mutex::default(),
+            settling: Mutex::default(),
+            compacting: Mutex::default(),
             #[cfg(test)]
             steps: steps::Steps::default(),
             _lock: lock,
@@ -128,7 +133,7 @@ impl Store {
     }
 
     fn check_format(&self, had_db: bool) -> Result<(), StoreError> {
-        match self.meta(keys::FORMAT)? {
+        let format = match self.meta(keys::FORMAT)? {
             Some(bytes) => {
                 let found = bytes.as_slice().try_into().map(u32::from_be_bytes);
                 let found = found.map_err(|_| corrupt("the format version"))?;
@@ -138,6 +143,7 @@ impl Store {
                         found,
                     });
                 }
+                found
             }
             None if had_db && self.first(&[])?.is_some() => {
                 return Err(corrupt("the format version"));
@@ -148,23 +154,30 @@ impl Store {
                     &mut batch,
                     Target::Meta,
                     keys::FORMAT,
-                    &FORMAT.to_be_bytes(),
+                    &FIRST_FORMAT.to_be_bytes(),
                 )?;
                 let (id, bytes) = tree::empty();
                 self.put(&mut batch, Target::Nodes, &id.0, &chunk::pack(&bytes, 0))?;
                 self.write_synced(batch)?;
+                FIRST_FORMAT
             }
-        }
-        // Says that there was a database; written last, and again if the process ended before it came to that.
+        };
+        self.say_format(format)
+    }
+
+    /// Says beside the database that there is one, and of which format: after it is so, and again at the next start if the process
+    /// ended before it came to that.
+    pub(super) fn say_format(&self, format: u32) -> Result<(), StoreError> {
         let state = self.dir.join("state");
-        if state.exists() {
+        let line = format!("format {format}\n");
+        if fs::read_to_string(&state).is_ok_and(|said| said == line) {
             return Ok(());
         }
         let io = |source| StoreError::Io {
             what: state.display().to_string(),
             source,
         };
-        fs::write(&state, format!("format {FORMAT}\n")).map_err(io)
+        fs::write(&state, line).map_err(io)
     }
 }
 

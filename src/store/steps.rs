@@ -45,6 +45,8 @@ steps! {
     Swept,
     /// A gc has compacted one family.
     Compacted,
+    /// A chunk was compressed anew, and not put in the old one's place yet.
+    Repacked,
     /// A new fork has its folder and no record.
     DeltaMade,
     /// A fork was frozen.

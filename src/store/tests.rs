@@ -5,6 +5,8 @@ use crate::hostile::{assert_format, hex};
 use crate::record;
 use crate::tree::Source as _;
 
+mod settle;
+
 impl Store {
     /// Flips a bit of a stored chunk, as a bad disk does.
     pub(crate) fn damage_chunk(&self, id: ChunkId) {

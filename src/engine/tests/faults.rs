@@ -192,6 +192,9 @@ const GOES_ON: &[Step] = &[
 const GC: &[Step] = &[
     Writing, Written, Flushing, Flushed, Marked, Swept, Compacted,
 ];
+const SETTLING: &[Step] = &[
+    Writing, Written, Synced, Flushing, Flushed, Compacted, Repacked,
+];
 const ABANDON: &[Step] = &[Writing, Written, Ending, Aside];
 const IMPORT: &[Step] = &[
     Writing, Written, Synced, Taken, Gathered, Publishing, DeltaMade, Sealed, Ingested, Ending,
@@ -463,6 +466,22 @@ operations! {
         act: |bench| bench.engine().gc(false).map(drop),
         again: true,
         reaches: GC,
+        ..PLAIN
+    },
+    a_settling: Operation {
+        furnish: |bench| {
+            let id = bench.fork("texts");
+            let fs = bench.fs(id);
+            let line = |byte: &u8| format!("{byte} of the same words, again and again;\n");
+            for n in 0..1_050 {
+                let text: String = noise(70, 1_000 + n).iter().map(line).collect();
+                put(&fs, &format!("f{n}"), text.as_bytes());
+            }
+            bench.commit(id, false);
+        },
+        act: |bench| bench.engine().settle().map(drop),
+        again: true,
+        reaches: SETTLING,
         ..PLAIN
     },
     a_removal_of_a_volume: Operation {
