@@ -136,13 +136,39 @@ fn decompress(stored: &[u8], len: usize) -> io::Result<Vec<u8>> {
     })
 }
 
-/// Returns the stored form of `raw`: codec ‖ raw length ‖ payload, compressed by zstd at `level` if that makes it smaller.
+/// Values from this length on are looked at before they are compressed, in bytes.
+const LONG: usize = 16 << 10;
+/// A sample of one of these has so many bytes,
+const SAMPLE: usize = 1 << 10;
+/// and with more bits a byte than this in four of them it is taken for one that does not compress: noise has 7.95.
+const DENSE: f32 = 7.8;
+
+/// Whether a long value looks as if it were compressed already: archives, images, what is encrypted. To try takes as long as all
+/// the rest of storing it.
+fn is_dense(raw: &[u8]) -> bool {
+    if raw.len() < LONG {
+        return false;
+    }
+    let mut counts = [0_u32; 256];
+    let samples = raw.chunks(raw.len() / 4).take(4);
+    for byte in samples.flat_map(|part| &part[..SAMPLE]) {
+        counts[usize::from(*byte)] += 1;
+    }
+    let total = (4 * SAMPLE) as f32;
+    let share = |count: &u32| *count as f32 / total;
+    let seen = counts.iter().filter(|count| **count > 0).map(share);
+    seen.map(|share| -share * share.log2()).sum::<f32>() > DENSE
+}
+
+/// Returns the stored form of `raw`: codec ‖ raw length ‖ payload, compressed by zstd at `level` if that makes it smaller and it
+/// does not look as if it could not.
 pub fn pack(raw: &[u8], level: i32) -> Vec<u8> {
     let mut out = Vec::with_capacity(raw.len() / 2 + 16);
     out.push(ZSTD);
     varint::put(&mut out, raw.len() as u64);
     let head = out.len();
-    if let Ok(packed) = compress(raw, level)
+    if !is_dense(raw)
+        && let Ok(packed) = compress(raw, level)
         && packed.len() < raw.len()
     {
         out.extend_from_slice(&packed);

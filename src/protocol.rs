@@ -214,7 +214,6 @@ pub struct Fork {
     pub acl: bool,
     pub suid: bool,
     pub dev: bool,
-    pub strict: bool,
     pub job: Option<String>,
     /// How the client's user ids differ from the machine's.
     #[serde(default)]
@@ -461,7 +460,6 @@ mod tests {
                     acl: true,
                     suid: false,
                     dev: false,
-                    strict: true,
                     facts: (size % 7 == 0).then(|| Facts {
                         foreign: Some(size % 2 == 0),
                         protected: None,

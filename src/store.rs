@@ -82,8 +82,8 @@ impl quick_cache::Weighter<NodeId, Arc<Node>> for NodeWeight {
 #[derive(Clone)]
 struct ChunkWeight;
 
-impl quick_cache::Weighter<ChunkId, Arc<[u8]>> for ChunkWeight {
-    fn weight(&self, _: &ChunkId, bytes: &Arc<[u8]>) -> u64 {
+impl quick_cache::Weighter<ChunkId, Arc<Vec<u8>>> for ChunkWeight {
+    fn weight(&self, _: &ChunkId, bytes: &Arc<Vec<u8>>) -> u64 {
         bytes.len() as u64 + 64
     }
 }
@@ -104,7 +104,7 @@ pub struct Store {
     /// How often the database was opened again: what had been written without WAL and not flushed went each time.
     reopened: AtomicU64,
     nodes: quick_cache::sync::Cache<NodeId, Arc<Node>, NodeWeight>,
-    chunks: quick_cache::sync::Cache<ChunkId, Arc<[u8]>, ChunkWeight>,
+    chunks: quick_cache::sync::Cache<ChunkId, Arc<Vec<u8>>, ChunkWeight>,
     /// Heads change under this lock and nowhere else.
     publishing: Mutex<()>,
     numbering: Mutex<()>,
@@ -170,11 +170,11 @@ impl Store {
     ///
     /// # Errors
     /// `Missing` or `Corrupt`, or what the disk answered.
-    pub fn chunk(&self, id: ChunkId) -> Result<Arc<[u8]>, StoreError> {
+    pub fn chunk(&self, id: ChunkId) -> Result<Arc<Vec<u8>>, StoreError> {
         if let Some(bytes) = self.chunks.get(&id) {
             return Ok(bytes);
         }
-        let bytes: Arc<[u8]> = self.load_chunk(id)?.into();
+        let bytes = Arc::new(self.load_chunk(id)?);
         self.chunks.insert(id, bytes.clone());
         Ok(bytes)
     }

@@ -26,6 +26,22 @@ fn cuts(data: &[u8]) -> Vec<usize> {
 }
 
 #[test]
+fn what_is_compressed_already_is_kept_as_it_is_and_nothing_else() {
+    let random = noise(64 << 10, 9);
+    assert!(is_dense(&random) && !is_dense(&random[..LONG - 1]));
+    assert_eq!(pack(&random, 3)[0], RAW);
+    let text: Vec<u8> = random.iter().map(|byte| b'a' + byte % 64).collect();
+    // Half of it is zeros, as in a file with room ahead.
+    let mut half = random.clone();
+    half[..32 << 10].fill(0);
+    for (what, raw) in [("text", text), ("half", half), ("zeros", vec![0; 64 << 10])] {
+        let packed = pack(&raw, 3);
+        assert_eq!(packed[0], ZSTD, "{what}");
+        assert_eq!(unpack(&packed, MAX).unwrap(), raw);
+    }
+}
+
+#[test]
 fn cutting_resynchronises_behind_an_edit() {
     let data = noise(4 << 20, 3);
     let mut edited = data.clone();

@@ -85,7 +85,6 @@ pub fn make(
         acl: options.acl,
         suid: options.suid,
         dev: options.dev,
-        strict: options.strict,
         job,
         uid_map: sys::namespace::uid_map(),
         facts: facts::of_job(options),

@@ -164,6 +164,7 @@ fn prepare(path: &Path, place: &Place) -> Result<PathBuf, Failure> {
     };
     let real = real_path(path).map_err(|e| failed(e.to_string()))?;
     refuse_dangerous(&real, place)?;
+    refuse_to_hide_the_job(&real)?;
     match fs::metadata(&real) {
         Ok(metadata) if metadata.is_dir() => {}
         Ok(_) => return Err(failed("it is not a folder".into())),
@@ -174,6 +175,26 @@ fn prepare(path: &Path, place: &Place) -> Result<PathBuf, Failure> {
             .map_err(|e| failed(e.to_string()))?,
     }
     Ok(real)
+}
+
+/// That a path would hide something that has to be seen.
+pub fn not_covered(path: &Path, why: &str, hint: &str) -> Failure {
+    let message = format!("{} may not be covered: {why}", path.display());
+    Failure::new(Code::Policy, message).hint(hint)
+}
+
+/// Refuses a path that would hide what the job works on.
+fn refuse_to_hide_the_job(path: &Path) -> Result<(), Failure> {
+    let holds_job = std::env::current_dir().is_ok_and(|folder| folder.starts_with(path));
+    let is_empty = || fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
+    if holds_job && !is_empty() {
+        return Err(not_covered(
+            path,
+            "it holds the working folder, which is not empty",
+            "name folders in it, or make it a fork before the checkout",
+        ));
+    }
+    Ok(())
 }
 
 /// Where several paths share a volume each has a folder in it, named after the path as it was written, so that it is found again

@@ -10,7 +10,7 @@ use crossbeam::channel;
 use super::content::Source;
 use crate::chunk::INLINE_MAX;
 use crate::fork::error::FsError;
-use crate::fork::extent::pages;
+use crate::fork::extent::{PAGE, pages};
 use crate::fork::table::{Cell, Ingested as Hint, Table};
 use crate::fork::{Fork, Sealed, excluded_inodes, view};
 use crate::record::{self, Kind, Value};
@@ -133,7 +133,13 @@ fn inode_edits(
     let hint = inode.ingested.as_ref();
     let hint = hint.filter(|hint| hint.sequence == content.sequence);
     let values = match hint.and_then(|hint| hint.values.clone()) {
-        Some(values) => values,
+        Some(values) => {
+            let new = content.extents.iter().map(|extent| extent.pages * PAGE);
+            source
+                .fork
+                .note_ingested(new.sum::<u64>().min(inode.attr.size));
+            values
+        }
         None => source.values(ino, &inode, base_size)?,
     };
     let mut old: BTreeMap<u64, Value> = BTreeMap::new();

@@ -101,8 +101,8 @@ pub fn read_base(
     offset: u64,
     buffer: &mut [u8],
 ) -> Result<(), FsError> {
-    buffer.fill(0);
     let end = offset + buffer.len() as u64;
+    let mut filled = 0;
     for (at, value) in base_content(store, root, ino, offset, end)? {
         let loaded;
         let bytes: &[u8] = match &value {
@@ -117,8 +117,15 @@ pub fn read_base(
         }
         let (from, to) = (at.max(offset), (at + bytes.len() as u64).min(end));
         let source = &bytes[(from - at) as usize..(to - at) as usize];
-        buffer[(from - offset) as usize..(to - offset) as usize].copy_from_slice(source);
+        let (from, to) = ((from - offset) as usize, (to - offset) as usize);
+        if from < filled {
+            return Err(corrupt("the content", ino));
+        }
+        buffer[filled..from].fill(0);
+        buffer[from..to].copy_from_slice(source);
+        filled = to;
     }
+    buffer[filled..].fill(0);
     Ok(())
 }
 

@@ -393,7 +393,7 @@ impl Store {
             }
         }
         let usual = [
-            ("blob_garbage_collection_age_cutoff", "0.25"),
+            ("blob_garbage_collection_age_cutoff", "0.0"),
             ("blob_garbage_collection_force_threshold", "1.0"),
         ];
         Ok(db.set_options_cf(chunks, &usual)?)

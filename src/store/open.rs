@@ -254,7 +254,9 @@ pub(super) fn open_db(dir: &Path, opening: Opening) -> Result<DB, StoreError> {
             options.set_enable_blob_files(true);
             options.set_min_blob_size(0);
             options.set_blob_file_size(64 << 20);
+            // Only a gc rewrites values: a compaction beside a large commit would copy what has just been written.
             options.set_enable_blob_gc(true);
+            options.set_blob_gc_age_cutoff(0.0);
         }
         ColumnFamilyDescriptor::new(name, options)
     };

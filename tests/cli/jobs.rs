@@ -559,7 +559,12 @@ fn the_checkout_may_be_a_fork_but_is_never_hidden_by_one() {
         String::from_utf8(output.stderr).unwrap()
     };
     let line = said(attach("2", &mounts));
-    assert!(line.contains("attach before the checkout"), "{line}");
+    assert!(line.contains("a fork before the checkout"), "{line}");
+    let mut run = cli.command(&["run", "--strict", "-v", "v", "-p", ".", "--", "true"]);
+    let run = run.current_dir(&work).output().unwrap();
+    assert!(!run.status.success());
+    let line = String::from_utf8(run.stderr).unwrap();
+    assert!(line.contains("a fork before the checkout"), "{line}");
     assert!(work.join("source").exists());
     fs::remove_file(work.join("source")).unwrap();
     let line = said(attach("2", &work.join("mounts")));

@@ -406,22 +406,11 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Refuses a path that would hide what the job works on, or the mounts themselves.
+    /// Refuses a path that would hide the mounts themselves.
     fn refuse_to_cover(&self, path: &Path) -> Result<(), Failure> {
-        let refuse = |why: &str, hint: &str| {
-            let message = format!("{} may not be covered: {why}", path.display());
-            Err(Failure::new(Code::Policy, message).hint(hint))
-        };
         if real_path(&self.mount_root()?).is_ok_and(|root| root.starts_with(path)) {
-            return refuse("the forks are mounted in it", "choose another --mount-root");
-        }
-        let holds_job = std::env::current_dir().is_ok_and(|folder| folder.starts_with(path));
-        let is_empty = || fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
-        if holds_job && !is_empty() {
-            return refuse(
-                "it holds the working folder, which is not empty",
-                "name folders in it, or attach before the checkout",
-            );
+            let why = "the forks are mounted in it";
+            return Err(paths::not_covered(path, why, "choose another --mount-root"));
         }
         Ok(())
     }
