@@ -7,7 +7,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::Bound;
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, LazyLock};
+
+use quick_cache::sync::Cache;
 
 use super::error::FsError;
 use super::table::{Cell, Edit, EntryKey, Inode, Name, Table};
@@ -65,8 +67,10 @@ const NAMED: usize = 100;
 #[derive(Clone, Debug)]
 pub struct Excludes(Arc<Patterns>);
 
-/// The default ones alone, made once: a fork is not to wait for them.
-static DEFAULT_ONLY: OnceLock<Excludes> = OnceLock::new();
+/// What was asked for, and what was made of it. Jobs ask for the same ones again and again, and are not to wait for them.
+type Made = Cache<(Vec<String>, bool), Excludes>;
+
+static MADE: LazyLock<Made> = LazyLock::new(|| Cache::new(32));
 
 impl Excludes {
     /// Later patterns win over earlier ones, and over the default ones.
@@ -74,17 +78,15 @@ impl Excludes {
     /// # Errors
     /// Which pattern makes no sense.
     pub fn new(patterns: &[String], with_default: bool) -> Result<Excludes, String> {
-        let default_only = patterns.is_empty() && with_default;
-        if let Some(made) = DEFAULT_ONLY.get().filter(|_| default_only) {
-            return Ok(made.clone());
+        let wanted = (patterns.to_vec(), with_default);
+        if let Some(made) = MADE.get(&wanted) {
+            return Ok(made);
         }
         let default = if with_default { DEFAULT } else { &[] };
         let lines = default.iter().copied();
         let read = Patterns::of_paths(lines.chain(patterns.iter().map(String::as_str)))?;
         let made = Excludes(Arc::new(read));
-        if default_only {
-            DEFAULT_ONLY.get_or_init(|| made.clone());
-        }
+        MADE.insert(wanted, made.clone());
         Ok(made)
     }
 
@@ -121,14 +123,8 @@ pub fn default_patterns_at(path: &Path, folder: Option<&str>, home: Option<&Path
         }
     }
     if folder.is_some() {
-        let (folders, files): (Vec<&str>, Vec<&str>) =
-            anchored.iter().partition(|place| place.ends_with('/'));
-        let folders: Vec<&str> = folders
-            .iter()
-            .map(|place| place.trim_end_matches('/'))
-            .collect();
-        out.push(format!("{top}/{{{}}}", files.join(",")));
-        out.push(format!("{top}/{{{}}}/", folders.join(",")));
+        // Plain names, one by one: they are looked for by their last name alone.
+        out.extend(anchored.iter().map(|place| format!("{top}/{place}")));
     }
     out
 }

@@ -98,9 +98,14 @@ impl Store {
     /// What the disk answered. Damage is no error: it is left as it is.
     pub fn settle(&self, now: i64, go_on: &dyn Fn() -> bool) -> Result<Settled, StoreError> {
         let rounds = self.rounds()?;
+        let is_new = rounds == Rounds::default();
+        if is_new {
+            // Everything in it is fresh, and many stores do not live for a day.
+            self.update_rounds(|rounds| rounds.ended = now)?;
+        }
         let rests = (rounds.ended..rounds.ended.saturating_add(DAY)).contains(&now);
         match rounds.at {
-            None if rests => Ok(Settled {
+            None if is_new || rests => Ok(Settled {
                 whole: true,
                 ..Settled::default()
             }),

@@ -15,7 +15,9 @@ fn what_stays_is_settled_in_the_background_if_there_is_room_and_nobody_commits()
     bench.commit(id, false);
     let days = 86_400 * 1_000_000_000;
     let store = &bench.engine().store;
-    store.settle(now() - 2 * days, &|| true).unwrap();
+    for before in [3, 2] {
+        store.settle(now() - before * days, &|| true).unwrap();
+    }
     store.flush().unwrap();
     let settled = |bench: &Bench| {
         *bench.engine().settling.next.lock() = Instant::now();

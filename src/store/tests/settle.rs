@@ -156,6 +156,7 @@ fn what_is_fresh_is_settled_when_it_has_been_there_for_a_day() {
     let (store, chunks) = furnished(dir.path(), 20);
     let settle = |now: i64| store.settle(now, &|| true).unwrap().settled_chunks;
     let now = 1000 * DAY;
+    assert_eq!(settle(now - DAY), 0, "the store is new");
     assert_eq!(settle(now), 0);
     let fresh = stored_chunk(&store, &text(500));
     assert_eq!(settle(now + DAY - 1), 0);
@@ -176,7 +177,9 @@ fn a_round_goes_on_where_it_was_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let (store, chunks) = furnished(dir.path(), 700);
     let now = 1000 * DAY;
-    assert!(store.settle(now, &|| true).unwrap().whole);
+    for before in [DAY, 0] {
+        assert!(store.settle(now - before, &|| true).unwrap().whole);
+    }
     let first = 300;
     let left = Cell::new(first + 1);
     let go_on = || {
@@ -360,7 +363,9 @@ fn the_format_of_settled_chunks_is_kept() {
     let dir = tempfile::tempdir().unwrap();
     let (store, _) = furnished(dir.path(), 1200);
     let id = stored_chunk(&store, b"abc");
-    store.settle(DAY, &|| true).unwrap();
+    for day in [0, 1] {
+        store.settle(1 + day * DAY, &|| true).unwrap();
+    }
     let sizes = || stored(&store, Target::Sizes, &id.0).unwrap();
     assert_format("the sizes of a chunk that was seen", &sizes(), "03 05 01");
     all(&store);
