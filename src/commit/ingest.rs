@@ -69,14 +69,15 @@ pub fn run(
             sys::step_back();
             work()
         };
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(beside)).collect();
-        let mut results = vec![work()];
-        results.extend(
-            others
-                .into_iter()
-                .map(|t| t.join().expect("a panic ends the process")),
-        );
-        results
+        if threads < 2 {
+            return vec![work()];
+        }
+        // Not one of them at full priority: whoever asks something of a fork comes first.
+        let all: Vec<_> = (0..threads).map(|_| scope.spawn(beside)).collect();
+        let joined = all.into_iter().map(|thread| thread.join());
+        joined
+            .map(|result| result.expect("a panic ends the process"))
+            .collect()
     });
     let mut all: Edits = Vec::new();
     let mut totals = Totals::default();
