@@ -26,6 +26,8 @@ const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(86_400);
 /// Files of one fork that are ingested between two looks at the others.
 const AT_A_TIME: usize = 4096;
+/// How often it is tried, with a pause, to remove what is over.
+const TRIES: usize = 20;
 /// A file is cut down in steps of this size before it is unlinked, so that the disk is never held for long.
 const STEP: u64 = 64 << 20;
 
@@ -415,6 +417,14 @@ fn remove_in_background(dir: PathBuf, stays: bool) {
     let work = move || {
         if let Err(error) = crate::sys::idle_priority() {
             log::debug!("{}: removed at normal priority: {error}", dir.display());
+        }
+        // Where no more files can be opened some are closed soon.
+        for _ in 0..TRIES {
+            match remove_slowly(&dir, stays) {
+                Ok(()) => return,
+                Err(error) => log::debug!("{} is not removed yet: {error}", dir.display()),
+            }
+            thread::sleep(PAUSE);
         }
         if let Err(error) = remove_slowly(&dir, stays) {
             log::warn!("{} was not removed: {error}", dir.display());
