@@ -1,16 +1,35 @@
-//! Links libstdc++ into the program: loading and binding it took a third of the time in which a command starts.
+//! How the program is linked, so that a command starts fast: a process that only asks the daemon never needs the database, whose
+//! code is most of the program.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The linker takes the first folder with a `libstdc++` in any form. One that holds the archive alone settles it.
+/// Puts the initializers of the database's C++ into a section of their own, which `sys::process::initialize_database` runs.
+const SECTIONS: &str = "SECTIONS {
+    .late_init : {
+        PROVIDE_HIDDEN(late_init_start = .);
+        KEEP(*librocksdb_sys*:*(SORT_BY_INIT_PRIORITY(.init_array.*)))
+        KEEP(*librocksdb_sys*:*(.init_array))
+        PROVIDE_HIDDEN(late_init_end = .);
+    }
+} INSERT BEFORE .init_array;
+";
+
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
+    let folder = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo names OUT_DIR"));
+    let script = folder.join("sections.ld");
+    std::fs::write(&script, SECTIONS).expect("OUT_DIR can be written to");
+    println!("cargo::rustc-link-arg=-Wl,-T,{}", script.display());
+    link_libstdcxx(&folder);
+}
+
+/// Links libstdc++ in. The linker takes the first folder with one in any form; one that holds the archive alone settles it.
+fn link_libstdcxx(folder: &Path) {
     let Some(archive) = archive() else {
         println!("cargo::warning=no libstdc++.a: the program will load libstdc++ when it starts");
         return;
     };
-    let folder = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo names OUT_DIR"));
     let link = folder.join("libstdc++.a");
     let _ = std::fs::remove_file(&link);
     if std::os::unix::fs::symlink(&archive, &link).is_ok() {

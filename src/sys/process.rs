@@ -44,6 +44,27 @@ pub fn end(status: u8) -> ! {
     unsafe { libc::_exit(i32::from(status)) }
 }
 
+/// Runs the initializers of the database's C++, once, which are kept out of the start of the process (`build.rs`). Nothing of the
+/// database may be used before it.
+pub fn initialize_database() {
+    type Initializer = extern "C" fn();
+    unsafe extern "C" {
+        static late_init_start: Initializer;
+        static late_init_end: Initializer;
+    }
+    static DONE: std::sync::Once = std::sync::Once::new();
+    DONE.call_once(|| {
+        let (mut next, end) = (&raw const late_init_start, &raw const late_init_end);
+        while next < end {
+            // SAFETY: between the two symbols the linker put pointers to functions that take nothing and are made to run once each.
+            unsafe {
+                (*next)();
+                next = next.add(1);
+            }
+        }
+    });
+}
+
 /// A signal that was sent to this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Signal {
