@@ -11,7 +11,7 @@ use crate::chunk::{self, INLINE_MAX, SINGLE_MAX};
 use crate::fork::Fork;
 use crate::fork::error::FsError;
 use crate::fork::extent::{PAGE, pages};
-use crate::fork::table::Inode;
+use crate::fork::table::{Ingested, Inode};
 use crate::fork::view;
 use crate::record::{Ino, Value};
 use crate::store::Ingest;
@@ -32,20 +32,22 @@ pub struct Source<'a> {
 }
 
 impl Source<'_> {
-    /// Returns all content values of a file with their offsets. What the base has and the fork did not touch is neither read
-    /// nor cut again.
+    /// Adds all content values of a file with their offsets. What the base has and the fork did not touch is neither read nor
+    /// cut again, nor is what `begun` has of a file that is new.
     ///
     /// # Errors
-    /// What the disk or the store answered.
+    /// What the disk or the store answered; the values of the beginning may have been added then.
     pub fn values(
         &self,
         ino: Ino,
         inode: &Inode,
         base_size: u64,
-    ) -> Result<Vec<(u64, Value)>, FsError> {
+        begun: Option<(&Ingested, u64)>,
+        out: &mut Vec<(u64, Value)>,
+    ) -> Result<(), FsError> {
         let size = inode.attr.size;
         if size == 0 {
-            return Ok(Vec::new());
+            return Ok(());
         }
         let store = &self.fork.store;
         let root = inode.base.unwrap_or(self.root);
@@ -55,24 +57,24 @@ impl Source<'_> {
             .map(|(page, count)| (page * PAGE, ((page + count) * PAGE).min(size)))
             .collect();
         if size <= INLINE_MAX as u64 && runs == [(0, size)] {
-            return Ok(vec![(0, Value::Inline(self.read(ino, inode, 0, size)?))]);
+            out.push((0, Value::Inline(self.read(ino, inode, 0, size)?)));
+            return Ok(());
         }
         if size <= SINGLE_MAX {
-            return runs
-                .iter()
-                .map(|&(from, to)| self.chunk(ino, inode, from, to))
-                .collect();
+            for (from, to) in runs {
+                out.push(self.chunk(ino, inode, from, to)?);
+            }
+            return Ok(());
         }
         let old = if base_size > SINGLE_MAX && !inode.created && inode.base.is_none() {
-            Old::new(self, ino, inode, base_size)?
+            Old::of_base(self, ino, inode, base_size)?
         } else {
-            Old::default()
+            begun.map_or_else(Old::default, Old::begun)
         };
-        let mut out = Vec::new();
-        for (from, to) in runs {
-            self.cut(ino, inode, (from, to), &old, &mut out)?;
+        for run in runs {
+            self.cut(ino, inode, run, &old, out)?;
         }
-        Ok(out)
+        Ok(())
     }
 
     fn read(&self, ino: Ino, inode: &Inode, from: u64, to: u64) -> Result<Vec<u8>, FsError> {
@@ -240,7 +242,7 @@ impl Source<'_> {
 
 /// A piece of a run of data.
 enum Piece {
-    /// What the base has there, and was not touched.
+    /// What was there before, and was not touched.
     Known(Value),
     /// Bytes that are to be stored: so much of a buffer.
     New(Arc<Vec<u8>>, Range<usize>),
@@ -254,7 +256,7 @@ struct Unstored {
     range: Range<usize>,
 }
 
-/// The chunks that the base has of a file, and what the fork changed under them.
+/// The chunks that a file had before, and what was changed under them.
 #[derive(Default)]
 struct Old {
     values: Vec<(u64, Value)>,
@@ -263,7 +265,13 @@ struct Old {
 }
 
 impl Old {
-    fn new(source: &Source<'_>, ino: Ino, inode: &Inode, base_size: u64) -> Result<Old, FsError> {
+    /// What the base has, and the fork changed.
+    fn of_base(
+        source: &Source<'_>,
+        ino: Ino,
+        inode: &Inode,
+        base_size: u64,
+    ) -> Result<Old, FsError> {
         let values = view::base_content(&source.fork.store, source.root, ino, 0, base_size)?;
         let mut dirty: Vec<(u64, u64)> = inode
             .content
@@ -277,6 +285,13 @@ impl Old {
         dirty.push((kept, u64::MAX));
         dirty.sort_unstable();
         Ok(Old { values, dirty })
+    }
+
+    /// What was ingested ahead, and is unchanged up to a byte.
+    fn begun((ingested, unchanged): (&Ingested, u64)) -> Old {
+        let values = ingested.values.clone().unwrap_or_default();
+        let dirty = vec![(unchanged, u64::MAX)];
+        Old { values, dirty }
     }
 
     /// Returns the chunk that began here before, if cutting anew would give it again: its bytes and the one behind it, by which

@@ -11,9 +11,9 @@ use super::content::Source;
 use crate::chunk::INLINE_MAX;
 use crate::fork::error::FsError;
 use crate::fork::extent::{PAGE, pages};
-use crate::fork::table::{Cell, Ingested as Hint, Table};
+use crate::fork::table::{Cell, Ingested as Hint, Inode, Table};
 use crate::fork::{Fork, Sealed, excluded_inodes, view};
-use crate::record::{self, Kind, Value};
+use crate::record::{self, Ino, Kind, Value};
 use crate::store::{Ingest, Store, StoreError, Totals};
 use crate::sys;
 use crate::tree::{self, Edit, Node, NodeId};
@@ -22,6 +22,8 @@ use crate::tree::{self, Edit, Node, NodeId};
 const BATCH: usize = 64;
 /// A file is ingested ahead of its commit when it has not been written for this long, in seconds.
 const QUIET: u32 = 1;
+/// A file that grows is when it has grown by this many bytes, and nothing else of it has changed.
+const GROWN: u64 = 32 << 20;
 
 type Edits = Vec<(Vec<u8>, Edit)>;
 
@@ -131,9 +133,8 @@ fn inode_edits(
     if !inode.attr.kind.has_content() || (before.is_some() && same) {
         return Ok(());
     }
-    let hint = inode.ingested.as_ref();
-    let hint = hint.filter(|hint| hint.sequence == content.sequence);
-    let values = match hint.and_then(|hint| hint.values.clone()) {
+    let whole = inode.whole_ingested();
+    let values = match whole.and_then(|whole| whole.values.clone()) {
         Some(values) => {
             let new = content.extents.iter().map(|extent| extent.pages * PAGE);
             source
@@ -141,7 +142,12 @@ fn inode_edits(
                 .note_ingested(new.sum::<u64>().min(inode.attr.size));
             values
         }
-        None => source.values(ino, &inode, base_size)?,
+        None => {
+            let mut values = Vec::new();
+            let begun = inode.begun_ingested();
+            source.values(ino, &inode, base_size, begun, &mut values)?;
+            values
+        }
     };
     let mut old: BTreeMap<u64, Value> = BTreeMap::new();
     if before.is_some() {
@@ -295,11 +301,8 @@ pub fn ahead(
                     && !inode.orphan
                     && inode.attr.size > INLINE_MAX as u64
                     && !inode.content.extents.is_empty()
-                    && inode.written + QUIET < age
-                    && inode
-                        .ingested
-                        .as_ref()
-                        .is_none_or(|hint| hint.sequence != inode.content.sequence)
+                    && inode.whole_ingested().is_none()
+                    && (inode.written + QUIET < age || has_grown(&inode))
             })
         };
         let cells: Vec<Arc<Cell>> = match layers.frozen {
@@ -329,36 +332,57 @@ pub fn ahead(
         if give_up() {
             break;
         }
-        if excluded.contains(&cell.ino) {
+        let (copy, begun) = {
             let mut inode = cell.state.write();
-            let sequence = inode.content.sequence;
-            let values = None;
-            inode.ingested = Some(Arc::new(Hint { sequence, values }));
-            continue;
-        }
-        let copy = {
-            let inode = cell.state.read();
+            let begun = inode.begun_ingested().map(|(_, unchanged)| unchanged);
+            let begun = inode.ingested.take().zip(begun);
+            inode.content.mark();
             // Held by these references while it is read without the lock.
             fork.spool.retain(inode.content.extents.iter());
-            inode.clone()
+            (inode.clone(), begun)
         };
-        let before = if copy.created {
-            None
+        let mut values = Vec::new();
+        let done = if excluded.contains(&cell.ino) {
+            Ok(())
         } else {
-            view::base_attr(&fork.store, root.id, cell.ino)?
+            let begun = begun.as_ref().map(|(begun, to)| (&**begun, *to));
+            ahead_of(&source, cell.ino, &copy, begun, &mut values)
         };
-        let values = source.values(cell.ino, &copy, before.map_or(0, |b| b.size));
         fork.spool.release(copy.content.extents.iter());
-        let sequence = copy.content.sequence;
-        let values = match values {
-            Err(FsError::Io(e)) if e.kind() == io::ErrorKind::Interrupted => break,
-            values => Some(values?),
+        let interrupted = match done {
+            Err(FsError::Io(e)) if e.kind() == io::ErrorKind::Interrupted => true,
+            done => done.map(|()| false)?,
         };
-        let hint = Arc::new(Hint { sequence, values });
-        let mut inode = cell.state.write();
-        if inode.content.sequence == sequence {
-            inode.ingested = Some(hint);
-        }
+        let hint = Hint {
+            whole: (!interrupted).then_some(copy.content.sequence),
+            values: (!excluded.contains(&cell.ino)).then_some(values),
+        };
+        cell.state.write().ingested = Some(Arc::new(hint));
     }
     Ok(cells.len())
+}
+
+/// The content of one file, or of its beginning where that is given up.
+fn ahead_of(
+    source: &Source<'_>,
+    ino: Ino,
+    copy: &Inode,
+    begun: Option<(&Hint, u64)>,
+    values: &mut Vec<(u64, Value)>,
+) -> Result<(), FsError> {
+    let before = if copy.created {
+        None
+    } else {
+        view::base_attr(&source.fork.store, source.root, ino)?
+    };
+    let base_size = before.map_or(0, |before| before.size);
+    source.values(ino, copy, base_size, begun, values)
+}
+
+/// Whether a large part of a file was put behind what is ingested of it.
+fn has_grown(inode: &Inode) -> bool {
+    let begun = inode.begun_ingested();
+    let (end, unchanged) = begun.map_or((0, 0), |(begun, unchanged)| (begun.end(), unchanged));
+    // The page that it ended in is written again by what goes on behind it.
+    end - unchanged < PAGE && inode.attr.size >= end + GROWN
 }

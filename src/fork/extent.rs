@@ -243,6 +243,8 @@ pub struct Content {
     pub base_pages: u64,
     /// Raised by each change of content.
     pub sequence: u64,
+    /// The first page that was changed since [`Content::mark`]; 0 if that was never called.
+    changed_from: u64,
     /// The size up to which a frozen table below holds what this content had when it was copied from there.
     pub inherited_pages: u64,
 }
@@ -306,9 +308,25 @@ impl Content {
         }
     }
 
+    /// Says that page `page` changes, and maybe some behind it.
+    pub fn touch(&mut self, page: u64) {
+        self.sequence += 1;
+        self.changed_from = self.changed_from.min(page);
+    }
+
+    /// Begins to note where it changes.
+    pub fn mark(&mut self) {
+        self.changed_from = u64::MAX;
+    }
+
+    /// The byte up to which nothing changed since it was marked.
+    pub fn unchanged(&self) -> u64 {
+        self.changed_from.saturating_mul(PAGE)
+    }
+
     /// Puts `extent` in place of whatever was there; returns the extents that went.
     pub fn put(&mut self, extent: Extent) -> Vec<Extent> {
-        self.sequence += 1;
+        self.touch(extent.page);
         let gone = self.extents.remove(extent.page, extent.end());
         self.extents.insert(extent);
         gone
@@ -316,7 +334,7 @@ impl Content {
 
     /// Forgets everything from page `end` on; returns the extents that went. Growing again shows holes there.
     pub fn truncate(&mut self, end: u64) -> Vec<Extent> {
-        self.sequence += 1;
+        self.touch(end);
         self.base_pages = self.base_pages.min(end);
         self.inherited_pages = self.inherited_pages.min(end);
         self.extents.remove(end, u64::MAX)

@@ -26,17 +26,27 @@ pub struct Inode {
     pub base: Option<NodeId>,
     /// Room behind the last page, for a file that grows: first page of the spool, pages.
     pub ahead: Option<(u64, u64)>,
-    /// What background ingest made of the content when `sequence` was this.
+    /// What background ingest made of the content when it was marked.
     pub ingested: Option<Arc<Ingested>>,
     /// When its content last changed, in seconds since the fork was opened.
     pub written: u32,
 }
 
-/// The whole content of a file as the tree will hold it; no values if it was excluded then.
+/// The content of a file as the tree will hold it, or its beginning.
 #[derive(Debug)]
 pub struct Ingested {
-    pub sequence: u64,
+    /// The whole content of then, which had this sequence number; `None` if it is but the beginning.
+    pub whole: Option<u64>,
+    /// By offset, without data left out in between; none if the file was excluded then.
     pub values: Option<Vec<(u64, Value)>>,
+}
+
+impl Ingested {
+    /// The byte up to which there are values.
+    pub fn end(&self) -> u64 {
+        let last = self.values.as_ref().and_then(|values| values.last());
+        last.map_or(0, |(offset, value)| offset + value.len())
+    }
 }
 
 impl Inode {
@@ -53,6 +63,18 @@ impl Inode {
             0
         });
         Inode::with(attr, content, false)
+    }
+
+    /// What was ingested ahead, if that is the whole content as it is now.
+    pub fn whole_ingested(&self) -> Option<&Ingested> {
+        let ingested = self.ingested.as_deref();
+        ingested.filter(|ingested| ingested.whole == Some(self.content.sequence))
+    }
+
+    /// What was ingested ahead, and the byte up to which it still is the content.
+    pub fn begun_ingested(&self) -> Option<(&Ingested, u64)> {
+        let ingested = self.ingested.as_deref()?;
+        Some((ingested, ingested.end().min(self.content.unchanged())))
     }
 
     fn with(attr: Attr, content: Content, created: bool) -> Inode {

@@ -311,6 +311,7 @@ impl<'a> Change<'a> {
                 ..
             })) => {
                 let zeros = vec![0; (PAGE - size % PAGE) as usize];
+                inode.content.touch(page);
                 Ok(self.fs.fork.spool.write(&zeros, at * PAGE + size % PAGE)?)
             }
             // A hole of the base stays one: it is zero, and a page put there would have to be counted.
@@ -335,6 +336,8 @@ impl<'a> Change<'a> {
         let end = offset + data.len() as u64;
         let (first, last) = (offset / PAGE, pages(end));
         self.attr.blocks += (last - first - self.data_pages(inode, first, last)?) * 8;
+        // Bytes change in place, without an edit that says so.
+        inode.content.touch(first);
         let mut at = first;
         for extent in inode.content.extents.within(first, last) {
             let Origin::Spool {
@@ -579,7 +582,7 @@ impl<'a> Change<'a> {
         });
         self.fs.fork.edit(caller.request, inode, &self.edits)?;
         self.taken.clear();
-        // Bytes may have changed in place, without an extent that says so.
+        // The size alone may have changed, which ends a piece elsewhere.
         inode.content.sequence += 1;
         inode.written = self.fs.fork.age();
         Ok(())

@@ -1,5 +1,6 @@
 //! Content of files, where calls meet in one page.
 
+use super::model::Random;
 use super::*;
 use crate::fs::Allocate;
 
@@ -121,6 +122,129 @@ fn what_was_ingested_ahead_and_lost_is_ingested_again() {
         get(&bench.fs(bench.fork("v")), "large"),
         Some(noise(12 << 20, 7))
     );
+}
+
+#[test]
+fn a_file_that_grows_is_ingested_meanwhile_and_only_the_rest_is_left_for_the_commit() {
+    const GROWN: usize = 32 << 20;
+    let bench = Bench::new();
+    let id = bench.fork("v");
+    let fs = bench.fs(id);
+    let bytes = noise(2 * GROWN + 5000, 13);
+    let live = bench.engine().live(id).unwrap();
+    let ingest = Arc::new(bench.engine().store.ingest());
+    let ahead = || crate::commit::ahead(live.fork().unwrap(), &ingest, 10, &live.waiting).unwrap();
+    let file = put(&fs, "file", &bytes[..GROWN + 5]);
+    assert_eq!(ahead(), 1);
+    let first = ingest.new_bytes();
+    assert!(first > GROWN as u64 * 99 / 100, "{first}");
+    let append = |from: usize, to: usize| {
+        let written = fs.write(ME, file, from as u64, &bytes[from..to], false);
+        assert_eq!(written.unwrap(), to - from);
+    };
+    append(GROWN + 5, GROWN + 77_777);
+    let quiet = fs.fork.age() + 1;
+    if ahead() == 1 {
+        assert!(
+            fs.fork.age() > quiet,
+            "it was ingested, and had hardly grown"
+        );
+    }
+    append(GROWN + 77_777, bytes.len());
+    assert_eq!(ahead(), 1);
+    let both = ingest.new_bytes();
+    assert!(
+        both < bytes.len() as u64 + (1 << 20),
+        "its beginning was stored twice: {both}"
+    );
+    *live.ahead.lock() = Some(ingest.clone());
+    let done = bench.engine().commit(vec![id], request(false)).unwrap();
+    let brought = done[0].version.as_ref().unwrap().new_bytes;
+    assert!(brought < both + 100_000, "{brought} {both}");
+    assert!(get(&bench.fs(bench.fork("v")), "file") == Some(bytes));
+    check(&bench);
+}
+
+#[test]
+fn whatever_becomes_of_a_file_that_was_ingested_ahead_the_version_has_it_as_it_is_and_cut_as_ever()
+{
+    const FILES: usize = 40;
+    let seed = u64::from(std::process::id()) | 1;
+    eprintln!("seed {seed}");
+    let mut random = Random(seed);
+    let bench = Bench::new();
+    let id = bench.fork("v");
+    let fs = bench.fs(id);
+    let mut files: Vec<(Ino, Vec<u8>)> = (0..FILES)
+        .map(|n| {
+            let bytes = noise(1 + random.below(1_000_000) as usize, n as u64 + 1);
+            (put(&fs, &format!("f{n}"), &bytes), bytes)
+        })
+        .collect();
+    let live = bench.engine().live(id).unwrap();
+    let ingest = Arc::new(bench.engine().store.ingest());
+    let mut ingested = 0;
+    for round in 0..3 {
+        let until = fs.fork.age() + 3;
+        while fs.fork.age() < until {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        ingested += crate::commit::ahead(&fs.fork, &ingest, FILES, &live.waiting).unwrap();
+        for (n, (ino, bytes)) in files.iter_mut().enumerate() {
+            for _ in 0..random.below(3) {
+                let len = bytes.len();
+                let at = random.below(len as u64 + 1) as usize;
+                match random.below(4) {
+                    // Appended, overwritten, cut off, grown within its last page: a hole would be cut otherwise.
+                    kind @ (0 | 1) => {
+                        let at = if kind == 0 { len } else { at };
+                        let new = noise(
+                            1 + random.below(200_000) as usize,
+                            1 + random.below(1 << 60),
+                        );
+                        fs.write(ME, *ino, at as u64, &new, false).unwrap();
+                        bytes.resize(len.max(at + new.len()), 0);
+                        bytes[at..at + new.len()].copy_from_slice(&new);
+                    }
+                    kind => {
+                        let size = if kind == 2 {
+                            at
+                        } else {
+                            len + random.below(9000) as usize
+                                % (1 + len.next_multiple_of(4096) - len)
+                        };
+                        let set = SetAttr {
+                            size: Some(size as u64),
+                            ..SetAttr::default()
+                        };
+                        fs.setattr(ME, *ino, set).unwrap();
+                        bytes.resize(size, 0);
+                    }
+                }
+            }
+            assert!(
+                get(&fs, &format!("f{n}")).as_ref() == Some(bytes),
+                "f{n}, round {round}"
+            );
+        }
+    }
+    assert!(ingested > FILES, "{ingested}");
+    *live.ahead.lock() = Some(ingest);
+    assert_eq!(bench.commit(id, false), Some(1));
+    check(&bench);
+    let fs = bench.fs(bench.fork("v"));
+    for (n, (_, bytes)) in files.iter().enumerate() {
+        assert!(get(&fs, &format!("f{n}")).as_ref() == Some(bytes), "f{n}");
+    }
+    // What is cut in one go, from the same bytes, is there already.
+    let again = bench.fork("again");
+    let fs = bench.fs(again);
+    for (n, (_, bytes)) in files.iter().enumerate() {
+        put(&fs, &format!("f{n}"), bytes);
+    }
+    let done = bench.engine().commit(vec![again], request(false)).unwrap();
+    let brought = done[0].version.as_ref().unwrap().new_bytes;
+    assert!(brought < 200_000, "{brought} bytes were cut otherwise");
 }
 
 #[test]
