@@ -7,10 +7,10 @@ use std::process::Command;
 /// Puts the initializers of the database's C++ into a section of their own, which `sys::process::initialize_database` runs.
 const SECTIONS: &str = "SECTIONS {
     .late_init : {
-        PROVIDE_HIDDEN(late_init_start = .);
+        HIDDEN(late_init_start = .);
         KEEP(*librocksdb_sys*:*(SORT_BY_INIT_PRIORITY(.init_array.*)))
         KEEP(*librocksdb_sys*:*(.init_array))
-        PROVIDE_HIDDEN(late_init_end = .);
+        HIDDEN(late_init_end = .);
     }
 } INSERT BEFORE .init_array;
 ";
