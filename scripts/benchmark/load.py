@@ -131,19 +131,45 @@ def files_as_tar(count, out):
     buffered.flush()
 
 
+def volume_of(own, count):
+    """The name of a new volume with so many files."""
+    volume = f"of-{count}"
+    importing = subprocess.Popen([BIN, "import", volume, "-"], env=own.env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0)
+    try:
+        files_as_tar(count, importing.stdin)
+    finally:
+        importing.stdin.close()
+        status = importing.wait()
+    if status:
+        raise RuntimeError(f"import of {count} files failed")
+    settle()
+    return volume
+
+
+def memory(own, record, count):
+    """What the daemon takes while ten forks are known to the kernel from end to end, and while one has made as many files anew."""
+    volume = volume_of(own, count)
+    paths = [own.fork(volume) for _ in range(10)]
+    for path in paths:
+        sh("find . -printf %s >/dev/null", path)
+    time.sleep(5)
+    record(f"memory of the daemon, ten forks of {count:,} files walked", own.name, own.memory(), "B")
+    for path in paths:
+        own.abandon(path)
+    path = own.fork(volume)
+    for folder in range(count // 1000):
+        made = path / f"new-{folder}"
+        made.mkdir()
+        for file in range(1000):
+            os.close(os.open(made / str(file), os.O_CREAT | os.O_WRONLY, 0o644))
+    record(f"memory of the daemon, {count:,} files made in a fork", own.name, own.memory(), "B")
+    own.abandon(path)
+
+
 def sizes(own, record, counts):
     """Forks, from the start of the command to a usable mount, and commits of ten new files, of volumes from small to large."""
     for count in counts:
-        volume = f"of-{count}"
-        importing = subprocess.Popen([BIN, "import", volume, "-"], env=own.env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0)
-        try:
-            files_as_tar(count, importing.stdin)
-        finally:
-            importing.stdin.close()
-            status = importing.wait()
-        if status:
-            raise RuntimeError(f"import of {count} files failed")
-        settle()
+        volume = volume_of(own, count)
         for attempt in range(11):
             path = None
 
