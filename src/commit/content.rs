@@ -196,11 +196,15 @@ impl Source<'_> {
     fn stored(&self, bytes: &[u8]) -> Result<Value, FsError> {
         let id = self.ingest.chunk(bytes)?;
         let len = bytes.len() as u64;
-        // What is done ahead is no progress of a commit.
+        self.note(len);
+        Ok(Value::Chunk { len, id })
+    }
+
+    /// Notes progress of a commit; what is done ahead is none.
+    fn note(&self, len: u64) {
         if self.wanted.is_none() {
             self.fork.note_ingested(len);
         }
-        Ok(Value::Chunk { len, id })
     }
 
     /// Goes through one run of data, piece by piece.
@@ -219,6 +223,9 @@ impl Source<'_> {
             self.make_way()?;
             if let Some(value) = old.at(at, to) {
                 at += value.len();
+                if old.of_fork {
+                    self.note(value.len());
+                }
                 each(at - value.len(), Piece::Known(value))?;
                 continue;
             }
@@ -259,6 +266,8 @@ struct Unstored {
 /// The chunks that a file had before, and what was changed under them.
 #[derive(Default)]
 struct Old {
+    /// What the fork itself wrote, and not the base.
+    of_fork: bool,
     values: Vec<(u64, Value)>,
     /// Changed ranges of bytes, in order.
     dirty: Vec<(u64, u64)>,
@@ -284,14 +293,22 @@ impl Old {
             .min(base_size);
         dirty.push((kept, u64::MAX));
         dirty.sort_unstable();
-        Ok(Old { values, dirty })
+        Ok(Old {
+            of_fork: false,
+            values,
+            dirty,
+        })
     }
 
     /// What was ingested ahead, and is unchanged up to a byte.
     fn begun((ingested, unchanged): (&Ingested, u64)) -> Old {
         let values = ingested.values.clone().unwrap_or_default();
         let dirty = vec![(unchanged, u64::MAX)];
-        Old { values, dirty }
+        Old {
+            of_fork: true,
+            values,
+            dirty,
+        }
     }
 
     /// Returns the chunk that began here before, if cutting anew would give it again: its bytes and the one behind it, by which

@@ -158,9 +158,11 @@ fn a_file_that_grows_is_ingested_meanwhile_and_only_the_rest_is_left_for_the_com
         "its beginning was stored twice: {both}"
     );
     *live.ahead.lock() = Some(ingest.clone());
-    let done = bench.engine().commit(vec![id], request(false)).unwrap();
+    let done = bench.engine().commit(vec![id], request(true)).unwrap();
     let brought = done[0].version.as_ref().unwrap().new_bytes;
     assert!(brought < both + 100_000, "{brought} {both}");
+    let progress = bench.engine().find_fork(&id.to_string()).unwrap().ingested;
+    assert_eq!(progress, bytes.len() as u64);
     assert!(get(&bench.fs(bench.fork("v")), "file") == Some(bytes));
     check(&bench);
 }
