@@ -231,8 +231,9 @@ podman_user() {
 # An ordinary user with a range of ids, who has a store, a daemon and forks of their own. All that the machine knows of them is laid over
 # its files in this namespace alone.
 podman_user_inside() {
-  local user="$work/user" file run='podman run --rm --cgroups=disabled --network none'
-  mkdir -p "$user"/{bin,etc,home,run}
+  # Podman waits long for each container where the folder's path is long.
+  local user="$work/user" runtime="$work/run" file run='podman run --rm --cgroups=disabled --network none'
+  mkdir -p "$user"/{bin,etc,home} "$runtime"
   cp "$BIN" "$user/bin"
   cp /etc/passwd /etc/group "$user/etc"
   echo "agent:x:61500:61500::$user/home:/bin/sh" >>"$user/etc/passwd"
@@ -244,11 +245,11 @@ podman_user_inside() {
   done
   mknod -m 666 "$user/fuse" c 10 229
   mount --bind "$user/fuse" /dev/fuse
-  chown 61500:61500 "$user/home" "$user/run"
-  chmod 700 "$user/run"
+  chown 61500:61500 "$user/home" "$runtime"
+  chmod 700 "$runtime"
   as_agent() {
     setpriv --reuid 61500 --regid 61500 --init-groups env -i PATH="$user/bin:$PATH" HOME="$user/home" USER=agent \
-      XDG_RUNTIME_DIR="$user/run" FORKVOL_STORE="$user/home/store" CONTAINERS_CONF="$CONTAINERS_CONF" bash -euxc "cd; $1"
+      XDG_RUNTIME_DIR="$runtime" FORKVOL_STORE="$user/home/store" CONTAINERS_CONF="$CONTAINERS_CONF" bash -euxc "cd; $1"
   }
   as_agent "podman import $work/image.tar image"
 
