@@ -431,6 +431,22 @@ pub fn detach_by(client: Option<&mut Client>, mount: &Mount, by: By) {
         Ok(()) => {}
         Err(failure) => warn(&exit::line(&failure)),
     }
+    if by == By::Caller {
+        unbind_all(mount.device);
+    }
+}
+
+/// Takes away what is bound of a mount whose fork is over: nothing can be done there but get errors.
+fn unbind_all(device: u64) {
+    let wanted = crate::sys::device_numbers(device);
+    let binds = kernel::mounts().unwrap_or_default();
+    for bind in binds.iter().filter(|bind| bind.device == wanted) {
+        if is_on_top(&bind.path, device)
+            && let Err(e) = kernel::unbind_lazily(&bind.path)
+        {
+            warn(&format!("cannot unbind {}: {e}", bind.path.display()));
+        }
+    }
 }
 
 pub fn warn_of_holders(mount: &Mount) {

@@ -188,6 +188,21 @@ fn a_job_whose_daemon_was_killed_is_attached_again() {
 }
 
 #[test]
+fn a_fork_that_is_abandoned_takes_the_paths_of_its_job_with_it() {
+    let cli = Cli::new();
+    fs::create_dir(cli.path("hidden")).unwrap();
+    fs::write(cli.path("hidden/own"), "of the checkout").unwrap();
+    let args = ["-v", "v", "-p", "c", "-p", "hidden"];
+    cli.attach("1", &args);
+    cli.ok(&["abandon", "--all"]);
+    let own = fs::read_to_string(cli.path("hidden/own")).unwrap();
+    assert_eq!(own, "of the checkout");
+    assert!(fs::read_dir(cli.path("c")).unwrap().next().is_none());
+    cli.finish("1", "0");
+    assert!(!cli.path("c").exists());
+}
+
+#[test]
 fn without_a_cache_the_job_goes_on_unless_it_is_strict() {
     let cli = Cli::new();
     fs::create_dir(cli.path("store")).unwrap();
