@@ -88,9 +88,14 @@ impl Default for EngineConfig {
 #[derive(Debug, Default)]
 pub struct Counters {
     pub forks: AtomicU64,
+    /// Of the forks, by what they began from: exact, stale, fallback, empty.
+    pub hits: [AtomicU64; 4],
+    /// Forks that were refused, by why: no space, policy, busy, damaged, failed.
+    pub degraded: [AtomicU64; 5],
     pub commits: AtomicU64,
     pub unchanged: AtomicU64,
     pub abandoned: AtomicU64,
+    /// Commits and forks.
     pub refused: AtomicU64,
     pub gcs: AtomicU64,
     pub freed_bytes: AtomicU64,
@@ -159,7 +164,7 @@ pub struct Engine {
     bases: RwLock<()>,
     tended: Mutex<upkeep::Tended>,
     settling: upkeep::Settling,
-    /// The store is beyond its limit, and gc could not help.
+    /// The store takes too much room, and gc could not help.
     crowded: AtomicBool,
     counters: Counters,
     wakeful: Arc<Wakeful>,

@@ -130,7 +130,8 @@ fn of_gitlab(variable: impl Fn(&str) -> Option<String>) -> Facts {
         protected: variable("CI_COMMIT_REF_PROTECTED").and_then(|value| value.parse().ok()),
         scope: request
             .map(|number| format!("pr-{number}"))
-            .or_else(|| variable("CI_COMMIT_REF_SLUG").map(branch)),
+            // Two branches may have one slug.
+            .or_else(|| variable("CI_COMMIT_REF_NAME").map(branch)),
     }
 }
 
@@ -224,7 +225,7 @@ mod tests {
         );
         assert_eq!(of("8").foreign, Some(true));
         assert_eq!(of("8").scope.as_deref(), Some("pr-3"));
-        let plain = [("GITLAB_CI", "true"), ("CI_COMMIT_REF_SLUG", "pr-3")];
+        let plain = [("GITLAB_CI", "true"), ("CI_COMMIT_REF_NAME", "pr-3")];
         let plain = facts(&plain, None).unwrap();
         assert_eq!(plain.scope.as_deref(), Some("branch-pr-3"));
     }

@@ -363,6 +363,16 @@ pub fn write_back(mount: &Mount) {
     }
 }
 
+/// Whether a fork lost its daemon, and with it what was written since. One that is over already did not.
+pub fn was_lost(client: &mut Client, fork: &str) -> Result<bool, Failure> {
+    let request = Request::Find { fork: fork.into() };
+    match client.call(&request) {
+        Ok(answer) => Ok(take::<ForkFacts>(&answer, "/fork")?.state != "live"),
+        Err(failure) if failure.code == Code::NotFound => Ok(false),
+        Err(failure) => Err(failure),
+    }
+}
+
 pub fn abandon(context: &Context, options: &AbandonOptions) -> Result<(), Failure> {
     let mut client = context.connect()?;
     let forks: Vec<ForkFacts> = match &options.fork {

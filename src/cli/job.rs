@@ -54,6 +54,9 @@ pub struct Attach {
     /// The job's name (default: from the variables of the CI host)
     #[arg(long, value_name = "ID")]
     job: Option<String>,
+    /// Where the job is attached already, add these volumes to it; all of them are committed as one
+    #[arg(long, conflicts_with = "join")]
+    add: bool,
     /// Share the forks with all that join the workspace of this name
     #[arg(long, value_name = "NAME")]
     join: Option<String>,

@@ -28,10 +28,37 @@ const EBUSY: i32 = 16;
 const EINVAL: i32 = 22;
 
 /// Folders that the system or its users cannot do without: nothing is put over them.
-const SACRED: [&str; 24] = [
-    "/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/lib32", "/lib64", "/libx32", "/media",
-    "/mnt", "/opt", "/proc", "/root", "/run", "/sbin", "/srv", "/sys", "/tmp", "/usr", "/usr/bin",
-    "/usr/lib", "/var",
+const SACRED: [&str; 30] = [
+    "/",
+    "/dev/shm",
+    "/bin",
+    "/boot",
+    "/dev",
+    "/etc",
+    "/home",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/libx32",
+    "/media",
+    "/mnt",
+    "/opt",
+    "/proc",
+    "/root",
+    "/run",
+    "/sbin",
+    "/srv",
+    "/sys",
+    "/tmp",
+    "/usr",
+    "/usr/bin",
+    "/usr/lib",
+    "/usr/sbin",
+    "/usr/share",
+    "/var",
+    "/var/lib",
+    "/var/log",
+    "/var/tmp",
 ];
 /// Nothing at all is put below these.
 const SACRED_TREES: [&str; 3] = ["/proc", "/sys", "/dev"];
@@ -449,6 +476,19 @@ fn unbind_all(device: u64) {
     }
 }
 
+/// Takes a mount away that nobody serves, if that is what is at a path.
+pub fn clear_dead(path: &Path, by: By) {
+    let is_dead = || {
+        fs::symlink_metadata(path).is_err_and(|e| e.raw_os_error() == Some(ENOTCONN))
+            && topmost(path).is_ok_and(|top| top.is_some_and(|top| top.kind == kernel::FS_TYPE))
+    };
+    if is_dead()
+        && let Err(failure) = take_away(path, by)
+    {
+        warn(&exit::line(&failure));
+    }
+}
+
 pub fn warn_of_holders(mount: &Mount) {
     let holders = holders::of(mount);
     if !holders.is_empty() {
@@ -534,12 +574,22 @@ mod tests {
             "/dev/x",
             "/data",
             "/data/store/forks",
+            "/usr/sbin",
+            "/var/tmp",
+            "/dev/shm",
         ] {
             let failure = refuse_dangerous(Path::new(path), &place()).unwrap_err();
             assert_eq!(failure.code, Code::Policy, "{path}");
         }
         assert!(refuse_dangerous(&home, &place()).is_err());
-        for path in ["/tmp/x", "/data/stores", "/dev/shm/x", "/home/ci/.npm"] {
+        for path in [
+            "/var/tmp/x",
+            "/usr/local",
+            "/tmp/x",
+            "/data/stores",
+            "/dev/shm/x",
+            "/home/ci/.npm",
+        ] {
             refuse_dangerous(Path::new(path), &place()).unwrap();
         }
     }

@@ -363,6 +363,13 @@ impl<'a> Job<'a> {
         let mut client = self.context.connect()?;
         let ids: Vec<String> = self.forks.iter().map(|used| used.fork.id.clone()).collect();
         let options = &self.run.options;
+        for id in &ids {
+            if forks::was_lost(&mut client, id)? {
+                client.call(&Request::Abandon { forks: ids.clone() })?;
+                let message = "nothing is committed: the daemon was lost while the command ran";
+                return Err(Failure::new(Code::Failed, message));
+            }
+        }
         let wanted = !options.read_only && !options.ephemeral;
         let Some(when) = self
             .run

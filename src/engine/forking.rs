@@ -68,6 +68,30 @@ impl Engine {
     /// # Errors
     /// `Usage`, `NotFound`, `NoSpace`; what the disk answered.
     pub fn fork(&self, request: ForkRequest) -> Result<ForkInfo> {
+        let volume = request.volume.clone();
+        let result = self.make_fork(request);
+        if let Err(error) = &result {
+            self.count_refusal(error.code);
+            log::warn!("no fork of {volume}: {error}");
+        }
+        result
+    }
+
+    fn count_refusal(&self, code: Code) {
+        let why = match code {
+            Code::NoSpace => 0,
+            Code::Policy => 1,
+            Code::Busy => 2,
+            Code::Damaged => 3,
+            Code::Failed | Code::HeadMoved => 4,
+            // The caller's mistake.
+            Code::Usage | Code::NotFound => return,
+        };
+        self.counters.degraded[why].fetch_add(1, Ordering::Relaxed);
+        self.counters.refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn make_fork(&self, request: ForkRequest) -> Result<ForkInfo> {
         volume::check_name(&request.volume).map_err(usage)?;
         if self.stopping.load(Ordering::Acquire) {
             return Err(EngineError::new(Code::Busy, "the daemon is stopping"));
@@ -81,13 +105,7 @@ impl Engine {
             )
             .hint("free some room, or run `forkvol gc`"));
         }
-        if self.crowded.load(Ordering::Acquire) {
-            return Err(EngineError::new(
-                Code::NoSpace,
-                "the store is beyond the limit of its configuration",
-            )
-            .hint("remove volumes, unpin versions, or raise `limit`"));
-        }
+        self.refuse_if_crowded()?;
         let request = trust::confine(self.config.trust.as_ref(), request.verdict, request)?;
         volume::check_name(&request.volume).map_err(usage)?;
         let _stays = self.bases.read();
@@ -190,6 +208,13 @@ impl Engine {
         let live = Arc::new(Live::new(record, Ok(Arc::new(fork))));
         self.forks.lock().insert(id, live.clone());
         self.counters.forks.fetch_add(1, Ordering::Relaxed);
+        let kind = match hit {
+            Hit::Exact => 0,
+            Hit::Stale => 1,
+            Hit::Fallback => 2,
+            Hit::Empty => 3,
+        };
+        self.counters.hits[kind].fetch_add(1, Ordering::Relaxed);
         let info = self.info(&live)?;
         log::info!(
             "fork {id} of {} from {}",

@@ -271,6 +271,8 @@ impl Engine {
     pub fn counters(&self) -> BTreeMap<&'static str, u64> {
         let Counters {
             forks,
+            hits: [exact, stale, fallback, empty],
+            degraded: [no_space, policy, busy, damaged, failed],
             commits,
             unchanged,
             abandoned,
@@ -282,6 +284,15 @@ impl Engine {
         } = &self.counters;
         let all = [
             ("forks", forks),
+            ("hits_exact", exact),
+            ("hits_stale", stale),
+            ("hits_fallback", fallback),
+            ("hits_empty", empty),
+            ("degraded_no_space", no_space),
+            ("degraded_policy", policy),
+            ("degraded_busy", busy),
+            ("degraded_damaged", damaged),
+            ("degraded_failed", failed),
             ("commits", commits),
             ("unchanged", unchanged),
             ("abandoned", abandoned),

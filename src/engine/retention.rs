@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::{Engine, Result, now, trust};
+use super::{Code, Engine, EngineError, Result, now, trust};
 use crate::store::{self, GcReport, VersionRef};
 use crate::volume::Patterns;
 
@@ -258,8 +258,7 @@ impl Engine {
             self.counters.gcs.fetch_add(1, Ordering::Relaxed);
             let freed = &self.counters.freed_bytes;
             freed.fetch_add(garbage.freed_bytes, Ordering::Relaxed);
-            self.crowded
-                .store(self.beyond_limit() > 0, Ordering::Release);
+            self.crowded.store(self.short_of() > 0, Ordering::Release);
         }
         log::info!(
             "gc removed {} chunks and freed {} bytes",
@@ -277,6 +276,24 @@ impl Engine {
     pub(super) fn short_of(&self) -> u64 {
         let (free, kept_free) = self.free();
         self.beyond_limit().max(kept_free.saturating_sub(free))
+    }
+
+    /// Fails while the store takes too much room and gc could not help.
+    pub(super) fn refuse_if_crowded(&self) -> Result<()> {
+        if !self.crowded.load(Ordering::Acquire) || self.short_of() == 0 {
+            return Ok(());
+        }
+        let (why, hint) = match self.beyond_limit() {
+            0 => (
+                "the disk of the store has less than `min-free` left, and nothing more may go",
+                "free some room, remove volumes, unpin versions, or lower `min-free`",
+            ),
+            _ => (
+                "the store is beyond the limit of its configuration",
+                "remove volumes, unpin versions, or raise `limit`",
+            ),
+        };
+        Err(EngineError::new(Code::NoSpace, why).hint(hint))
     }
 
     /// Bytes that the store may take beside what it has, until it would take too many.

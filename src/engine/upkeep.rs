@@ -140,11 +140,10 @@ impl Engine {
         }
         tended.next = now + LOOK;
         let short = self.short_of() > 0;
-        self.crowded
-            .store(short && self.beyond_limit() > 0, Ordering::Release);
         let before = |at: Option<Instant>, than: Duration| at.is_none_or(|at| now - at > than);
         let due = before(tended.daily, DAY) || (short && before(tended.for_room, HOUR));
         if !due {
+            self.crowded.store(short, Ordering::Release);
             return false;
         }
         // A daemon that lives for minutes finds the same garbage each time: it looks for it only when something went.
@@ -162,6 +161,7 @@ impl Engine {
         });
         if let Err(error) = result {
             log::warn!("the store was not tidied up: {error}");
+            self.crowded.store(short, Ordering::Release);
         }
         if short {
             tended.for_room = Some(now);

@@ -94,10 +94,7 @@ steps:
     cli.end("3", "1");
 
     let output = cli.attach_on(&[], &[&["--job", "4"], &pipeline("bare")[..]].concat());
-    assert!(
-        output.status.success() && output.stdout.is_empty(),
-        "{output:?}"
-    );
+    assert_eq!(output.stdout, b"{\"attach\":null}\n", "{output:?}");
     let output = cli.attach_on(&[], &[&["--job", "4"], &pipeline("none")[..]].concat());
     assert_eq!(output.status.code(), Some(2));
     let line = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -226,4 +223,56 @@ fn volumes_with_conditions_of_their_own_are_committed_as_one_or_not_at_all() {
         (&"unchanged".into(), &"abandoned".into())
     );
     assert_eq!(cli.ok(&["cat", "shop/b:b/f"]), "3");
+}
+
+#[test]
+fn a_job_s_folder_shows_what_was_there_and_the_room_that_its_pipeline_asks_for() {
+    let cli = Cli::new();
+    cli.write(
+        "pipeline.yml",
+        "steps:\n  - {key: s, command: x, cache: {paths: c, name: deps, size: 25g}}\n",
+    );
+    let args = ["--pipeline", "pipeline.yml", "--step", "s"];
+    let room = || {
+        let found = rustix::fs::statvfs(cli.path("c")).unwrap();
+        let bytes = |blocks: u64| blocks * found.f_frsize;
+        (bytes(found.f_blocks), bytes(found.f_blocks - found.f_bfree))
+    };
+    assert_eq!(cli.got("1", &[], &args), ["shop/deps empty"]);
+    let (granted, used) = room();
+    // A folder for the path takes a little; there is no more room than the disk has.
+    let disk = rustix::fs::statvfs(cli.dir.path()).unwrap();
+    let least = ((25 << 30) - (64 << 10)).min(disk.f_bavail * disk.f_frsize * 3 / 4);
+    let all = least..=25_u64 << 30;
+    assert!(all.contains(&granted) && used == 0, "{granted} {used}");
+    let data = (0..3_u32 << 18)
+        .flat_map(u32::to_le_bytes)
+        .collect::<Vec<u8>>();
+    fs::write(cli.path("c/f"), &data).unwrap();
+    let last = room().1;
+    assert!(last >= data.len() as u64, "{last}");
+    cli.end("1", "0");
+    assert_eq!(cli.got("2", &[], &args), ["shop/deps exact"]);
+    let (granted, used) = room();
+    let asked = granted - used;
+    assert!(all.contains(&asked), "{asked} beside what was used last");
+    assert!(used >= data.len() as u64, "{used}");
+    // What is deleted of the base gives no room.
+    let free = |(granted, used): (u64, u64)| granted - used;
+    fs::remove_file(cli.path("c/f")).unwrap();
+    assert!(free(room()) <= 25 << 30);
+    cli.end("2", "1");
+}
+
+#[test]
+fn a_job_that_asks_for_nothing_gets_nothing_and_no_variables_of_an_earlier_one() {
+    let cli = Cli::new();
+    cli.write("job.env", "FORKVOL_HIT='exact'\n");
+    let attach = ["--job", "1", "--env-file", "job.env"];
+    let output = cli.attach_on(&[], &attach);
+    assert!(output.status.success(), "{output:?}");
+    let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(said, serde_json::json!({"attach": null}));
+    assert_eq!(fs::read_to_string(cli.path("job.env")).unwrap(), "");
+    assert!(!cli.path("store").exists(), "no store is made for it");
 }

@@ -40,10 +40,13 @@ fn refused_at(limit: u32) {
     for _ in 0..5 {
         cli.fails(&["fork", "v", mount(forks.len()).to_str().unwrap()]);
     }
-    let mut folders: Vec<String> = fs::read_dir(cli.path("store/forks"))
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let all = || {
+        let entries = fs::read_dir(cli.path("store/forks")).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap())
+    };
+    // What is over is removed in the background, when there are descriptors for it.
+    let is_over = |name: &String| name.ends_with(".gone");
+    let mut folders: Vec<String> = all().filter(|name| !is_over(name)).collect();
     let mut expected = forks.clone();
     folders.sort();
     expected.sort();
@@ -57,5 +60,10 @@ fn refused_at(limit: u32) {
     assert_eq!(cli.ok(&["cat", "v:f"]), forks[1]);
     cli.ok(&["fork", "v", mount(0).to_str().unwrap()]);
     assert_eq!(fs::read_to_string(mount(0).join("f")).unwrap(), forks[1]);
+    let begun = Instant::now();
+    while all().any(|name| is_over(&name)) {
+        assert!(begun.elapsed() < Duration::from_secs(30), "a folder stays");
+        std::thread::sleep(Duration::from_millis(50));
+    }
     cli.check();
 }

@@ -5,15 +5,16 @@ use std::collections::BTreeSet;
 use super::*;
 
 /// A store on a disk of its own, which is small.
-struct SmallDisk {
-    cli: Cli,
+pub struct SmallDisk {
+    pub cli: Cli,
 }
 
 impl SmallDisk {
-    fn new() -> SmallDisk {
+    pub fn new() -> SmallDisk {
         let cli = Cli::new();
         fs::create_dir_all(cli.path("config/forkvol")).unwrap();
-        fs::write(cli.path("config/forkvol/config.toml"), "reserve = \"0\"\n").unwrap();
+        let config = "reserve = \"0\"\nmin-free = \"0\"\n";
+        fs::write(cli.path("config/forkvol/config.toml"), config).unwrap();
         fs::create_dir(cli.path("store")).unwrap();
         let mounted = Command::new("mount")
             .args(["-t", "tmpfs", "-o", "size=320m,mode=700", "small"])
@@ -28,7 +29,7 @@ impl SmallDisk {
     }
 
     /// Leaves so much free, by what the ballast takes.
-    fn leave(&self, bytes: u64) {
+    pub fn leave(&self, bytes: u64) {
         let file = fs::File::options()
             .create(true)
             .append(true)

@@ -3,7 +3,7 @@
 use super::*;
 
 impl Cli {
-    fn attach(&self, job: &str, args: &[&str]) -> serde_json::Value {
+    pub fn attach(&self, job: &str, args: &[&str]) -> serde_json::Value {
         let root = self.path("mounts");
         let all = [
             &[
@@ -19,7 +19,7 @@ impl Cli {
         self.json(&all)["attach"].clone()
     }
 
-    fn finish(&self, job: &str, status: &str) -> serde_json::Value {
+    pub fn finish(&self, job: &str, status: &str) -> serde_json::Value {
         self.json(&["finish", "--job", job, "--status", status])["finish"]["volumes"].clone()
     }
 }
@@ -213,6 +213,8 @@ fn without_a_cache_the_job_goes_on_unless_it_is_strict() {
         (&true.into(), &"empty".into())
     );
     assert!(cli.path("c").is_dir(), "an empty folder is there instead");
+    let path = &attached["volumes"][0]["paths"][0]["path"];
+    assert!(Path::new(path.as_str().unwrap()).is_absolute(), "{path}");
     cli.ok(&["finish", "--job", "1", "--status", "0"]);
     let (status, line) = cli.fails(&["attach", "--strict", "--job", "1", "-v", "v", "-p", "c"]);
     assert_eq!(status, 1, "{line}");
@@ -618,4 +620,34 @@ fn an_end_that_was_killed_behind_its_commit_is_brought_to_its_end_by_the_next() 
     for volume in ["v", "w"] {
         assert_eq!(cli.ok(&["cat", &format!("{volume}:f")]), "x");
     }
+}
+
+#[test]
+fn volumes_that_are_added_to_a_job_are_committed_with_it_as_one() {
+    let cli = Cli::new();
+    let first = ["-v", "a", "-p", "a", "--label", "k=1"];
+    let second = ["--add", "-v", "b", "-p", "b"];
+    cli.attach("1", &first);
+    let refused = |args: &[&str]| cli.fails(&[&["attach", "--job", "1"], args].concat());
+    assert_eq!(refused(&second[1..]).0, 2, "only where it is said");
+    assert_eq!(refused(&["--add", "-v", "a", "-p", "other"]).0, 2);
+    assert_eq!(refused(&["--add", "-v", "A", "-p", "A"]).0, 2);
+    let both = cli.attach("1", &second);
+    assert_eq!(both["volumes"].as_array().unwrap().len(), 2);
+    let first_again = [&["--add"], &first[..]].concat();
+    for again in [&second[..], &first_again] {
+        assert_eq!(cli.attach("1", again), both, "it has them already");
+    }
+    fs::write(cli.path("a/f"), "a").unwrap();
+    fs::write(cli.path("b/f"), "b").unwrap();
+    let done = cli.finish("1", "0");
+    assert_eq!(done["a"], "committed as a@1");
+    assert_eq!(done["b"], "committed as b@1");
+
+    cli.attach("2", &first_again);
+    cli.attach("2", &second);
+    fs::write(cli.path("a/f"), "lost").unwrap();
+    fs::remove_file(cli.path("b/f")).unwrap();
+    assert_eq!(cli.finish("2", "0")["a"], "abandoned");
+    assert_eq!(cli.ok(&["cat", "a:f"]), "a");
 }

@@ -19,7 +19,7 @@ impl Cli {
         }
     }
 
-    fn numbers(&self, volume: &str) -> Vec<u64> {
+    pub fn numbers(&self, volume: &str) -> Vec<u64> {
         let log = self.json(&["log", volume]);
         let versions = log["versions"].as_array().unwrap().iter();
         versions.map(|v| v["number"].as_u64().unwrap()).collect()
@@ -112,4 +112,98 @@ fn a_store_beyond_its_limit_refuses_forks_and_a_job_has_a_miss() {
     cli.configure("limit = \"100g\"\nmin-free = \"0\"\n");
     assert_eq!(cli.json(&attach)["attach"]["hit"], "exact");
     cli.ok(&["finish", "--job", "1", "--status", "0"]);
+}
+
+/// Sets a program's calendar ahead by so many seconds; its timers go on as they are.
+const CALENDAR: &str = r#"
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+int clock_gettime(clockid_t clock, struct timespec *now) {
+  int status = syscall(SYS_clock_gettime, clock, now);
+  if (clock == CLOCK_REALTIME) now->tv_sec += atol(getenv("AHEAD"));
+  return status;
+}
+"#;
+
+#[test]
+fn where_a_small_disk_runs_short_the_daemon_lets_go_what_was_used_least_and_the_main_line_last() {
+    let disk = full::SmallDisk::new();
+    let cli = &disk.cli;
+    cli.configure("reserve = \"0\"\nmin-free = \"100m\"\n");
+    fs::write(cli.path("calendar.c"), CALENDAR).unwrap();
+    let library = cli.path("calendar.so");
+    let mut compiler = Command::new("cc");
+    compiler
+        .args(["-shared", "-fPIC", "-o"])
+        .arg(&library)
+        .arg(cli.path("calendar.c"));
+    assert!(compiler.status().unwrap().success());
+
+    for (volume, megabytes) in [
+        ("old", 30),
+        ("mid", 15),
+        ("mid", 15),
+        ("new", 30),
+        ("new/branch/x", 30),
+    ] {
+        let script = format!("head -c {megabytes}M /dev/urandom > cache/f");
+        let done = cli.run(volume, &cli.path("cache"), &script);
+        assert!(done.status.success(), "{done:?}");
+    }
+    cli.ok(&["daemon", "stop"]);
+    // Older versions and the branch are not enough; with what was used least it is.
+    disk.leave(50 << 20);
+    let mut daemon = cli.command(&["daemon", "run"]);
+    daemon
+        .env("LD_PRELOAD", &library)
+        .env("AHEAD", "7200")
+        .stderr(Stdio::null());
+    let mut daemon = daemon.spawn().unwrap();
+    let begun = Instant::now();
+    let counters = || {
+        let stats = cli.call(&["stats", "--json"]);
+        serde_json::from_slice::<serde_json::Value>(&stats.stdout).unwrap_or_default()["counters"]
+            .clone()
+    };
+    while counters()["gcs"] != 1 {
+        assert!(begun.elapsed() < Duration::from_secs(150), "{}", counters());
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    let left = cli.json(&["volumes"]);
+    let left = left["volumes"].as_array().unwrap().iter();
+    let left: Vec<&str> = left.map(|v| v["name"].as_str().unwrap()).collect();
+    assert_eq!(left, ["mid", "new"]);
+    assert_eq!(cli.numbers("mid"), [2]);
+    assert_eq!(
+        (
+            &counters()["removed_volumes"],
+            &counters()["removed_versions"]
+        ),
+        (&2.into(), &1.into())
+    );
+    let fork = cli.ok(&["fork", "new", "m"]);
+    cli.ok(&["abandon", &fork]);
+
+    // What may not go does not, and then there are no forks.
+    cli.ok(&["pin", "new"]);
+    cli.ok(&["pin", "mid"]);
+    disk.leave(50 << 20);
+    cli.ok(&["gc"]);
+    assert_eq!((cli.numbers("mid"), cli.numbers("new")), (vec![2], vec![1]));
+    let (status, line) = cli.fails(&["fork", "new", "m"]);
+    assert!(status == 16 && line.contains("min-free"), "{status} {line}");
+    let attached = cli.json(&["attach", "--job", "1", "-v", "new", "-p", "c"])["attach"].clone();
+    assert_eq!(
+        (&attached["degraded"], &attached["hit"]),
+        (&true.into(), &"empty".into())
+    );
+    cli.ok(&["finish", "--job", "1", "--status", "0"]);
+    disk.leave(150 << 20);
+    let fork = cli.ok(&["fork", "new", "m"]);
+    cli.ok(&["abandon", &fork]);
+    cli.check();
+    cli.ok(&["daemon", "stop"]);
+    daemon.wait().unwrap();
 }

@@ -15,6 +15,8 @@ const SERVICE: &str = r#"
     inside="env BUILDKITE=true BUILDKITE_PULL_REQUEST=false BUILDKITE_BRANCH=main"
     outside="env BUILDKITE=true BUILDKITE_PULL_REQUEST=7 BUILDKITE_REPO=git@h:a/b BUILDKITE_PULL_REQUEST_REPO=git@h:evil/b"
     refused() { if "$@" 2> "$WORK/err"; then echo "done: $*"; exit 1; fi; sed 's/^forkvol: //; s/;.*//' "$WORK/err"; }
+    mkdir -m 1777 "$WORK/tmp"
+    export TMPDIR="$WORK/tmp"
     mkdir /run/forkvol
     FORKVOL_STORE="$WORK/store" forkvol daemon run --socket /run/forkvol/forkvol.sock --group nogroup 2> "$WORK/daemon.err" &
     daemon=$!
@@ -220,4 +222,57 @@ fn without_a_policy_trust_is_off_and_said() {
     let attached = cli.json(&["attach", "--job", "1", "-v", "v", "-p", "c"]);
     assert_eq!(attached["attach"]["trust"], "off");
     cli.ok(&["finish", "--job", "1", "--status", "1"]);
+}
+
+#[test]
+fn a_user_of_the_service_without_a_folder_for_mounts_is_told_to_name_one() {
+    let out = service(
+        "",
+        r#"
+        refused agent forkvol attach --strict --job 1 -v shop
+        agent forkvol --quiet attach --job 1 -v shop --env-file env
+        agent grep -o '^FORKVOL_COMMIT_SHOP=.no: there is no folder' env
+        agent forkvol finish --job 1 --status 0
+        agent forkvol --quiet attach --strict --job 2 -v shop --mount-root mounts --env-file env
+        agent grep -o 'mounts/2/shop' env | head -1
+        agent forkvol finish --job 2 --status 0
+        # Where each path is a mount of its own none is needed.
+        agent forkvol --quiet attach --strict --job 3 -v shop -p cache --env-file env
+        agent forkvol finish --job 3 --status 0"#,
+    );
+    assert_eq!(
+        out,
+        "there is no folder for the fork's mount: no XDG_RUNTIME_DIR, no /run/user/1, and the store is not yours: the service's store (/run/forkvol/forkvol.sock)\n\
+         FORKVOL_COMMIT_SHOP='no: there is no folder\nmounts/2/shop\n"
+    );
+}
+
+#[test]
+fn a_branch_that_is_called_like_a_request_has_a_scope_of_its_own() {
+    let out = service(
+        &format!("{POLICY}commit = \"scope\"\nprotected-only = true\n"),
+        &format!(
+            r#"{}
+            agent $protected forkvol --quiet run -v shop -p cache -- bash -c "echo good > cache/f"
+            agent $outside forkvol --quiet run -v shop -p cache -- bash -c "echo request > cache/f"
+            for name in pr-7 7 untrusted/pr-7 branch-pr-7; do
+              branch="env BUILDKITE=true BUILDKITE_PULL_REQUEST=false BUILDKITE_BRANCH=$name"
+              agent $branch forkvol --quiet run -v shop -p cache -- bash -c 'cat cache/f; echo branch > cache/f'
+            done
+            forkvol volumes --json | grep -o '"name":"shop/[^"]*"'
+            forkvol cat shop/untrusted/pr-7:f"#,
+            r#"protected="env GITLAB_CI=true CI_COMMIT_REF_PROTECTED=true CI_COMMIT_REF_NAME=main""#
+        ),
+    );
+    let lines: Vec<&str> = out.lines().collect();
+    assert_eq!(lines[..4], ["good"; 4], "{out}");
+    assert_eq!(
+        lines
+            .iter()
+            .filter(|line| line.starts_with("\"name\""))
+            .count(),
+        5,
+        "{out}"
+    );
+    assert_eq!(lines.last(), Some(&"request"), "{out}");
 }

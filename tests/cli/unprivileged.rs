@@ -90,3 +90,24 @@ fn an_ordinary_user_cannot_join_a_workspace_and_is_told_what_can() {
     );
     assert!(out.ends_with("status 14\np\n"), "{out}");
 }
+
+#[test]
+fn without_a_runtime_folder_a_fork_is_mounted_in_the_user_s_own_store() {
+    let out = as_user(
+        "unset XDG_RUNTIME_DIR
+         export FORKVOL_STORE=~/s
+         attach() { forkvol --quiet attach --strict --job 1 --env-file env -v shop/v \"$@\"; . ./env; }
+         attach
+         echo \"${FORKVOL_DIR_SHOP_V#$HOME/}\"
+         echo data > \"$FORKVOL_DIR_SHOP_V/file\"
+         forkvol --quiet finish --strict --job 1 --status 0
+         ls -A s/mnt
+         attach --link symlink -p link
+         cat link/file
+         forkvol --quiet finish --strict --job 1 --status 0
+         ls -A s/mnt; test ! -L link
+         forkvol check",
+    );
+    let lines: Vec<&str> = out.lines().take(2).collect();
+    assert_eq!(lines, ["s/mnt/1/shop+v", "data"], "{out}");
+}

@@ -70,6 +70,26 @@ fn only_a_job_that_does_well_to_its_end_is_committed() {
 }
 
 #[test]
+fn a_status_that_was_named_is_no_failure_for_the_cache() {
+    let host = Host::new();
+    host.passes(&Job::new("0", "echo 0 >cache/f"));
+    let checkout = Job::new("3", "true").with("HOST_CHECKOUT", "exit 9");
+    for (job, status, committed) in [
+        (Job::new("1", "echo 7 >cache/f; exit 7"), 7, true),
+        (Job::new("2", "echo 8 >cache/f; exit 8"), 8, false),
+        (checkout, 9, false),
+    ] {
+        let mut job = job;
+        job.plugins = vec![npm(&json!({"success": [3, 7, 9]}))];
+        let before = host.versions("npm");
+        let (ended, log) = host.run(&job);
+        assert_eq!(ended, status, "{log}");
+        assert_eq!(host.versions("npm") > before, committed, "{status}: {log}");
+        host.nothing_is_left();
+    }
+}
+
+#[test]
 fn a_job_whose_command_never_ran_is_not_committed() {
     let host = Host::new();
     // The plugin twice: its second use refuses to start, and the command never runs.
@@ -276,21 +296,21 @@ fn every_option_of_the_plugin_reaches_its_volumes() {
     let one = log
         .lines()
         .find(|line| line.contains("committed as base@1"));
-    assert!(
-        one.is_some_and(|line| line.contains("committed as same@1")),
-        "{log}"
-    );
+    for other in ["same", "labelled"] {
+        let other = format!("committed as {other}@1");
+        assert!(one.is_some_and(|line| line.contains(&other)), "{log}");
+    }
     assert_eq!(host.forkvol(&["ls", "same"]).lines().count(), 1);
     assert_eq!(host.forkvol(&["cat", "base:c/f"]), "2");
     assert!(host.forkvol(&["log", "base"]).contains("lock=1 os=x y"));
     job.command =
         "[[ $FORKVOL_HIT_SHOP_BRANCH_X == fallback && -e d/c/f && -e f/c/f ]] && ! touch d/x";
     let log = host.passes(&job);
-    let unchanged = ["base (exact hit", "same (exact hit"];
+    let unchanged = ["base (exact hit", "same (exact hit", "labelled (exact hit"];
     let one = |line: &str| unchanged.iter().all(|part| line.contains(part));
     assert!(
         log.lines()
-            .any(|line| one(line) && line.matches(" unchanged").count() == 2),
+            .any(|line| one(line) && line.matches(" unchanged").count() == 3),
         "{log}"
     );
     assert_eq!(host.forkvol(&["log", "thrown"]), "");
@@ -313,6 +333,30 @@ fn every_option_of_the_plugin_reaches_its_volumes() {
         assert!(read.contains(&variable), "nothing reads the option {name}");
     }
     host.nothing_is_left();
+}
+
+#[test]
+fn volumes_with_options_of_their_own_are_committed_as_one_or_not_at_all() {
+    for order in ORDERS {
+        let host = Host::new();
+        let mut job = Job::new(
+            "1",
+            "echo 1 >a/f; echo 1 >b/f; [[ $FORKVOL_HIT == empty && $FORKVOL_JSON == *one*two* ]]",
+        );
+        job.order = order;
+        job.plugins = vec![json!({"volumes": [
+            {"name": "one", "paths": "a", "labels": "k=1"},
+            {"name": "two", "paths": "b", "size": "30g"},
+        ]})];
+        host.passes(&job);
+        job.id = "2";
+        job.command = "[[ $FORKVOL_HIT == exact ]]; echo 2 >a/f; rm b/f";
+        let log = host.passes(&job);
+        assert!(log.contains("nothing is committed"), "{log}");
+        assert_eq!(host.forkvol(&["cat", "one:f"]), "1");
+        assert_eq!(host.forkvol(&["cat", "two:f"]), "1");
+        host.nothing_is_left();
+    }
 }
 
 #[test]

@@ -45,12 +45,19 @@ forkvol_attach() {
   set +a
 }
 
+# Statuses of the command that are no failure, beside 0.
+forkvol_success=()
+
 # How the job ended, as far as it can be told in pre-exit. The command's status is not set where the command never ran; it stays 0
 # where a hook behind the command failed.
 forkvol_outcome() {
+  local status=${BUILDKITE_COMMAND_EXIT_STATUS:-none} other
+  for other in "${forkvol_success[@]}"; do
+    [[ $status != "$other" ]] || status=0
+  done
   if [[ ${BUILDKITE_JOB_CANCELLED:-} == true ]]; then
     echo cancelled
-  elif [[ ${BUILDKITE_COMMAND_EXIT_STATUS:-1} == 0 && ${BUILDKITE_LAST_HOOK_EXIT_STATUS:-0} == 0 ]]; then
+  elif [[ $status == 0 && ${BUILDKITE_LAST_HOOK_EXIT_STATUS:-0} == 0 ]]; then
     echo success
   else
     echo failure
@@ -107,7 +114,7 @@ forkvol_manifest() {
 forkvol_volume_options() {
   local prefix=$1 key option name value files
   mapfile -d '' files < <(forkvol_values "${prefix}_MANIFEST")
-  # shellcheck disable=SC2016  # read when it is attached: at the end the same options must come out, whatever the command did to the files.
+  # shellcheck disable=SC2016  # read when it is attached
   [[ ${#files[@]} -eq 0 ]] || printf '%s' '$(forkvol_manifest' "$(printf ' %q' "${files[@]}")" ') '
   for key in SIZE:--size OWNER:--owner FROM:--from PARENTS:--parent LABELS:--label LABEL_FILES:--label-file EXCLUDE:--exclude; do
     option=${key#*:}
@@ -127,6 +134,7 @@ forkvol_read_plugin() {
     name=${prefix}_${key%%:*}
     [[ -z ${!name:-} ]] || common+=$(printf '%q %q ' "${key#*:}" "${!name}")
   done
+  mapfile -d '' forkvol_success < <(forkvol_values "${prefix}_SUCCESS")
   forkvol_strict=()
   name=${prefix}_STRICT
   if [[ ${!name:-} == true ]]; then
@@ -157,11 +165,11 @@ forkvol_read_plugin() {
   done
 }
 
-# The name of a set's job. The plugin may be listed more than once in a step; its configuration tells one from the other.
+# The name of the job that has all sets. The plugin may be listed more than once in a step; its configuration tells one from the other.
 forkvol_plugin_job() {
   local sum
   read -r sum _ < <(printf %s "${BUILDKITE_PLUGIN_CONFIGURATION:-}" | cksum)
-  echo "${BUILDKITE_JOB_ID:?}.plugin.$sum.$1"
+  echo "${BUILDKITE_JOB_ID:?}.plugin.$sum"
 }
 
 # shellcheck disable=SC2120  # its arguments are its own
@@ -171,7 +179,7 @@ forkvol_plugin_start() {
     forkvol_stale
     for group in "${!forkvol_wishes[@]}"; do
       eval "set -- ${forkvol_wishes[group]} ${forkvol_options[group]}"
-      forkvol_attach "$(forkvol_plugin_job "$group")" "$@" || failed=1
+      forkvol_attach "$(forkvol_plugin_job)" --add "$@" || failed=1
     done
   else
     failed=1
@@ -183,12 +191,8 @@ forkvol_plugin_start() {
 }
 
 forkvol_plugin_end() {
-  local group failed=0
   forkvol_read_plugin && command -v forkvol >/dev/null || return 0
-  for group in "${!forkvol_wishes[@]}"; do
-    forkvol_finish "$(forkvol_plugin_job "$group")" "${forkvol_strict[@]}" || failed=1
-  done
-  return "$failed"
+  forkvol_finish "$(forkvol_plugin_job)" "${forkvol_strict[@]}"
 }
 
 # The agent's own hooks

@@ -25,7 +25,6 @@ use crate::cli::place::real_path;
 use crate::cli::{Context, exit};
 use crate::protocol::{Bytes, Code, Failure, Request};
 use crate::sys::mount as kernel;
-use crate::sys::process;
 
 pub fn attach(
     context: &Context,
@@ -35,9 +34,13 @@ pub fn attach(
     let plans = plans(&options, matches)?;
     if plans.is_empty() {
         output::note("no volume was asked for: nothing is attached");
-        return Ok(());
+        if let Some(path) = &options.env_file {
+            // What an earlier job was told is not this one's.
+            variables::write(path, &[])?;
+        }
+        return output::show(context.json, &json!({"attach": null}), |_| String::new());
     }
-    variables::refuse_clash(plans.iter().map(|plan| &plan.wish))?;
+    variables::refuse_clash(plans.iter().map(|plan| plan.wish.volume.as_str()))?;
     let name = job_name(options.job.as_deref())?;
     let strict = options.options.strict;
     let begun = Instant::now();
@@ -119,13 +122,14 @@ fn tell(context: &Context, options: &Attach, job: &Job) -> Result<(), Failure> {
 /// A job whose cache cannot be had at all: empty folders, and why.
 fn without_cache(plans: &[Plan], name: &str, failure: &Failure) -> Job {
     let agents = Vec::new();
-    let mut job = Job::new(name.into(), String::new(), When::Never, false, agents);
+    let mut job = Job::new(name.into(), When::Never, false, agents);
     for plan in plans {
         let mut volume = empty(plan);
         volume.degraded = Some(exit::line(failure));
         for path in &plan.wish.paths {
             make_plain(path);
-            volume.paths.push(Spot::plain(path.clone(), Vec::new()));
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            volume.paths.push(Spot::plain(path, Vec::new()));
         }
         job.volumes.push(volume);
     }
@@ -157,27 +161,28 @@ pub(super) fn empty(plan: &Plan) -> Volume {
     }
 }
 
-/// What was asked for, as text that is the same for the same question.
+/// What was asked for, as text that is the same for the same question: a line for each volume.
 pub(super) fn question(plans: &[Plan]) -> String {
-    let one = |plan: &Plan| {
-        let o = &plan.fork;
-        let fork = (
-            &o.from,
-            &o.parent,
-            o.read_only,
-            o.ephemeral,
-            o.size,
-            &o.label,
-            &o.lock_file,
-            &o.exclude,
-        );
-        let (link, existing, commit) = (plan.link, plan.existing, plan.commit);
-        format!(
-            "{:?} {fork:?} {link:?} {existing:?} {commit:?}\n",
-            plan.wish
-        )
-    };
-    plans.iter().map(one).collect()
+    plans.iter().map(line).collect()
+}
+
+fn line(plan: &Plan) -> String {
+    let o = &plan.fork;
+    let fork = (
+        &o.from,
+        &o.parent,
+        o.read_only,
+        o.ephemeral,
+        o.size,
+        &o.label,
+        &o.lock_file,
+        &o.exclude,
+    );
+    let (link, existing, commit) = (plan.link, plan.existing, plan.commit);
+    format!(
+        "{:?} {fork:?} {link:?} {existing:?} {commit:?}\n",
+        plan.wish
+    )
 }
 
 /// The processes without which the job is over.
@@ -195,14 +200,20 @@ fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Resu
     let mut client = context.connect()?;
     let live = live_forks(&mut client)?;
     let _alone = jobs.lock(name)?;
-    if let Some(job) = known(&mut client, &jobs, name, &asked, &live)? {
-        return Ok(job);
-    }
     let strict = options.options.strict;
-    let mut job = Job::new(name.into(), asked, When::OnSuccess, strict, agents(options));
+    let mut job = match known(&mut client, &jobs, name, &live)? {
+        Some(job) if job.asked == asked => return Ok(job),
+        Some(job) if options.add && job.joined.is_none() => job,
+        Some(_) => return Err(otherwise(name)),
+        None => Job::new(name.into(), When::OnSuccess, strict, agents(options)),
+    };
+    let is_new = |plan: &&Plan| !job.asked.split_inclusive('\n').any(|had| had == line(plan));
+    let plans: Vec<&Plan> = plans.iter().filter(is_new).collect();
+    let names = job.volumes.iter().map(|volume| volume.volume.as_str());
+    variables::refuse_clash(names.chain(plans.iter().map(|plan| plan.wish.volume.as_str())))?;
     jobs.save(&job)?;
     let mut work = Work::new(context, options, &jobs, &live, By::default_for_caller())?;
-    for plan in plans {
+    for plan in &plans {
         job.volumes.push(empty(plan));
         let begun = Instant::now();
         let made = work.volume(&mut client, &mut job, plan);
@@ -215,30 +226,37 @@ fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Resu
             work.go_without(&mut client, &mut job, plan, &failure)?;
         }
     }
+    job.asked += &plans.into_iter().map(line).collect::<String>();
     jobs.save(&job)?;
     Ok(job)
 }
 
-/// The job as it is, if it has what is asked for; what is left of an earlier one of that name is taken away.
+/// The job as it is; what is left of an earlier one of that name, or of an attach that was cut off, is taken away.
 pub(super) fn known(
     client: &mut Client,
     jobs: &Jobs,
     name: &str,
-    asked: &str,
     live: &HashSet<String>,
 ) -> Result<Option<Job>, Failure> {
-    let Some(job) = jobs.load(name)? else {
+    let Some(mut job) = jobs.load(name)? else {
         return Ok(None);
     };
-    if job.is_stale(live) {
+    let unfinished = job.unfinished();
+    if job.is_stale(live) || (unfinished.start == 0 && job.shared.is_none()) {
         finish::drop_job(client, jobs, &job)?;
         return Ok(None);
     }
-    if job.asked == asked {
-        return Ok(Some(job));
+    for volume in job.volumes.drain(unfinished).rev() {
+        finish::drop_volume(client, &volume)?;
     }
+    jobs.save(&job)?;
+    Ok(Some(job))
+}
+
+/// That a job has something else than what is asked for.
+pub(super) fn otherwise(name: &str) -> Failure {
     let message = format!("job {name} is attached with other volumes, paths or options");
-    Err(Failure::new(Code::Usage, message).hint(format!("forkvol finish --job {name}")))
+    Failure::new(Code::Usage, message).hint(format!("forkvol finish --job {name}"))
 }
 
 pub(super) struct Work<'a> {
@@ -284,12 +302,23 @@ impl<'a> Work<'a> {
         let direct = self.by == By::Helper && link == Link::Bind;
         let mut targets = Vec::new();
         for path in &wish.paths {
-            let (target, made) = self.place(plan, path)?;
-            current(job).paths.push(Spot {
-                inner: target.folder.clone(),
-                ..Spot::plain(target.path.clone(), made)
-            });
-            targets.push(target);
+            // Noted before they are made.
+            let made = paths::missing(path)?;
+            let whole = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            current(job).paths.push(Spot::plain(whole, made));
+            self.jobs.save(job)?;
+            let placed = self.place(job, plan, path);
+            let spots = &mut current(job).paths;
+            match (placed, spots.last_mut()) {
+                (Ok(target), Some(spot)) => {
+                    (spot.path, spot.inner) = (target.path.clone(), target.folder.clone());
+                    targets.push(target);
+                }
+                (placed, _) => {
+                    spots.pop();
+                    placed?;
+                }
+            }
         }
         self.jobs.save(job)?;
         let covered: Vec<Option<File>> = targets
@@ -318,6 +347,7 @@ impl<'a> Work<'a> {
             let path = self.mount_folder(&job.job, &wish.volume)?;
             current(job).folder = Some(path.clone());
             self.jobs.save(job)?;
+            paths::make_folder_open(&path)?;
             let at = Mountpoint {
                 path,
                 created: false,
@@ -360,12 +390,8 @@ impl<'a> Work<'a> {
         Ok(())
     }
 
-    /// Where a path leads, with the folders that had to be made for it.
-    pub(super) fn place(
-        &self,
-        plan: &Plan,
-        path: &Path,
-    ) -> Result<(Target, Vec<PathBuf>), Failure> {
+    /// Where a path leads; what is missing of it is made.
+    pub(super) fn place(&self, job: &Job, plan: &Plan, path: &Path) -> Result<Target, Failure> {
         let is_link = plan.link == Link::Symlink;
         if is_link && path.file_name().is_some_and(|name| name == "node_modules") {
             return Err(Failure::new(
@@ -374,19 +400,19 @@ impl<'a> Work<'a> {
             )
             .hint("bind it, or use forkvol run"));
         }
-        let missing = paths::missing(path)?;
         let target = paths::target(&plan.wish, path, &self.context.place)?;
         self.refuse_to_cover(&target.path)?;
-        let taken = |job: &&Job| {
-            let mut spots = job.volumes.iter().flat_map(|v| &v.paths);
-            spots.any(|s| s.link.is_some() && s.path == target.path)
-        };
-        if let Some(other) = self.others.iter().find(taken) {
-            let message = format!("{} is attached by job {}", target.path.display(), other.job);
-            return Err(Failure::new(Code::Busy, message)
-                .hint("use forkvol run, which gives each job its own view"));
+        // What lies below a path would be covered too.
+        for other in self.others.iter().chain([job]) {
+            let mut spots = other.volumes.iter().flat_map(|v| &v.paths);
+            let taken = |s: &&Spot| s.link.is_some() && s.path.starts_with(&target.path);
+            if let Some(spot) = spots.find(taken) {
+                let message = format!("{} is attached by job {}", spot.path.display(), other.job);
+                return Err(Failure::new(Code::Busy, message)
+                    .hint("use forkvol run, which gives each job its own view"));
+            }
         }
-        Ok((target, missing))
+        Ok(target)
     }
 
     /// Opens what a path holds, where that is to be copied; refuses content where there may be none.
@@ -408,7 +434,9 @@ impl<'a> Work<'a> {
 
     /// Refuses a path that would hide the mounts themselves.
     fn refuse_to_cover(&self, path: &Path) -> Result<(), Failure> {
-        if real_path(&self.mount_root()?).is_ok_and(|root| root.starts_with(path)) {
+        let root = self.mount_root().ok();
+        let root = root.and_then(|root| real_path(&root).ok());
+        if root.is_some_and(|root| root.starts_with(path)) {
             let why = "the forks are mounted in it";
             return Err(paths::not_covered(path, why, "choose another --mount-root"));
         }
@@ -420,17 +448,14 @@ impl<'a> Work<'a> {
             // Links to it and a later finish come from other folders.
             Some(root) => std::path::absolute(root)
                 .map_err(|e| Failure::new(Code::Failed, format!("{}: {e}", root.display()))),
-            None if process::euid() == 0 => Ok("/cache/forkvol".into()),
-            None => Ok(state::runtime_folder().join("mnt")),
+            None => state::mount_root(&self.context.place),
         }
     }
 
     fn mount_folder(&self, job: &str, volume: &str) -> Result<PathBuf, Failure> {
         let root = self.mount_root()?;
         // No name of a volume has this sign, so no two of them meet.
-        let folder = root.join(job).join(volume.replace('/', "+"));
-        paths::make_folder_open(&folder)?;
-        Ok(folder)
+        Ok(root.join(job).join(volume.replace('/', "+")))
     }
 
     pub(super) fn put_in_place(&self, link: Link, from: &Path, to: &Path) -> Result<(), Failure> {

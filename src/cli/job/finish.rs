@@ -16,7 +16,7 @@ use crate::cli::mounting::{self, By};
 use crate::cli::output::{self, warn};
 use crate::cli::volumes::version_name;
 use crate::cli::{Context, exit};
-use crate::protocol::{self, Code, Failure, Request};
+use crate::protocol::{self, Code, Failure, Mount, Request};
 
 /// For each volume of a job what became of it, and how many bytes were newly stored.
 type Outcomes = BTreeMap<String, (String, u64)>;
@@ -88,16 +88,24 @@ pub fn drop_volume(client: &mut Client, volume: &Volume) -> Result<(), Failure> 
 }
 
 fn drop_fork(client: &mut Client, volume: &Volume) -> Result<(), Failure> {
-    let Some(fork) = &volume.fork else {
+    let Some(fork) = volume.fork.clone() else {
         return Ok(());
     };
-    match client.call(&Request::Abandon {
-        forks: vec![fork.clone()],
-    }) {
+    // An attach that was cut off may have made a mount that it did not come to note.
+    let found = client.call(&Request::Find { fork: fork.clone() });
+    let found = found.and_then(|answer| take::<ForkFacts>(&answer, "/fork"));
+    let mounts = found.map_or(Vec::new(), |fork| fork.mounts);
+    match client.call(&Request::Abandon { forks: vec![fork] }) {
+        Ok(_) => {}
         // Over already.
-        Err(failure) if failure.code == Code::NotFound => Ok(()),
-        result => result.map(drop),
+        Err(failure) if failure.code == Code::NotFound => {}
+        Err(failure) => return Err(failure),
     }
+    let is_noted = |mount: &&Mount| volume.mounts().any(|noted| noted == *mount);
+    for mount in mounts.iter().filter(|mount| !is_noted(mount)) {
+        mounting::detach(client, mount);
+    }
+    Ok(())
 }
 
 fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, Failure> {
@@ -120,6 +128,11 @@ fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, 
     }
     if job.shared.is_some() && !options.keep {
         join::dissolve(&jobs, name)?;
+    }
+    // The job was told that it goes without them.
+    for volume in job.unfinished() {
+        let cut_off = || "its attach was cut off".into();
+        job.volumes[volume].degraded.get_or_insert_with(cut_off);
     }
     let end = options
         .outcome
@@ -285,8 +298,17 @@ fn commit(
     Ok(())
 }
 
-/// Why what a volume holds now looks like no job's work: a path that does not lead to it any more, or one that was emptied.
+/// Why what a volume holds now looks like no job's work: a daemon that was lost, a path that does not lead to it any more, or one
+/// that was emptied.
 fn accident(client: &mut Client, volume: &Volume) -> Result<Option<String>, Failure> {
+    if let Some(fork) = &volume.fork
+        && forks::was_lost(client, fork)?
+    {
+        let name = &volume.volume;
+        return Ok(Some(format!(
+            "the daemon of {name} was lost while the job ran"
+        )));
+    }
     for spot in volume.paths.iter().filter(|spot| spot.link.is_some()) {
         let path = spot.path.display();
         if !leads_to(spot, volume) {
@@ -352,11 +374,14 @@ pub fn take_apart(mut client: Option<&mut Client>, volume: &Volume, by: By, with
                     mounting::unbind_at_once(&spot.path, mount);
                 }
             }
+            None => mounting::clear_dead(&spot.path, by),
             _ => {}
         }
     }
-    if let Some(mount) = volume.mount.as_ref().filter(|_| !volume.shared) {
-        mounting::detach_by(client, mount, by);
+    match (&volume.mount, &volume.folder) {
+        (Some(mount), _) if !volume.shared => mounting::detach_by(client, mount, by),
+        (None, Some(folder)) => mounting::clear_dead(folder, by),
+        _ => {}
     }
     remove_folders(volume, with_paths);
 }
@@ -388,6 +413,8 @@ fn remove_if_empty(folder: &Path) {
             if matches!(
                 e.kind(),
                 io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty
+                // It lies in a fork that is over.
+                | io::ErrorKind::ReadOnlyFilesystem
             ) => {}
         Err(error) => warn(&format!("cannot remove {}: {error}", folder.display())),
     }

@@ -74,11 +74,19 @@ pub fn make(
     }
     let mut client = context.connect()?;
     let jobs = Jobs::of(&context.place)?;
-    let asked = format!("{workspace}\n{}", attach::question(plans));
+    let line = |plan| {
+        format!(
+            "{workspace:?} {}",
+            attach::question(std::slice::from_ref(plan))
+        )
+    };
+    let asked: String = plans.iter().map(line).collect();
     let live = super::live_forks(&mut client)?;
     let _alone = jobs.lock(name)?;
-    if let Some(job) = attach::known(&mut client, &jobs, name, &asked, &live)? {
-        return Ok(job);
+    match attach::known(&mut client, &jobs, name, &live)? {
+        Some(job) if job.asked == asked => return Ok(job),
+        Some(_) => return Err(attach::otherwise(name)),
+        None => {}
     }
     let shared = job_of(workspace);
     let _nobody_else = jobs.lock(&shared)?;
@@ -94,7 +102,7 @@ pub fn make(
                 Lifetime::Pipeline => options.commit.unwrap_or(When::OnSuccess),
                 _ => When::Never,
             };
-            let mut job = Job::new(shared.clone(), String::new(), when, true, Vec::new());
+            let mut job = Job::new(shared.clone(), when, true, Vec::new());
             job.shared = Some(Shared {
                 lifetime,
                 touched: state::now(),
@@ -111,13 +119,7 @@ pub fn make(
         return Err(failure);
     }
     let strict = options.options.strict;
-    let mut job = Job::new(
-        name.into(),
-        asked,
-        When::Never,
-        strict,
-        attach::agents(options),
-    );
+    let mut job = Job::new(name.into(), When::Never, strict, attach::agents(options));
     job.joined = Some(shared);
     jobs.save(&job)?;
     for plan in plans {
@@ -126,6 +128,8 @@ pub fn make(
             return Err(failure);
         }
     }
+    job.asked = asked;
+    jobs.save(&job)?;
     touch(&jobs, &mut common)?;
     Ok(job)
 }
@@ -195,7 +199,8 @@ fn bind(
     });
     let at = job.volumes.len() - 1;
     for path in &plan.wish.paths {
-        let (target, made) = work.place(plan, path)?;
+        let made = paths::missing(path)?;
+        let target = work.place(job, plan, path)?;
         work.look_at(plan, &target.path)?;
         let inside = match &target.folder {
             Some(folder) => root.join(folder),

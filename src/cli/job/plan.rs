@@ -1,5 +1,6 @@
 //! What a job is to have: for each volume its paths, and how it is forked, linked and committed.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 use clap::ArgMatches;
@@ -9,7 +10,7 @@ use crate::cli::ForkOptions;
 use crate::cli::caches::{self, Cache, Sources};
 use crate::cli::ending::When;
 use crate::cli::paths::Wish;
-use crate::protocol::Failure;
+use crate::protocol::{Code, Failure};
 
 /// A volume of a job, with all that is to be done with it.
 #[derive(Clone, Debug)]
@@ -40,7 +41,57 @@ pub fn plans(options: &Attach, matches: Option<&ArgMatches>) -> Result<Vec<Plan>
         plans.extend(beside(&plans, cache).map(|cache| of_cache(options, cache)));
     }
     caches::tell_environment(&options.preset);
-    Ok(plans)
+    in_order(plans)
+}
+
+/// Puts outer paths before those in them, which they would cover.
+///
+/// # Errors
+/// A path that is named twice; two volumes that have paths in each other's.
+fn in_order(mut plans: Vec<Plan>) -> Result<Vec<Plan>, Failure> {
+    let usage = |message: String| Failure::new(Code::Usage, message);
+    let whole = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+    let is_in = |inner: &PathBuf, outer: &PathBuf| {
+        let (inner, outer) = (whole(inner), whole(outer));
+        inner != outer && inner.starts_with(outer)
+    };
+    let mut seen = HashSet::new();
+    for plan in &mut plans {
+        if let Some(path) = plan
+            .wish
+            .paths
+            .iter()
+            .find(|path| !seen.insert(whole(path)))
+        {
+            return Err(usage(format!("{} is named twice", path.display())));
+        }
+        let paths = std::mem::take(&mut plan.wish.paths);
+        // No two folders lie in each other.
+        plan.wish.paths = outer_first(paths, is_in).unwrap_or_default();
+    }
+    let has_in = |inner: &Plan, outer: &Plan| {
+        let mut pairs = inner
+            .wish
+            .paths
+            .iter()
+            .flat_map(|p| outer.wish.paths.iter().map(move |q| (p, q)));
+        inner.wish.volume != outer.wish.volume && pairs.any(|(p, q)| is_in(p, q))
+    };
+    outer_first(plans, has_in).ok_or_else(|| {
+        usage("two volumes have paths that lie in each other's".into())
+            .hint("give one of them all of these paths")
+    })
+}
+
+/// Puts what is in something else behind it, and leaves the order as it is where nothing is; None where there is no such order.
+fn outer_first<T>(mut all: Vec<T>, is_in: impl Fn(&T, &T) -> bool) -> Option<Vec<T>> {
+    let mut out = Vec::with_capacity(all.len());
+    while !all.is_empty() {
+        let free = |one: &T| !all.iter().any(|other| is_in(one, other));
+        let at = all.iter().position(free)?;
+        out.push(all.remove(at));
+    }
+    Some(out)
 }
 
 /// What is left of a preset's cache beside volumes that are as their user wants them.
@@ -158,6 +209,54 @@ mod tests {
         };
         let left = beside(&[own("x", "a")], two).unwrap();
         assert_eq!(left.paths, [PathBuf::from("b")]);
+    }
+
+    #[test]
+    fn outer_paths_come_first_and_none_twice() {
+        let of = |volumes: &[(&str, &[&str])]| {
+            let plan = |(volume, paths): &(&str, &[&str])| {
+                let wish = Wish {
+                    volume: (*volume).into(),
+                    paths: paths.iter().map(PathBuf::from).collect(),
+                    folders: false,
+                };
+                of_wish(&attach("attach"), wish)
+            };
+            let said = |plan: Plan| {
+                let paths = plan
+                    .wish
+                    .paths
+                    .iter()
+                    .map(|p| p.to_str().unwrap().to_owned());
+                format!(
+                    "{}: {}",
+                    plan.wish.volume,
+                    paths.collect::<Vec<_>>().join(" ")
+                )
+            };
+            let plans = in_order(volumes.iter().map(plan).collect());
+            plans
+                .map(|plans| plans.into_iter().map(said).collect::<Vec<_>>())
+                .map_err(|f| f.code)
+        };
+        let sorted = of(&[
+            ("a", &["z", "n/x/y", "n/x"]),
+            ("b", &["c"]),
+            ("d", &["n", "./z/w"]),
+        ]);
+        assert_eq!(sorted, Err(Code::Usage), "a and d lie in each other");
+        let sorted = of(&[
+            ("a", &["z", "n/x/y", "n/x"]),
+            ("b", &["c"]),
+            ("d", &["./n"]),
+        ]);
+        assert_eq!(sorted.unwrap(), ["b: c", "d: ./n", "a: z n/x n/x/y"]);
+        for twice in [
+            &[("a", &["p", "./p"][..])][..],
+            &[("a", &["p"]), ("b", &["p/"])],
+        ] {
+            assert_eq!(of(twice), Err(Code::Usage));
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -36,7 +37,7 @@ pub struct Agent {
 pub struct Job {
     schema: u32,
     pub job: String,
-    /// What was asked for, as text; the same job attaches the same again or nothing.
+    /// What was asked for and attached to its end, a line for each volume; the same job attaches the same again or nothing.
     pub asked: String,
     pub commit: When,
     pub strict: bool,
@@ -127,11 +128,11 @@ impl Volume {
 }
 
 impl Job {
-    pub fn new(job: String, asked: String, commit: When, strict: bool, agents: Vec<Agent>) -> Job {
+    pub fn new(job: String, commit: When, strict: bool, agents: Vec<Agent>) -> Job {
         Job {
             schema: SCHEMA,
             job,
-            asked,
+            asked: String::new(),
             commit,
             strict,
             boot: sys::boot_id().unwrap_or_default().into(),
@@ -142,6 +143,16 @@ impl Job {
             shared: None,
             joined: None,
         }
+    }
+
+    /// The volumes whose attach was cut off: what was asked for is noted behind it.
+    pub fn unfinished(&self) -> Range<usize> {
+        let all = self.volumes.len();
+        let done = match self.shared {
+            Some(_) => all,
+            None => self.asked.lines().count(),
+        };
+        done.min(all)..all
     }
 
     /// The worst hit of all its volumes.
@@ -264,19 +275,27 @@ impl Jobs {
     pub fn of(place: &Place) -> Result<Jobs, Failure> {
         let folder = match place {
             Place::Embedded { store, .. } => store.join("jobs"),
-            Place::Service => runtime_folder().join("jobs"),
+            Place::Service => runtime_folder()
+                .unwrap_or_else(|| {
+                    std::env::temp_dir().join(format!("forkvol-{}", process::euid()))
+                })
+                .join("jobs"),
         };
-        let metadata = match fs::symlink_metadata(&folder) {
-            Ok(metadata) => metadata,
-            // Made with the first job, which knows that there is a store.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Jobs(folder)),
-            Err(e) => return Err(cannot(&folder, &e)),
-        };
-        let others = metadata.mode() & 0o022 != 0;
-        let owners = [process::euid(), 0];
-        if !metadata.is_dir() || others || !owners.contains(&metadata.uid()) {
-            let message = format!("{} is not this user's own folder", folder.display());
-            return Err(Failure::new(Code::Policy, message).hint("remove it"));
+        // Where everybody may make folders, the one above counts too.
+        let above = folder.parent().filter(|_| *place == Place::Service);
+        for folder in above.into_iter().chain([folder.as_path()]) {
+            let metadata = match fs::symlink_metadata(folder) {
+                Ok(metadata) => metadata,
+                // Made with the first job, which knows that there is a store.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => break,
+                Err(e) => return Err(cannot(folder, &e)),
+            };
+            let others = metadata.mode() & 0o022 != 0;
+            let owners = [process::euid(), 0];
+            if !metadata.is_dir() || others || !owners.contains(&metadata.uid()) {
+                let message = format!("{} is not this user's own folder", folder.display());
+                return Err(Failure::new(Code::Policy, message).hint("remove it"));
+            }
         }
         Ok(Jobs(folder))
     }
@@ -397,22 +416,38 @@ fn cannot(path: &Path, error: &io::Error) -> Failure {
     Failure::new(code, format!("{}: {error}", path.display()))
 }
 
-/// Where this user's files of this boot lie.
-pub fn runtime_folder() -> PathBuf {
+/// Where this user's files of this boot lie, if there is such a folder.
+fn runtime_folder() -> Option<PathBuf> {
     let uid = process::euid();
     if uid == 0 {
-        return "/run/forkvol-jobs".into();
+        return Some("/run/forkvol-jobs".into());
     }
     let named = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
     let usual = PathBuf::from(format!("/run/user/{uid}"));
-    let found = named
-        .into_iter()
-        .chain([usual])
-        .find(|folder| folder.is_dir());
-    match found {
-        Some(folder) => folder.join("forkvol"),
-        None => std::env::temp_dir().join(format!("forkvol-{uid}")),
+    let mut folders = named.into_iter().chain([usual]);
+    let found = folders.find(|folder| folder.is_dir());
+    found.map(|folder| folder.join("forkvol"))
+}
+
+/// The folder below which forks are mounted where nobody names one.
+pub fn mount_root(place: &Place) -> Result<PathBuf, Failure> {
+    let uid = process::euid();
+    if uid == 0 {
+        return Ok("/cache/forkvol".into());
     }
+    if let Some(folder) = runtime_folder() {
+        return Ok(folder.join("mnt"));
+    }
+    let store = match place {
+        Place::Embedded { store, .. } if fs::metadata(store).is_ok_and(|m| m.uid() == uid) => {
+            return Ok(store.join("mnt"));
+        }
+        place => place,
+    };
+    let message = format!(
+        "there is no folder for the fork's mount: no XDG_RUNTIME_DIR, no /run/user/{uid}, and the store is not yours: {store}"
+    );
+    Err(Failure::new(Code::Failed, message).hint("name a folder of your own: --mount-root DIR"))
 }
 
 #[cfg(test)]
@@ -465,7 +500,7 @@ mod tests {
         let live = HashSet::from(["f-1".to_owned()]);
         let job = |agents: &[Agent]| {
             let agents = agents.to_vec();
-            Job::new("j".into(), String::new(), When::Always, false, agents)
+            Job::new("j".into(), When::Always, false, agents)
         };
         assert!(!job(&[]).is_stale(&live));
         let mut agent = Agent::of(std::process::id()).unwrap();
@@ -495,7 +530,7 @@ mod tests {
 
     #[test]
     fn the_hit_of_a_job_is_the_worst_of_its_volumes() {
-        let mut job = Job::new("j".into(), String::new(), When::Always, false, Vec::new());
+        let mut job = Job::new("j".into(), When::Always, false, Vec::new());
         assert_eq!(job.hit(), "exact");
         for (hit, worst) in [("stale", "stale"), ("exact", "stale"), ("empty", "empty")] {
             job.volumes.push(volume(hit));
@@ -510,7 +545,8 @@ mod tests {
     }
 
     fn full() -> Job {
-        let mut job = Job::new("j".into(), "asked".into(), When::OnChange, true, Vec::new());
+        let mut job = Job::new("j".into(), When::OnChange, true, Vec::new());
+        job.asked = "asked\n".into();
         job.agents.extend(Agent::of(std::process::id()));
         job.end = Some(End::Cancelled);
         let spot = Spot {

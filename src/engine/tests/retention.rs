@@ -100,23 +100,35 @@ fn what_was_forked_is_there_however_retention_and_forks_meet() {
     check(&bench);
 }
 
-/// > While the store is beyond its `limit` all the same, new forks are refused.
+/// > While that is not enough, new forks are refused.
 #[test]
-fn a_store_beyond_its_limit_refuses_forks_when_nothing_more_may_go() {
-    let mut bench = Bench::new();
-    commit_one(&bench, "v", 1);
-    bench.retention.limit = Some(1);
-    bench.reopen();
-    let look = Instant::now() + Duration::from_secs(3600);
-    bench.engine().tend(look);
-    let error = bench.engine().fork(fork_request("v")).unwrap_err();
-    assert_eq!(error.code, Code::NoSpace);
-    assert_eq!(
-        bench.engine().volume("v").unwrap().versions,
-        1,
-        "it is in use"
-    );
-    assert_eq!(bench.engine().counters()["gcs"], 1);
+fn a_store_that_takes_too_much_refuses_forks_when_nothing_more_may_go() {
+    for (limit, min_free, says) in [
+        (Some(1), Some(0), "beyond the limit"),
+        (None, Some(u64::MAX), "less than `min-free` left"),
+    ] {
+        let mut bench = Bench::new();
+        commit_one(&bench, "v", 1);
+        (bench.retention.limit, bench.retention.min_free) = (limit, min_free);
+        bench.reopen();
+        let look = Instant::now() + Duration::from_secs(3600);
+        bench.engine().tend(look);
+        for _ in 0..2 {
+            let error = bench.engine().fork(fork_request("v")).unwrap_err();
+            assert_eq!(error.code, Code::NoSpace);
+            assert!(error.message.contains(says), "{error}");
+            // Not tried again within the hour.
+            bench.engine().tend(look + Duration::from_secs(600));
+        }
+        let kept = bench.engine().volume("v").unwrap().versions;
+        assert_eq!(kept, 1, "it is in use");
+        let counters = bench.engine().counters();
+        assert_eq!((counters["gcs"], counters["forks"]), (1, 0));
+        assert_eq!((counters["degraded_no_space"], counters["refused"]), (2, 2));
+        (bench.retention.limit, bench.retention.min_free) = (None, Some(0));
+        bench.reopen();
+        bench.fork("v");
+    }
 }
 
 /// > The daemon does it once a day, and within a minute or so of running short.
