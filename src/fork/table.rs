@@ -55,6 +55,11 @@ impl Inode {
         Inode::with(attr, content, false)
     }
 
+    /// Whether a root has it, or had before a seal.
+    pub fn is_of_base(&self) -> bool {
+        !self.created || self.base.is_some()
+    }
+
     fn with(attr: Attr, content: Content, created: bool) -> Inode {
         Inode {
             attr,
