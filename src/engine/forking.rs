@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Code, Engine, EngineError, ForkInfo, Live, Result, boot_id, now, trust, usage};
 use crate::fork::error::FsError;
 use crate::fork::{Excludes, Fork, Origin, Private};
@@ -11,7 +13,8 @@ use crate::store::{self, ForkId, ForkOptions, Hit, Step, Store, StoreError, Verd
 use crate::volume;
 
 /// Whose the files of a fork appear to be.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Owner {
     Keep,
     Ids(u32, Option<u32>),
@@ -68,6 +71,13 @@ impl Engine {
     /// # Errors
     /// `Usage`, `NotFound`, `NoSpace`; what the disk answered.
     pub fn fork(&self, request: ForkRequest) -> Result<ForkInfo> {
+        let outcome = self.make_fork(request);
+        self.counters.forked(&outcome);
+        outcome
+    }
+
+    /// As [`Engine::fork`], for the daemon itself.
+    pub(super) fn make_fork(&self, request: ForkRequest) -> Result<ForkInfo> {
         volume::check_name(&request.volume).map_err(usage)?;
         if self.stopping.load(Ordering::Acquire) {
             return Err(EngineError::new(Code::Busy, "the daemon is stopping"));
@@ -189,7 +199,6 @@ impl Engine {
         self.store.put_fork(&record)?;
         let live = Arc::new(Live::new(record, Ok(Arc::new(fork))));
         self.forks.lock().insert(id, live.clone());
-        self.counters.forks.fetch_add(1, Ordering::Relaxed);
         let info = self.info(&live)?;
         log::info!(
             "fork {id} of {} from {}",
