@@ -13,10 +13,11 @@ pub const NOT_FOUND: u8 = 127;
 
 /// What help says of all of them.
 pub const STATUSES: &str = "\
-Exit status: 0 done, 1 failed, 2 usage, 10 no such volume, version or fork, 11 head moved, 12 daemon
-unreachable or of another protocol, 13 store damaged, 14 refused by policy, 15 busy, 16 no space, 130
-interrupted. run: that of its command, 128+N for signal N; its own failures before it are 125, 126
-(not executable) and 127 (not found). attach and finish: 0 whatever happens to the cache, unless --strict.";
+Exit status: 0 done, 1 failed, 2 usage, 10 no such volume, version or fork, 11 head moved, \
+12 daemon unreachable or of another protocol, 13 store damaged, 14 refused by policy, 15 busy, \
+16 no space, 130 interrupted. run: that of its command, 128+N for signal N; its own failures before \
+it are 125, 126 (not executable) and 127 (not found). attach and finish: 0 whatever happens to the \
+cache, unless --strict.";
 
 /// Returns the exit status that stands for a kind of failure.
 pub fn status(code: Code) -> u8 {

@@ -95,6 +95,11 @@ fn what_is_not_there_is_named_with_what_lists_it() {
         let (code, text) = cli.fails(&line.split(' ').collect::<Vec<_>>());
         assert!(code == 10 && text.contains(says), "{line}: {code} {text}");
     }
+    let (code, text) = cli.fails(&["cat", "v:"]);
+    assert!(
+        code == 1 && text.contains(": / in v is no regular file"),
+        "{text}"
+    );
     assert_eq!(cli.ok(&["forks"]), "", "nothing was left over");
     assert!(!cli.path("m").exists());
 }
