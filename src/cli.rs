@@ -33,7 +33,7 @@ use config::Config;
 use place::Place;
 use values::Busy;
 
-use crate::protocol::{Code, Failure, Request, VERSION};
+use crate::protocol::{Code, Failure, Owner, Request, VERSION};
 use crate::sys::process;
 
 /// Forkable cache volumes for CI jobs: private, writable forks of a committed version, mounted through FUSE.
@@ -41,8 +41,8 @@ use crate::sys::process;
 #[command(
     name = "forkvol",
     version,
-    disable_help_subcommand = true,
-    infer_subcommands = false
+    infer_subcommands = false,
+    after_help = exit::STATUSES
 )]
 struct Cli {
     /// The store's folder (default: the service's, else your own)
@@ -108,8 +108,10 @@ enum Command {
     },
     /// Show what differs between two versions, or a version and a fork
     Diff {
-        a: String,
-        b: String,
+        /// A version, or a fork: its id or a path inside its mount
+        a: OsString,
+        /// Likewise
+        b: OsString,
         /// Only count
         #[arg(long)]
         stat: bool,
@@ -267,7 +269,7 @@ struct ForkOptions {
     no_default_exclude: bool,
     /// Whose the files appear to be: UID or UID:GID, caller, or keep
     #[arg(long, value_parser = values::owner, default_value = "keep")]
-    owner: values::Owner,
+    owner: Owner,
     /// Take POSIX ACLs
     #[arg(long)]
     acl: bool,
@@ -404,13 +406,16 @@ fn misused(error: &clap::Error, is_run: bool, json: bool) -> u8 {
                 _ => format!("{first}: {}", rest.join(", ")),
             };
             let failure = Failure::new(Code::Usage, message).hint("see forkvol --help");
-            let status = if is_run {
-                exit::RUN_FAILED
-            } else {
-                exit::status(Code::Usage)
-            };
-            exit::report_as(&failure, status, json)
+            exit::report(&failure, before(is_run, &failure), json, None)
         }
+    }
+}
+
+/// The status of a failure before a command has begun its work.
+fn before(is_run: bool, failure: &Failure) -> u8 {
+    match is_run {
+        true => exit::RUN_FAILED,
+        false => exit::status(failure.code),
     }
 }
 
@@ -419,37 +424,38 @@ fn dispatch(cli: Cli, matches: &ArgMatches) -> u8 {
         output::be_quiet();
     }
     let json = cli.json;
-    let context = || -> Result<Context, Failure> {
-        let config = Config::load()?;
+    let is_run = matches!(cli.command, Command::Run(_));
+    let context = Config::load().and_then(|config| {
         let place = Place::find(cli.store.as_deref(), &config)?;
         Ok(Context {
             json,
             config,
             place,
         })
+    });
+    let context = match context {
+        Ok(context) => context,
+        Err(failure) => return exit::report(&failure, before(is_run, &failure), json, None),
     };
-    if let Command::Run(run) = cli.command {
-        let matches = matches.subcommand_matches("run");
-        let context = match context() {
-            Ok(context) => context,
-            Err(failure) => return exit::report_as(&failure, exit::RUN_FAILED, json),
-        };
-        return run::run(&context, *run, matches);
-    }
     // A reader that has seen enough is no error, but a daemon must survive its readers.
-    if !matches!(cli.command, Command::Daemon { .. }) {
+    if !is_run && !matches!(cli.command, Command::Daemon { .. }) {
         process::default_sigpipe();
     }
-    if let Command::Attach(attach) = cli.command {
-        let matches = matches.subcommand_matches("attach");
-        return match context().and_then(|context| job::attach(&context, *attach, matches)) {
-            Ok(()) => 0,
-            Err(failure) => exit::report(&failure, json),
-        };
-    }
-    match context().and_then(|context| execute(&context, cli.command)) {
+    let done = match cli.command {
+        Command::Run(run) => {
+            return run::run(&context, *run, matches.subcommand_matches("run"));
+        }
+        Command::Attach(attach) => {
+            job::attach(&context, *attach, matches.subcommand_matches("attach"))
+        }
+        command => execute(&context, command),
+    };
+    match done {
         Ok(()) => 0,
-        Err(failure) => exit::report(&failure, json),
+        Err(failure) => {
+            let status = exit::status(failure.code);
+            exit::report(&failure, status, json, Some(&context.place))
+        }
     }
 }
 
@@ -513,7 +519,7 @@ fn settings(context: &Context, command: Option<&ConfigCommand>) -> Result<(), Fa
         let file = config
             .file
             .as_ref()
-            .map_or("none".into(), |f| f.display().to_string());
+            .map_or("no file".into(), |f| f.display().to_string());
         let document = json!({"file": config.file.as_deref().map(output::path), "ok": true});
         return output::show(context.json, &document, |_| format!("{file}: ok\n"));
     }

@@ -28,7 +28,7 @@ use parking_lot::{Mutex, MutexGuard, RwLock};
 
 use crate::fork::Fork;
 use crate::mount::{Requests, Wakeful};
-use crate::store::{self, ForkId, Ingest, Store, StoreError, StoreOptions};
+use crate::store::{self, ForkId, Hit, Ingest, Store, StoreError, StoreOptions};
 use crate::sys::now;
 use crate::tree::NodeId;
 use crate::volume::{self, Found, VersionSpec};
@@ -88,10 +88,6 @@ impl Default for EngineConfig {
 #[derive(Debug, Default)]
 pub struct Counters {
     pub forks: AtomicU64,
-    /// Of the forks, by what they began from: exact, stale, fallback, empty.
-    pub hits: [AtomicU64; 4],
-    /// Forks that were refused, by why: no space, policy, busy, damaged, failed.
-    pub degraded: [AtomicU64; 5],
     pub commits: AtomicU64,
     pub unchanged: AtomicU64,
     pub abandoned: AtomicU64,
@@ -102,6 +98,47 @@ pub struct Counters {
     /// By retention.
     pub removed_volumes: AtomicU64,
     pub removed_versions: AtomicU64,
+    /// Forks by how well they fitted what was wanted.
+    pub hits_exact: AtomicU64,
+    pub hits_stale: AtomicU64,
+    pub hits_fallback: AtomicU64,
+    pub hits_empty: AtomicU64,
+    /// What was to be a fork and is none, by reason; `degraded_mount`: it was never mounted.
+    pub degraded_no_space: AtomicU64,
+    pub degraded_policy: AtomicU64,
+    pub degraded_damaged: AtomicU64,
+    pub degraded_mount: AtomicU64,
+    pub degraded_other: AtomicU64,
+}
+
+impl Counters {
+    /// Counts what came of a wish for a fork.
+    fn forked(&self, outcome: &Result<ForkInfo>) {
+        let counter = match outcome {
+            Ok(fork) => {
+                self.forks.fetch_add(1, Ordering::Relaxed);
+                match fork.hit {
+                    Hit::Exact => &self.hits_exact,
+                    Hit::Stale => &self.hits_stale,
+                    Hit::Fallback => &self.hits_fallback,
+                    Hit::Empty => &self.hits_empty,
+                }
+            }
+            Err(error) => {
+                let counter = match error.code {
+                    Code::NoSpace => &self.degraded_no_space,
+                    Code::Policy => &self.degraded_policy,
+                    Code::Damaged => &self.degraded_damaged,
+                    // The caller's mistake.
+                    Code::Usage => return,
+                    _ => &self.degraded_other,
+                };
+                self.refused.fetch_add(1, Ordering::Relaxed);
+                counter
+            }
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// One fork as the engine keeps it.
@@ -311,6 +348,16 @@ impl Engine {
     /// # Errors
     /// `NotFound`; what the disk answered.
     pub fn abandon(&self, id: ForkId) -> Result<Vec<MountInfo>> {
+        let never_mounted = self.live(id)?.record.lock().mounts.is_empty();
+        let mounts = self.drop_fork(id)?;
+        self.counters.abandoned.fetch_add(1, Ordering::Relaxed);
+        if never_mounted {
+            self.counters.degraded_mount.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(mounts)
+    }
+
+    fn drop_fork(&self, id: ForkId) -> Result<Vec<MountInfo>> {
         let live = self.live(id)?;
         let _one = live.alone();
         match self.store.remove_fork(id) {
@@ -325,7 +372,6 @@ impl Engine {
             }
             Err(error) => return Err(error.into()),
         }
-        self.counters.abandoned.fetch_add(1, Ordering::Relaxed);
         log::info!("fork {id} abandoned");
         Ok(self.finish(&live, None))
     }

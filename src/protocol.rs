@@ -15,6 +15,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
+pub use crate::engine::{Owner, When};
 pub use content::{Incoming, Outgoing};
 pub use frame::{Connection, FrameError};
 
@@ -190,14 +191,6 @@ pub struct Stop {
     pub drain: Option<f64>,
 }
 
-/// Whose the files of a fork appear to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Owner {
-    Keep,
-    Ids(u32, Option<u32>),
-}
-
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fork {
@@ -251,16 +244,6 @@ pub struct Serve {
     /// What serves the same by now has been taken away and lives on where nobody sees it: it is to end.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub instead: bool,
-}
-
-/// When a commit is to be made, as far as the daemon has to decide it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum When {
-    #[default]
-    Always,
-    OnChange,
-    IfMissing,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -381,7 +381,23 @@ fn spawn(store: &Path, socket: &Path) -> Result<(), Failure> {
             Failure::new(Code::Unreachable, "the daemon ended before it was ready")
                 .hint(format!("see {}", store.join("log").display())),
         )
-    })
+    })?;
+    if ends_with_its_cgroup() {
+        warn(&format!(
+            "the daemon of {} ends with this container or job, and its live forks with it; see forkvol doctor",
+            store.display()
+        ));
+    }
+    Ok(())
+}
+
+/// Whether a process that this one starts ends with a container, or with the cgroup of a job or login.
+pub fn ends_with_its_cgroup() -> bool {
+    let in_container =
+        Path::new("/.dockerenv").exists() || Path::new("/run/.containerenv").exists();
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let is_root = |line: &str| line.ends_with(":/") || line.ends_with("/init.scope");
+    in_container || !own.lines().all(is_root)
 }
 
 /// The command that gives the daemon a cgroup of its own.

@@ -9,7 +9,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use super::Context;
-use super::client::Client;
+use super::client::{Client, ends_with_its_cgroup};
 use super::mounting;
 use super::output;
 use super::place::Place;
@@ -356,13 +356,7 @@ fn cgroup(context: &Context) -> Option<Finding> {
     if context.place == Place::Service || Path::new("/run/systemd/system").exists() {
         return None;
     }
-    let in_container =
-        Path::new("/.dockerenv").exists() || Path::new("/run/.containerenv").exists();
-    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let is_root = own
-        .lines()
-        .all(|l| l.ends_with(":/") || l.ends_with("/init.scope"));
-    if !in_container && is_root {
+    if !ends_with_its_cgroup() {
         return None;
     }
     Some(Finding::warning(

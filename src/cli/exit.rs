@@ -3,12 +3,21 @@
 use serde_json::json;
 
 use super::output;
+use super::place::Place;
 use crate::protocol::{Code, Failure};
 
 /// `run`'s own failures before its command.
 pub const RUN_FAILED: u8 = 125;
 pub const NOT_EXECUTABLE: u8 = 126;
 pub const NOT_FOUND: u8 = 127;
+
+/// What help says of all of them.
+pub const STATUSES: &str = "\
+Exit status: 0 done, 1 failed, 2 usage, 10 no such volume, version or fork, 11 head moved, \
+12 daemon unreachable or of another protocol, 13 store damaged, 14 refused by policy, 15 busy, \
+16 no space, 130 interrupted. run: that of its command, 128+N for signal N; its own failures before \
+it are 125, 126 (not executable) and 127 (not found). attach and finish: 0 whatever happens to the \
+cache, unless --strict.";
 
 /// Returns the exit status that stands for a kind of failure.
 pub fn status(code: Code) -> u8 {
@@ -26,19 +35,20 @@ pub fn status(code: Code) -> u8 {
     }
 }
 
-/// Says on standard error what failed, and returns the status to end with.
-pub fn report(failure: &Failure, json: bool) -> u8 {
-    report_as(failure, status(failure.code), json)
-}
-
-/// As [`report`], with another status than the failure's own.
-pub fn report_as(failure: &Failure, status: u8, json: bool) -> u8 {
-    eprintln!("forkvol: {}", line(failure));
+/// Says on standard error what failed, and in which store if one was found; returns the status to end with.
+pub fn report(failure: &Failure, status: u8, json: bool, place: Option<&Place>) -> u8 {
+    let line = line(failure);
+    // A mistake of the caller's is one in any store.
+    match place.filter(|place| failure.code != Code::Usage && !place.is_named_in(&line)) {
+        Some(place) => eprintln!("forkvol: {line}; store: {place}"),
+        None => eprintln!("forkvol: {line}"),
+    }
     if json {
         let (message, hint) = (&failure.message, &failure.hint);
+        let store = place.map(ToString::to_string);
         eprintln!(
             "{}",
-            json!({"error": {"code": status, "message": message, "hint": hint}})
+            json!({"error": {"code": status, "message": message, "hint": hint, "store": store}})
         );
     }
     status

@@ -15,7 +15,7 @@ use super::facts;
 use super::holders;
 use super::mounting::{self, By, Manner, Mountpoint};
 use super::output::{self, Shown};
-use super::values::{self, Owner};
+use super::values;
 use super::volumes::version_name;
 use super::{AbandonOptions, CommitOptions, Context, ForkOptions};
 use crate::protocol::{self, Bytes, Code, Failure, Mount, Request};
@@ -78,10 +78,7 @@ pub fn make(
         labels: labels(options)?,
         excludes: options.exclude.clone(),
         default_excludes: !options.no_default_exclude,
-        owner: match options.owner {
-            Owner::Keep => protocol::Owner::Keep,
-            Owner::Ids(uid, gid) => protocol::Owner::Ids(uid, gid),
-        },
+        owner: options.owner,
         acl: options.acl,
         suid: options.suid,
         dev: options.dev,
@@ -233,9 +230,14 @@ pub fn mount(context: &Context, fork: &OsStr, mountpoint: Option<&Path>) -> Resu
     output::show(context.json, &document, |_| format!("{}\n", fork.id))
 }
 
+/// Whether what names a fork is a path inside its mount, and no id.
+pub fn is_path(fork: &OsStr) -> bool {
+    matches!(fork.as_bytes().first(), Some(b'/' | b'.' | b'~'))
+}
+
 /// Finds a fork by its id, or by a path inside its mount.
-fn find(client: &mut Client, fork: &OsStr) -> Result<ForkFacts, Failure> {
-    if !matches!(fork.as_bytes().first(), Some(b'/' | b'.' | b'~')) {
+pub fn find(client: &mut Client, fork: &OsStr) -> Result<ForkFacts, Failure> {
+    if !is_path(fork) {
         let fork = fork.to_string_lossy().into_owned();
         return take(&client.call(&Request::Find { fork })?, "/fork");
     }

@@ -100,6 +100,16 @@ impl Place {
     }
 }
 
+impl Place {
+    /// Whether a text says which store it speaks of.
+    pub fn is_named_in(&self, text: &str) -> bool {
+        match self {
+            Place::Service => text.contains("the service"),
+            Place::Embedded { store, .. } => text.contains(&*store.to_string_lossy()),
+        }
+    }
+}
+
 impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {

@@ -92,7 +92,10 @@ impl InUse {
 /// Runs the command; the status is the command's own wherever it ran.
 pub fn run(context: &Context, run: Run, matches: Option<&ArgMatches>) -> u8 {
     let begun = Instant::now();
-    let fail = |failure: &Failure| exit::report_as(failure, exit::RUN_FAILED, context.json);
+    let report = |failure: &Failure, status| {
+        exit::report(failure, status, context.json, Some(&context.place))
+    };
+    let fail = |failure: &Failure| report(failure, exit::RUN_FAILED);
     let signals = match child::watch_signals() {
         Ok(signals) => signals,
         Err(e) => {
@@ -123,7 +126,7 @@ pub fn run(context: &Context, run: Run, matches: Option<&ArgMatches>) -> u8 {
         }
         Err(not_run) => {
             job.give_up();
-            exit::report_as(&not_run.failure, not_run.status, context.json)
+            report(&not_run.failure, not_run.status)
         }
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 
+use crate::protocol::Owner;
 use crate::sys::process;
 
 /// A number of bytes: an integer with an optional k, m, g or t, 1024-based, and an optional "b" or "ib" after it.
@@ -73,12 +74,6 @@ pub fn volume(text: &str) -> Result<String, String> {
 }
 
 /// `UID[:GID]`, `caller` or `keep`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Owner {
-    Keep,
-    Ids(u32, Option<u32>),
-}
-
 pub fn owner(text: &str) -> Result<Owner, String> {
     let wrong = || format!("{text:?} is not an owner: UID[:GID], caller or keep");
     let id = |text: &str| {

@@ -1,8 +1,10 @@
 //! What looks at volumes, versions and the store, or tidies them up.
 
+use std::ffi::OsStr;
+
 use serde_json::{Value, json};
 
-use super::forks::take;
+use super::forks::{self, take};
 use super::mounting;
 use super::output::{self, Column, Shown};
 use super::{Context, VolumeCommand};
@@ -79,10 +81,16 @@ pub fn log(context: &Context, volume: String) -> Result<(), Failure> {
     })
 }
 
-pub fn diff(context: &Context, a: &str, b: &str, stat: bool) -> Result<(), Failure> {
-    let answer = context.ask(&Request::Diff {
-        a: a.into(),
-        b: b.into(),
+pub fn diff(context: &Context, a: &OsStr, b: &OsStr, stat: bool) -> Result<(), Failure> {
+    let mut client = context.connect()?;
+    let mut side = |text: &OsStr| match forks::is_path(text) {
+        true => forks::find(&mut client, text).map(|fork| fork.id),
+        false => Ok(text.to_string_lossy().into_owned()),
+    };
+    let (a, b) = (side(a)?, side(b)?);
+    let answer = client.call(&Request::Diff {
+        a: a.clone(),
+        b: b.clone(),
     })?;
     let changes: Vec<Value> = take(&answer, "/changes")?;
     if !stat {
@@ -155,11 +163,13 @@ pub fn stats(context: &Context, prometheus: bool) -> Result<(), Failure> {
     }
     let volumes: Vec<Value> = take(&answer, "/stats/volumes")?;
     output::show(context.json, &answer, |answer| {
-        let stats = &answer["stats"];
-        let number = |name: &str| stats[name].as_u64().unwrap_or(0);
-        let ratio = number("logical_bytes") as f64 / number("stored_bytes").max(1) as f64;
+        let mut stats = answer["stats"].clone();
+        let number = |name: &str| stats[name].as_u64().filter(|n| *n > 0);
+        let ratio = number("logical_bytes").zip(number("stored_bytes"));
+        let ratio = ratio.map(|(logical, stored)| format!("{:.1}", logical as f64 / stored as f64));
+        stats["ratio"] = json!(ratio);
         let mut text = output::fields(
-            stats,
+            &stats,
             &[
                 ("versions", "/versions", Shown::Plain),
                 ("logical", "/logical_bytes", Shown::Size),
@@ -169,9 +179,9 @@ pub fn stats(context: &Context, prometheus: bool) -> Result<(), Failure> {
                 ("chunks", "/chunks", Shown::Plain),
                 ("settled chunks", "/settled_chunks", Shown::Plain),
                 ("saved by that", "/saved_bytes", Shown::Size),
+                ("ratio", "/ratio", Shown::Plain),
             ],
         );
-        text.push_str(&format!("ratio:    {ratio:.1}\n"));
         text.push_str(&output::table(
             &volumes,
             &[

@@ -15,8 +15,8 @@ use crate::engine::{
     self, Asker, CommitRequest, Engine, ForkInfo, ForkRequest, JobFacts, MORE_FILES, Served,
 };
 use crate::protocol::{
-    Answer, Code, Commit, Connection, Facts, Failure, Fork, FrameError, Incoming, Outgoing, Owner,
-    Request, Serve, When,
+    Answer, Code, Commit, Connection, Facts, Failure, Fork, FrameError, Incoming, Outgoing,
+    Request, Serve,
 };
 use crate::store::{ForkId, Verdict};
 use crate::sys::mount;
@@ -96,14 +96,6 @@ pub fn live_fork_names(engine: &Engine) -> Vec<String> {
         .filter(|fork| fork.state == "live")
         .map(|fork| format!("{} ({})", fork.id, fork.volume))
         .collect()
-}
-
-fn when_of(when: When) -> engine::When {
-    match when {
-        When::Always => engine::When::Always,
-        When::OnChange => engine::When::OnChange,
-        When::IfMissing => engine::When::IfMissing,
-    }
 }
 
 struct Call<'a> {
@@ -288,10 +280,7 @@ impl Call<'_> {
                 labels: fork.labels,
                 excludes: fork.excludes,
                 default_excludes: fork.default_excludes,
-                owner: match fork.owner {
-                    Owner::Keep => engine::Owner::Keep,
-                    Owner::Ids(uid, gid) => engine::Owner::Ids(uid, gid),
-                },
+                owner: fork.owner,
                 acl: fork.acl,
                 suid: fork.suid,
                 dev: fork.dev,
@@ -341,7 +330,7 @@ impl Call<'_> {
         let forks = commit
             .forks
             .iter()
-            .map(|(fork, when)| Ok((self.own(fork)?.0, when_of(*when))))
+            .map(|(fork, when)| Ok((self.own(fork)?.0, *when)))
             .collect::<Result<BTreeMap<_, _>, Failure>>()?;
         let request = CommitRequest {
             keep: commit.keep,

@@ -23,13 +23,13 @@ fn bytes(bytes: &[u8]) -> Bytes {
 }
 
 pub fn mount(mount: &MountInfo) -> Value {
-    let path = bytes(mount.path.as_bytes());
+    let MountInfo { at, namespace } = mount;
     json!(Mount {
-        path,
-        folder: bytes(mount.folder.as_bytes()),
-        device: mount.dev,
-        created: mount.created,
-        namespace: mount.namespace
+        path: bytes(at.path.as_bytes()),
+        folder: bytes(at.folder.as_bytes()),
+        device: at.dev,
+        created: at.created,
+        namespace: *namespace,
     })
 }
 
@@ -154,6 +154,7 @@ pub fn list<T>(items: &[T], one: impl Fn(&T) -> Value) -> Value {
 mod tests {
     use super::*;
     use crate::engine::LeftOut;
+    use crate::store::MountPoint;
 
     /// The example of docs/json.md with this name.
     fn example(name: &str) -> Value {
@@ -182,10 +183,12 @@ mod tests {
     #[test]
     fn documents_are_those_of_the_manual() {
         let the_mount = MountInfo {
-            path: "/mnt/npm".into(),
-            folder: "".into(),
-            dev: 41,
-            created: true,
+            at: MountPoint {
+                path: "/mnt/npm".into(),
+                folder: "".into(),
+                dev: 41,
+                created: true,
+            },
             namespace: Some(4_026_531_841),
         };
         let the_volume = VolumeInfo {

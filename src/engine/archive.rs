@@ -247,7 +247,7 @@ impl Engine {
             uid,
             gid,
         };
-        let info = self.fork(request)?;
+        let info = self.make_fork(request)?;
         let id = info.id.parse().map_err(|()| super::no_fork(&info.id))?;
         let fork = self.live(id)?.fork()?.clone();
         let options = Options {
@@ -274,12 +274,12 @@ impl Engine {
         let warnings = match imported {
             Ok(warnings) => warnings,
             Err(error) => {
-                self.abandon(id)?;
+                self.drop_fork(id)?;
                 return Err(error);
             }
         };
         let version = self.commit(vec![id], commit).inspect_err(|_| {
-            if let Err(error) = self.abandon(id) {
+            if let Err(error) = self.drop_fork(id) {
                 log::warn!("fork {id} of an import stays: {error}");
             }
         })?;

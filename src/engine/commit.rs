@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Code, Engine, EngineError, Live, MountInfo, Result, VersionInfo, no_fork, now};
 use crate::commit::{Changed, Ingested, changed, charge, prepare};
 use crate::fork::Private;
@@ -13,7 +15,8 @@ use crate::store::{
 use crate::tree::NodeId;
 
 /// When a commit makes a version.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum When {
     Always,
     /// Only if more than times changed.

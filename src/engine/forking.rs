@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Code, Engine, EngineError, ForkInfo, Live, Result, boot_id, now, trust, usage};
 use crate::fork::error::FsError;
 use crate::fork::{Excludes, Fork, Origin, Private};
@@ -11,7 +13,8 @@ use crate::store::{self, ForkId, ForkOptions, Hit, Step, Store, StoreError, Verd
 use crate::volume;
 
 /// Whose the files of a fork appear to be.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Owner {
     Keep,
     Ids(u32, Option<u32>),
@@ -69,29 +72,16 @@ impl Engine {
     /// `Usage`, `NotFound`, `NoSpace`; what the disk answered.
     pub fn fork(&self, request: ForkRequest) -> Result<ForkInfo> {
         let volume = request.volume.clone();
-        let result = self.make_fork(request);
-        if let Err(error) = &result {
-            self.count_refusal(error.code);
+        let outcome = self.make_fork(request);
+        self.counters.forked(&outcome);
+        if let Err(error) = &outcome {
             log::warn!("no fork of {volume}: {error}");
         }
-        result
+        outcome
     }
 
-    fn count_refusal(&self, code: Code) {
-        let why = match code {
-            Code::NoSpace => 0,
-            Code::Policy => 1,
-            Code::Busy => 2,
-            Code::Damaged => 3,
-            Code::Failed | Code::HeadMoved => 4,
-            // The caller's mistake.
-            Code::Usage | Code::NotFound => return,
-        };
-        self.counters.degraded[why].fetch_add(1, Ordering::Relaxed);
-        self.counters.refused.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn make_fork(&self, request: ForkRequest) -> Result<ForkInfo> {
+    /// As [`Engine::fork`], for the daemon itself.
+    pub(super) fn make_fork(&self, request: ForkRequest) -> Result<ForkInfo> {
         volume::check_name(&request.volume).map_err(usage)?;
         if self.stopping.load(Ordering::Acquire) {
             return Err(EngineError::new(Code::Busy, "the daemon is stopping"));
@@ -207,14 +197,6 @@ impl Engine {
         self.store.put_fork(&record)?;
         let live = Arc::new(Live::new(record, Ok(Arc::new(fork))));
         self.forks.lock().insert(id, live.clone());
-        self.counters.forks.fetch_add(1, Ordering::Relaxed);
-        let kind = match hit {
-            Hit::Exact => 0,
-            Hit::Stale => 1,
-            Hit::Fallback => 2,
-            Hit::Empty => 3,
-        };
-        self.counters.hits[kind].fetch_add(1, Ordering::Relaxed);
         let info = self.info(&live)?;
         log::info!(
             "fork {id} of {} from {}",

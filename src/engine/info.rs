@@ -1,7 +1,6 @@
 //! What is told of volumes, versions and forks.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::sync::atomic::Ordering;
 
 use serde::Serialize;
@@ -11,26 +10,17 @@ use super::{Counters, Engine, Live, Result, no_volume};
 use crate::store::{self, LeftOut, MountPoint, Store, VersionRef};
 
 /// Where a fork is mounted, so that its caller can take the mount away.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct MountInfo {
-    pub path: OsString,
-    /// The folder of the fork that is mounted there; empty for all of it.
-    pub folder: OsString,
-    pub dev: u64,
-    pub created: bool,
+    pub at: MountPoint,
     /// The mount namespace in which it was mounted, while it is served.
     pub namespace: Option<u64>,
 }
 
 impl From<MountPoint> for MountInfo {
-    fn from(mount: MountPoint) -> MountInfo {
-        MountInfo {
-            path: mount.path,
-            folder: mount.folder,
-            dev: mount.dev,
-            created: mount.created,
-            namespace: None,
-        }
+    fn from(at: MountPoint) -> MountInfo {
+        let namespace = None;
+        MountInfo { at, namespace }
     }
 }
 
@@ -160,9 +150,9 @@ impl Engine {
             mounts: record
                 .mounts
                 .into_iter()
-                .map(|mount| MountInfo {
-                    namespace: namespaces.get(&mount.folder).copied().flatten(),
-                    ..mount.into()
+                .map(|at| MountInfo {
+                    namespace: namespaces.get(&at.folder).copied().flatten(),
+                    at,
                 })
                 .collect(),
             job: record.options.job,
@@ -271,8 +261,6 @@ impl Engine {
     pub fn counters(&self) -> BTreeMap<&'static str, u64> {
         let Counters {
             forks,
-            hits: [exact, stale, fallback, empty],
-            degraded: [no_space, policy, busy, damaged, failed],
             commits,
             unchanged,
             abandoned,
@@ -281,18 +269,18 @@ impl Engine {
             freed_bytes,
             removed_volumes,
             removed_versions,
+            hits_exact,
+            hits_stale,
+            hits_fallback,
+            hits_empty,
+            degraded_no_space,
+            degraded_policy,
+            degraded_damaged,
+            degraded_mount,
+            degraded_other,
         } = &self.counters;
         let all = [
             ("forks", forks),
-            ("hits_exact", exact),
-            ("hits_stale", stale),
-            ("hits_fallback", fallback),
-            ("hits_empty", empty),
-            ("degraded_no_space", no_space),
-            ("degraded_policy", policy),
-            ("degraded_busy", busy),
-            ("degraded_damaged", damaged),
-            ("degraded_failed", failed),
             ("commits", commits),
             ("unchanged", unchanged),
             ("abandoned", abandoned),
@@ -301,6 +289,15 @@ impl Engine {
             ("freed_bytes", freed_bytes),
             ("removed_volumes", removed_volumes),
             ("removed_versions", removed_versions),
+            ("hits_exact", hits_exact),
+            ("hits_stale", hits_stale),
+            ("hits_fallback", hits_fallback),
+            ("hits_empty", hits_empty),
+            ("degraded_no_space", degraded_no_space),
+            ("degraded_policy", degraded_policy),
+            ("degraded_damaged", degraded_damaged),
+            ("degraded_mount", degraded_mount),
+            ("degraded_other", degraded_other),
         ];
         all.into_iter()
             .map(|(name, count)| (name, count.load(Ordering::Relaxed)))

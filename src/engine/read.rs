@@ -186,9 +186,10 @@ impl Engine {
         let attr = self.attr(held.root, ino)?;
         if attr.kind != Kind::File {
             let path = String::from_utf8_lossy(path).into_owned();
+            let path = path.trim_start_matches('/');
             return Err(EngineError::new(
                 Code::Failed,
-                format!("{path} in {text} is no regular file"),
+                format!("/{path} in {text} is no regular file"),
             ));
         }
         self.copy_out(held.root, ino, attr.size, out)

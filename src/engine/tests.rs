@@ -246,6 +246,52 @@ fn forks_of_one_volume_see_only_their_base_and_themselves_and_the_last_commit_wi
 
 /// > | `forkvol abandon` returned | gone | gone; it may be listed once more, as `lost` |
 #[test]
+fn counters_tell_how_well_forks_fitted_and_what_they_were_refused_for() {
+    let mut bench = Bench::new();
+    let labelled = |volume: &str, value: &str| {
+        let mut request = fork_request(volume);
+        request.labels.insert("lock".into(), value.into());
+        request
+    };
+    let first = bench.engine().fork(labelled("v", "1")).unwrap();
+    let first: ForkId = first.id.parse().unwrap();
+    put(&bench.fs(first), "f", b"1");
+    bench.commit(first, false);
+    bench.engine().fork(labelled("v", "1")).unwrap();
+    bench.engine().fork(labelled("v", "2")).unwrap();
+    let unmounted = bench.fork_with("w", |request| request.parents = vec!["v".into()]);
+    bench.engine().abandon(unmounted).unwrap();
+    let mut missing = fork_request("v");
+    missing.from = Some("v@9".into());
+    bench.engine().fork(missing).unwrap_err();
+    bench.engine().crowded.store(true, Ordering::Release);
+    bench.engine().fork(fork_request("v")).unwrap_err();
+    let counters = bench.engine().counters();
+    let counted: Vec<_> = counters
+        .iter()
+        .filter(|(name, _)| name.starts_with("hits_") || name.starts_with("degraded_"))
+        .map(|(name, count)| format!("{name} {count}"))
+        .collect();
+    assert_eq!(
+        counted,
+        [
+            "degraded_damaged 0",
+            "degraded_mount 1",
+            "degraded_no_space 1",
+            "degraded_other 1",
+            "degraded_policy 0",
+            "hits_empty 1",
+            "hits_exact 1",
+            "hits_fallback 1",
+            "hits_stale 1",
+        ]
+    );
+    assert_eq!(counters["forks"], 4);
+    bench.reopen();
+    assert_eq!(bench.engine().counters()["forks"], 0);
+}
+
+#[test]
 fn an_abandoned_fork_leaves_the_head_as_it_was() {
     let mut bench = Bench::new();
     let first = bench.fork("v");

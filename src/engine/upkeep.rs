@@ -27,7 +27,7 @@ const DAY: Duration = Duration::from_secs(86_400);
 /// Files of one fork that are ingested between two looks at the others.
 const AT_A_TIME: usize = 4096;
 /// How often it is tried, with a pause, to remove what is over.
-const TRIES: usize = 20;
+const TRIES: usize = 200;
 /// A file is cut down in steps of this size before it is unlinked, so that the disk is never held for long.
 const STEP: u64 = 64 << 20;
 

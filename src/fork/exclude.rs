@@ -95,12 +95,12 @@ impl Excludes {
         self.0.name(path, is_dir)
     }
 
-    /// Whether a pattern may name a path that ends with this name.
-    fn may_name(&self, name: &[u8]) -> bool {
-        self.0.may_name(name)
+    /// Whether a pattern may name a path that ends with the name of this hash.
+    fn may_name(&self, hash: u64) -> bool {
+        self.0.may_name(hash)
     }
 
-    fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 }
@@ -152,10 +152,11 @@ pub struct Split {
     pub edits: Vec<Edit>,
 }
 
-/// Takes what is excluded out of the live table; `None` if that is nothing.
+/// Takes what is excluded out of the live table, whose inodes of the base these are; `None` if that is nothing.
 pub fn split(
     excludes: &Excludes,
     layers: &Layers,
+    of_base: &[Arc<Cell>],
     store: &Store,
 ) -> Result<Option<Split>, FsError> {
     if excludes.is_empty() {
@@ -164,7 +165,7 @@ pub fn split(
     let mut paths = Paths::new(excludes, store);
     let mut found = Names::new();
     paths.changed_names(layers, layers.live.entries.iter(), |_| true, &mut found)?;
-    paths.base_names(layers, layers.live.inodes.values(), &mut found)?;
+    paths.base_names(layers, of_base.iter(), &mut found)?;
     if found.is_empty() {
         return Ok(None);
     }
@@ -380,9 +381,21 @@ impl<'a> Paths<'a> {
         found: &mut Names,
     ) -> Result<(), FsError> {
         let root = layers.root.id;
+        // The names of a folder stand together, and most of its names are passed over by their hash: whoever waits for a seal
+        // waits for this.
+        let mut folder: Option<(Ino, Option<Rc<Folder>>)> = None;
         for (key, child) in entries {
             let Some((ino, kind)) = *child else { continue };
-            if !wanted(ino) || !self.is_excluded(layers, key.0, &key.2, kind)? {
+            if !wanted(ino) {
+                continue;
+            }
+            let dir = match folder.take().filter(|(at, _)| *at == key.0) {
+                Some((_, dir)) => dir,
+                None => self.folder(layers, key.0)?,
+            };
+            let excluded = self.is_excluded(dir.as_deref(), key, kind);
+            folder = Some((key.0, dir));
+            if !excluded {
                 continue;
             }
             // A folder of the base in its old place stays with what it holds.
@@ -405,8 +418,7 @@ impl<'a> Paths<'a> {
         for cell in cells {
             let kind = {
                 let inode = cell.state.read();
-                let of_base = !inode.created || inode.base.is_some();
-                if !of_base || inode.orphan || inode.attr.kind == Kind::Directory {
+                if !inode.is_of_base() || inode.orphan || inode.attr.kind == Kind::Directory {
                     continue;
                 }
                 inode.attr.kind
@@ -421,9 +433,11 @@ impl<'a> Paths<'a> {
                     continue;
                 };
                 let key: EntryKey = (parent, record::hash56(name), name.into());
-                if !layers.live.entries.contains_key(&key)
-                    && self.is_excluded(layers, parent, name, kind)?
-                {
+                if layers.live.entries.contains_key(&key) {
+                    continue;
+                }
+                let dir = self.folder(layers, parent)?;
+                if self.is_excluded(dir.as_deref(), &key, kind) {
                     found.insert(key, (cell.ino, kind));
                 }
             }
@@ -431,21 +445,14 @@ impl<'a> Paths<'a> {
         Ok(())
     }
 
-    fn is_excluded(
-        &mut self,
-        layers: &Layers,
-        dir: Ino,
-        name: &[u8],
-        kind: Kind,
-    ) -> Result<bool, FsError> {
-        let Some(folder) = self.folder(layers, dir)? else {
-            return Ok(false);
-        };
+    /// Whether a name in a folder is excluded, by itself or with all of the folder; in none that is gone.
+    fn is_excluded(&self, dir: Option<&Folder>, (_, hash, name): &EntryKey, kind: Kind) -> bool {
         let is_dir = kind == Kind::Directory;
-        let named = || {
-            self.excludes.may_name(name) && self.excludes.names(&join(&folder.path, name), is_dir)
-        };
-        Ok(folder.excluded || named())
+        dir.is_some_and(|dir| {
+            dir.excluded
+                || self.excludes.may_name(*hash)
+                    && self.excludes.names(&join(&dir.path, name), is_dir)
+        })
     }
 
     /// A folder by its number; `None` if it is gone.
@@ -465,8 +472,8 @@ impl<'a> Paths<'a> {
         for (ino, name) in chain.into_iter().rev() {
             above = above.map(|above| {
                 let path = join(&above.path, &name);
-                let named = self.excludes.may_name(&name) && self.excludes.names(&path, true);
-                let excluded = above.excluded || named;
+                let may_be = self.excludes.may_name(record::hash56(&name));
+                let excluded = above.excluded || may_be && self.excludes.names(&path, true);
                 Rc::new(Folder { path, excluded })
             });
             self.known.insert(ino, above.clone());
@@ -608,10 +615,12 @@ mod tests {
             let excludes = Excludes::new(&patterns, true).unwrap();
             assert!(excludes.names(path.as_bytes(), is_dir), "{path}");
             let last = path.rsplit('/').next().unwrap();
-            assert!(excludes.may_name(last.as_bytes()), "{patterns:?}");
+            let hash = record::hash56(last.as_bytes());
+            assert!(excludes.may_name(hash), "{patterns:?}");
         }
         let default = Excludes::new(&[], true).unwrap();
-        assert!(!default.may_name(b"index.js") && default.may_name(b".netrc"));
+        let may_name = |name: &[u8]| default.may_name(record::hash56(name));
+        assert!(!may_name(b"index.js") && may_name(b".netrc"));
     }
 
     #[test]

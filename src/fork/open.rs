@@ -118,7 +118,7 @@ impl Fork {
         let mut created = 0;
         for cell in layers.live.inodes.values() {
             let inode = cell.state.read();
-            created += u64::from(inode.created && inode.base.is_none());
+            created += u64::from(!inode.is_of_base());
             if inode.attr.kind != Kind::Directory && inode.attr.nlink > 1 {
                 fork.note_link();
             }

@@ -26,6 +26,28 @@ pub struct Sealed {
     pub segment: Option<u64>,
 }
 
+/// What a seal asks of every inode of a table, in one go: whoever writes waits for it.
+#[derive(Default)]
+struct Cells {
+    of_base: Vec<Arc<Cell>>,
+    orphans: Vec<Arc<Cell>>,
+}
+
+impl Cells {
+    fn of(table: &Table) -> Cells {
+        let mut out = Cells::default();
+        for cell in table.inodes.values() {
+            let inode = cell.state.read();
+            if inode.orphan {
+                out.orphans.push(cell.clone());
+            } else if inode.is_of_base() {
+                out.of_base.push(cell.clone());
+            }
+        }
+        out
+    }
+}
+
 impl Fork {
     /// Freezes the table: the point in time of a commit. With `keep` a new table and a new segment go on top; without it every
     /// later mutation is refused until [`Fork::thaw`].
@@ -40,10 +62,14 @@ impl Fork {
             Gate::Ended => return Err(FsError::Ended),
         }
         let mut layers = self.layers.write();
-        let split = exclude::split(&self.excludes, &layers, &self.store)?;
+        let Cells { of_base, orphans } = match keep || !self.excludes.is_empty() {
+            true => Cells::of(&layers.live),
+            false => Cells::default(),
+        };
+        let split = exclude::split(&self.excludes, &layers, &of_base, &self.store)?;
         let mut segment = None;
         if keep {
-            segment = Some(self.carry_over(&mut layers, split.as_ref())?);
+            segment = Some(self.carry_over(&mut layers, orphans, split.as_ref())?);
         } else {
             *gate = Gate::Sealed;
             let table = std::mem::take(&mut layers.live);
@@ -62,11 +88,14 @@ impl Fork {
     }
 
     /// Freezes the live table but for what only the fork goes on with; returns the new segment.
-    fn carry_over(&self, layers: &mut Layers, split: Option<&Split>) -> Result<u64, FsError> {
-        let cells = layers.live.inodes.values();
-        let orphans = cells.filter(|cell| cell.state.read().orphan).cloned();
+    fn carry_over(
+        &self,
+        layers: &mut Layers,
+        orphans: Vec<Arc<Cell>>,
+        split: Option<&Split>,
+    ) -> Result<u64, FsError> {
         let kept = split.map(|split| split.kept.as_slice()).unwrap_or_default();
-        let carried: Vec<Arc<Cell>> = orphans.chain(kept.iter().cloned()).collect();
+        let carried = [&orphans, kept].concat();
         let names = split
             .map(|split| split.edits.as_slice())
             .unwrap_or_default();
@@ -111,7 +140,7 @@ impl Fork {
             // With its attributes: they would be of no inode in the version.
             frozen.take_out(cell.ino);
             let mut inode = cell.state.write();
-            if inode.created && inode.base.is_none() {
+            if !inode.is_of_base() {
                 self.created.fetch_sub(1, Ordering::Relaxed);
             }
             inode.base = inode.base.or(Some(layers.root.id));
@@ -215,7 +244,7 @@ impl Fork {
             if let Some((at, pages)) = inode.ahead.take() {
                 self.spool.give_back(at, pages);
             }
-            if inode.created && inode.base.is_none() {
+            if !inode.is_of_base() {
                 self.created.fetch_sub(1, Ordering::Relaxed);
             }
         }

@@ -77,6 +77,11 @@ impl Inode {
         Some((ingested, ingested.end().min(self.content.unchanged())))
     }
 
+    /// Whether a root has it, or had before a seal.
+    pub fn is_of_base(&self) -> bool {
+        !self.created || self.base.is_some()
+    }
+
     fn with(attr: Attr, content: Content, created: bool) -> Inode {
         Inode {
             attr,

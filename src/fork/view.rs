@@ -233,7 +233,7 @@ impl Layers {
                 return Ok(value.clone());
             }
             match table.inodes.get(&ino).map(|cell| cell.state.read()) {
-                Some(inode) if inode.created && inode.base.is_none() => return Ok(None),
+                Some(inode) if !inode.is_of_base() => return Ok(None),
                 Some(inode) => root = inode.base.unwrap_or(root),
                 None if table.removed.contains(&ino) => return Ok(None),
                 None => {}
@@ -256,7 +256,7 @@ impl Layers {
                 names.entry(name.clone()).or_insert(value.is_some());
             }
             match table.inodes.get(&ino).map(|cell| cell.state.read()) {
-                Some(inode) if inode.created && inode.base.is_none() => root = None,
+                Some(inode) if !inode.is_of_base() => root = None,
                 Some(inode) => root = inode.base.or(root),
                 None if table.removed.contains(&ino) => root = None,
                 None => {}

@@ -221,7 +221,7 @@ impl Fork {
         if let Some((at, pages)) = inode.ahead.take() {
             self.spool.give_back(at, pages);
         }
-        if inode.created && inode.base.is_none() {
+        if !inode.is_of_base() {
             self.created.fetch_sub(1, Ordering::Relaxed);
         } else if !inode.created {
             self.drop_private_charge(layers, ino);

@@ -130,13 +130,11 @@ impl Fs {
         if name.len() > NAME_MAX {
             return Err(FsError::Range);
         }
-        if !record::is_xattr_name(name) {
+        let known = [&b"user."[..], b"trusted.", b"security."];
+        if !record::is_xattr_name(name) || known.contains(&name) {
             return Err(FsError::Invalid);
         }
-        let known = [&b"user."[..], b"trusted.", b"security."];
-        let plain = known
-            .iter()
-            .any(|prefix| name.starts_with(prefix) && name.len() > prefix.len());
+        let plain = known.iter().any(|prefix| name.starts_with(prefix));
         if plain || (is_acl(name) && self.options.acl) {
             Ok(())
         } else {

@@ -222,10 +222,7 @@ pub(super) fn write_buffer(family: &str, opening: Opening) -> usize {
 pub(super) fn open_db(dir: &Path, opening: Opening) -> Result<DB, StoreError> {
     crate::sys::process::initialize_database();
     let db = dir.join("db");
-    wal::trim(&db).map_err(|source| StoreError::Io {
-        what: db.display().to_string(),
-        source,
-    })?;
+    wal::trim(&db)?;
     let mut options = Options::default();
     options.create_if_missing(true);
     options.create_missing_column_families(true);

@@ -2,42 +2,65 @@
 //!
 //! A record is a checksum (4 bytes), a length (2) and a kind (1) before its bytes; none crosses a block of 32 KiB. RocksDB stops
 //! at what is no record; but where a kind is one that only recycled logs have, it looks at the same place for ever. So what is no
-//! record is cut off before RocksDB sees it, with all behind it, which is what it would have passed over.
+//! record is cut off before RocksDB sees it.
+//!
+//! What a crash cut short has no whole record behind it, but for pages that a power cut kept from the disk, which read as zeros.
+//! Anything else with a whole record behind it is damage, which RocksDB would pass over with all commits behind it.
 
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-const BLOCK: u64 = 32 << 10;
-const HEADER: u64 = 7;
+use super::StoreError;
+
+const BLOCK: usize = 32 << 10;
+const PAGE: usize = 4096;
+const HEADER: usize = 7;
 /// What our settings let RocksDB write: full, first, middle, last.
 const KINDS: std::ops::RangeInclusive<u8> = 1..=4;
 
 /// Cuts every segment of the WAL in `dir` off where its records end. Nobody may have the database open.
 ///
 /// # Errors
-/// What the disk answered.
-pub fn trim(dir: &Path) -> io::Result<()> {
+/// `Corrupt` if a record is damaged, and nothing has changed then; what the disk answered.
+pub fn trim(dir: &Path) -> Result<(), StoreError> {
+    let io = |source| StoreError::Io {
+        what: dir.display().to_string(),
+        source,
+    };
     let entries = match fs::read_dir(dir) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        entries => entries?,
+        entries => entries.map_err(io)?,
     };
+    let mut torn = Vec::new();
     for entry in entries {
-        let path = entry?.path();
+        let path = entry.map_err(io)?.path();
         if path.extension().is_some_and(|extension| extension == "log") {
-            let file = File::options().read(true).write(true).open(&path)?;
-            let len = file.metadata()?.len();
-            let end = end_of_records(&file, len)?;
-            if end < len {
-                log::warn!(
-                    "{}: {} bytes behind the last record are cut off",
-                    path.display(),
-                    len - end
-                );
-                file.set_len(end)?;
+            let open = File::options().read(true).write(true).open(&path);
+            let file = open.map_err(io)?;
+            let len = file.metadata().map_err(io)?.len();
+            match end_of_records(&file, len).map_err(io)? {
+                End::At(end) if end < len => torn.push((path, file, end, len)),
+                End::At(_) => {}
+                End::Damaged(at) => {
+                    let name = path.display();
+                    return Err(StoreError::Corrupt {
+                        what: format!(
+                            "{name} is wrong at byte {at}, before commits that are whole (without that file the store is as it was before all of them)"
+                        ),
+                    });
+                }
             }
         }
+    }
+    for (path, file, end, len) in torn {
+        log::warn!(
+            "{}: {} bytes behind the last record are cut off",
+            path.display(),
+            len - end
+        );
+        file.set_len(end).map_err(io)?;
     }
     Ok(())
 }
@@ -51,98 +74,230 @@ pub fn len(dir: &Path) -> u64 {
         .sum()
 }
 
-/// Where the records of a segment end, as far as their headers tell. A record that is not whole yet ends it too.
-fn end_of_records(file: &File, len: u64) -> io::Result<u64> {
-    let mut at = 0;
-    while at < len {
-        let left = BLOCK - at % BLOCK;
-        if left < HEADER {
-            at += left;
+/// Where the records of a segment end.
+enum End {
+    At(u64),
+    /// What is there is none, and whole ones follow.
+    Damaged(u64),
+}
+
+fn end_of_records(file: &File, len: u64) -> io::Result<End> {
+    let mut buffer = vec![0; BLOCK];
+    let mut bad = None;
+    for start in (0..len).step_by(BLOCK) {
+        let size = usize::try_from(len - start).map_or(BLOCK, |left| left.min(BLOCK));
+        let block = &mut buffer[..size];
+        file.read_exact_at(block, start)?;
+        if let Some(bad) = bad {
+            // A record begins with each block.
+            if record(block).is_some() {
+                return Ok(End::Damaged(bad));
+            }
             continue;
         }
-        if len - at < HEADER {
-            return Ok(at);
+        let mut at = 0;
+        while let Some(size) = record(&block[at..]) {
+            at += size;
         }
-        let mut header = [0; HEADER as usize];
-        file.read_exact_at(&mut header, at)?;
-        let size = HEADER + u64::from(u16::from_le_bytes([header[4], header[5]]));
-        if !KINDS.contains(&header[6]) || size > left || size > len - at {
-            return Ok(at);
+        let end = start + at as u64;
+        if size - at < HEADER {
+            // A header would not fit into the block, so there is none.
+            match size {
+                BLOCK => continue,
+                _ => return Ok(End::At(end)),
+            }
         }
-        at += size;
+        if is_hole(block, at) {
+            return Ok(End::At(end));
+        }
+        // Its length may be what is wrong.
+        if (at + 1..size).any(|at| record(&block[at..]).is_some()) {
+            return Ok(End::Damaged(end));
+        }
+        bad = Some(end);
     }
-    Ok(len)
+    Ok(End::At(bad.unwrap_or(len)))
+}
+
+/// How long a record is as its header has it, if that can be.
+fn length(bytes: &[u8]) -> Option<usize> {
+    let header = bytes.first_chunk::<HEADER>()?;
+    let len = HEADER + usize::from(u16::from_le_bytes([header[4], header[5]]));
+    (KINDS.contains(&header[6]) && len <= bytes.len()).then_some(len)
+}
+
+/// How long the record is that these bytes begin with, if they do and it is whole.
+fn record(bytes: &[u8]) -> Option<usize> {
+    let len = length(bytes)?;
+    let stored = u32::from_le_bytes(*bytes.first_chunk()?);
+    (checksum(&bytes[HEADER - 1..len]) == stored).then_some(len)
+}
+
+/// Whether a page of what should be a record here reads as zeros.
+fn is_hole(block: &[u8], at: usize) -> bool {
+    let end = length(&block[at..]).map_or(block.len(), |len| at + len);
+    let mut pages = (at / PAGE..end.div_ceil(PAGE)).map(|page| {
+        let (from, to) = (page * PAGE, (page + 1) * PAGE);
+        &block[from.max(at)..to.min(end)]
+    });
+    pages.any(|page| page.iter().all(|byte| *byte == 0))
+}
+
+/// RocksDB's checksum of a record's kind and bytes: CRC-32C, masked.
+fn checksum(bytes: &[u8]) -> u32 {
+    const TABLE: [u32; 256] = {
+        let mut table = [0; 256];
+        let mut at = 0;
+        while at < 256 {
+            let mut value = at as u32;
+            let mut bit = 0;
+            while bit < 8 {
+                let low = value & 1;
+                value = (value >> 1) ^ (0x82f6_3b78 * low);
+                bit += 1;
+            }
+            table[at] = value;
+            at += 1;
+        }
+        table
+    };
+    let step = |crc: u32, byte: &u8| TABLE[usize::from(crc as u8 ^ byte)] ^ (crc >> 8);
+    let crc = !bytes.iter().fold(!0, step);
+    crc.rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::{Store, StoreOptions};
 
     /// A record of this kind with so many bytes.
-    fn record(kind: u8, bytes: usize) -> Vec<u8> {
-        let mut out = vec![9; 4];
-        out.extend_from_slice(&u16::try_from(bytes).unwrap().to_le_bytes());
-        out.push(kind);
-        out.resize(out.len() + bytes, 7);
-        out
+    fn made(kind: u8, bytes: usize) -> Vec<u8> {
+        let mut out = vec![kind];
+        out.resize(1 + bytes, 7);
+        let sum = checksum(&out).to_le_bytes();
+        let len = u16::try_from(bytes).unwrap().to_le_bytes();
+        [&sum[..], &len, &out].concat()
     }
 
-    fn trimmed(content: &[u8]) -> usize {
+    /// What is left of a log; nothing if it is damaged.
+    fn trimmed(content: &[u8]) -> Option<usize> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("000007.log");
         fs::write(&path, content).unwrap();
-        trim(dir.path()).unwrap();
+        let whole = trim(dir.path());
         let left = fs::read(&path).unwrap();
-        assert!(content.starts_with(&left));
-        left.len()
+        match whole {
+            Ok(()) => assert!(content.starts_with(&left)),
+            Err(error) => {
+                assert!(matches!(error, StoreError::Corrupt { .. }), "{error}");
+                assert!(left == content);
+                return None;
+            }
+        }
+        Some(left.len())
     }
 
     #[test]
     fn a_whole_log_stays_as_it_is() {
-        let mut log = record(1, 100);
-        log.extend(record(2, BLOCK as usize - 107 - 7 - 3));
+        let mut log = made(1, 100);
+        log.extend(made(2, BLOCK - 107 - 7 - 3));
         log.extend([0; 3]);
-        log.extend(record(3, BLOCK as usize - 7));
-        log.extend(record(4, 0));
-        assert_eq!(trimmed(&log), log.len());
-        assert_eq!(trimmed(b""), 0);
+        log.extend(made(3, BLOCK - 7));
+        log.extend(made(4, 0));
+        assert_eq!(trimmed(&log), Some(log.len()));
+        assert_eq!(trimmed(b""), Some(0));
     }
 
     #[test]
     fn what_is_no_record_is_cut_off_with_all_behind_it() {
-        let whole = record(1, 100);
-        for kind in [0, 5, 6, 7, 8, 9, 11, 130, 131, 255] {
-            let log = [whole.clone(), record(kind, 20), whole.clone()].concat();
-            assert_eq!(trimmed(&log), whole.len(), "{kind}");
+        let whole = made(1, 100);
+        let noise: Vec<u8> = (0..3 * BLOCK).map(|n| (n * n % 251) as u8 | 1).collect();
+        for kind in [0, 1, 5, 6, 7, 8, 9, 11, 130, 131, 255] {
+            let mut bad = made(kind, 20);
+            bad[8] ^= u8::from(kind == 1);
+            for behind in [&b""[..], &noise] {
+                let log = [&whole[..], &bad, behind].concat();
+                assert_eq!(trimmed(&log), Some(whole.len()), "{kind}");
+            }
         }
-        let too_long = [whole.clone(), record(1, 40_000)].concat();
-        assert_eq!(trimmed(&too_long), whole.len());
+        let too_long = [whole.clone(), made(1, 40_000)].concat();
+        assert_eq!(trimmed(&too_long), Some(whole.len()));
         for end in whole.len() + 1..2 * whole.len() {
             let log = [whole.clone(), whole.clone()].concat();
-            assert_eq!(trimmed(&log[..end]), whole.len(), "{end}");
+            assert_eq!(trimmed(&log[..end]), Some(whole.len()), "{end}");
+        }
+    }
+
+    #[test]
+    fn pages_that_never_reached_the_disk_are_no_damage() {
+        let mut log = made(1, 100);
+        log.extend(made(2, BLOCK - 2 * HEADER - 100));
+        log.extend(made(4, 100));
+        assert_eq!(trimmed(&log), Some(log.len()));
+        for (page, left) in [(0, 0), (1, 107), (7, 107)] {
+            let mut log = log.clone();
+            log[page * PAGE..(page + 1) * PAGE].fill(0);
+            assert_eq!(trimmed(&log), Some(left), "{page}");
+        }
+    }
+
+    /// A store that was not ended, with this number of commits in its log.
+    fn log_of(dir: &Path, records: u64) -> (std::path::PathBuf, Vec<u8>) {
+        let store = Store::open(dir, StoreOptions::default()).unwrap();
+        for n in 0..records {
+            store.create_volume(&format!("v{n}"), 5).unwrap();
+        }
+        let logs = fs::read_dir(dir.join("db")).unwrap();
+        let logs = logs.map(|entry| entry.unwrap().path());
+        let log = logs.filter(|path| path.extension().is_some_and(|e| e == "log"));
+        let log = log.max().unwrap();
+        let content = fs::read(&log).unwrap();
+        drop(store);
+        (log, content)
+    }
+
+    #[test]
+    fn a_changed_byte_of_a_log_is_damage_unless_it_is_in_the_last_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, log) = log_of(dir.path(), 5);
+        assert_eq!(trimmed(&log), Some(log.len()));
+        let mut last = 0;
+        while let Some(size) = record(&log[last..]).filter(|size| last + size < log.len()) {
+            last += size;
+        }
+        for at in 0..log.len() {
+            let mut log = log.clone();
+            log[at] ^= 1 << (at % 8);
+            let left = (at >= last).then_some(last);
+            assert_eq!(trimmed(&log), left, "byte {at} of {}", log.len());
+        }
+        for at in (0..last).step_by(97) {
+            let (path, changed) = log_of(&dir.path().join(at.to_string()), 5);
+            let mut changed = changed;
+            changed[at] ^= 1;
+            fs::write(&path, &changed).unwrap();
+            let opened = Store::open(&dir.path().join(at.to_string()), StoreOptions::default());
+            assert!(
+                matches!(opened, Err(StoreError::Unreadable { .. })),
+                "byte {at}"
+            );
+            assert!(fs::read(&path).unwrap() == changed);
         }
     }
 
     #[test]
     fn a_store_opens_whatever_its_log_ends_with() {
-        use crate::store::{Store, StoreOptions};
         for kind in [0, 1, 5, 6, 7, 8, 9, 11, 130, 131, 255] {
             let dir = tempfile::tempdir().unwrap();
-            let store = Store::open(dir.path(), StoreOptions::default()).unwrap();
-            store.create_volume("v", 5).unwrap();
-            drop(store);
-            let log = fs::read_dir(dir.path().join("db"))
-                .unwrap()
-                .map(|entry| entry.unwrap().path())
-                .filter(|path| path.extension().is_some_and(|e| e == "log"))
-                .max()
-                .unwrap();
-            let garbage = record(kind, 50).repeat(3);
+            let (log, _) = log_of(dir.path(), 1);
+            let mut garbage = made(kind, 50);
+            garbage[20] ^= 1;
             let end = fs::metadata(&log).unwrap().len();
             let file = File::options().write(true).open(&log).unwrap();
-            file.write_all_at(&garbage, end).unwrap();
+            file.write_all_at(&garbage.repeat(3), end).unwrap();
             let store = Store::open(dir.path(), StoreOptions::default()).unwrap();
-            assert!(store.volume("v").unwrap().is_some(), "{kind}");
+            assert!(store.volume("v0").unwrap().is_some(), "{kind}");
         }
     }
 }

@@ -1,11 +1,12 @@
 //! Patterns in gitignore syntax: which volumes are meant, and which paths inside of one.
 
-use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use ignore::gitignore::{Gitignore, GitignoreBuilder};
+
+use crate::record;
 
 /// The longest pattern: as long as a path may be.
 const LONGEST: usize = 4096;
@@ -16,16 +17,16 @@ const BRACES_MAX: usize = 32;
 #[derive(Clone, Debug)]
 pub struct Patterns {
     all: Gitignore,
-    /// The only last names of a path that a pattern can name; `None` where one of them ends with more than a plain name. Whoever
-    /// looks through many paths passes over most of them by that.
-    last: Option<HashSet<Vec<u8>>>,
+    /// The hashes of the only last names of a path that a pattern can name, in order; `None` where one of them ends with more than
+    /// a plain name. Whoever looks through many paths passes over most of them by that, and reads none of their names.
+    last: Option<Vec<u64>>,
 }
 
 impl Default for Patterns {
     fn default() -> Patterns {
         Patterns {
             all: Gitignore::empty(),
-            last: Some(HashSet::new()),
+            last: Some(Vec::new()),
         }
     }
 }
@@ -57,16 +58,17 @@ impl Patterns {
         self.all.matched(path, is_dir).is_ignore()
     }
 
-    /// Whether they may mean a path that ends with this name.
-    pub fn may_name(&self, last: &[u8]) -> bool {
-        self.last.as_ref().is_none_or(|known| known.contains(last))
+    /// Whether they may mean a path that ends with the name of this hash (see [`record::hash56`]).
+    pub fn may_name(&self, last: u64) -> bool {
+        let known = self.last.as_ref();
+        known.is_none_or(|known| known.binary_search(&last).is_ok())
     }
 }
 
 /// Reads patterns; each is taken as if it began with `anchor`.
 fn read<'a>(patterns: impl IntoIterator<Item = &'a str>, anchor: &str) -> Result<Patterns, String> {
     let mut builder = GitignoreBuilder::new("/");
-    let mut last = Some(HashSet::new());
+    let mut last = Some(Vec::new());
     for pattern in patterns {
         if pattern.len() > LONGEST || depth(pattern) > BRACES_MAX {
             let start: String = pattern.chars().take(40).collect();
@@ -78,10 +80,13 @@ fn read<'a>(patterns: impl IntoIterator<Item = &'a str>, anchor: &str) -> Result
         added.map_err(|error| format!("the pattern {pattern:?}: {}", why(&error)))?;
         if !pattern.starts_with('#') {
             last = last.zip(last_name(pattern)).map(|(mut known, name)| {
-                known.insert(name);
+                known.push(record::hash56(&name));
                 known
             });
         }
+    }
+    if let Some(known) = &mut last {
+        known.sort_unstable();
     }
     let built = builder.build();
     built

@@ -84,6 +84,39 @@ fn a_damaged_store_says_so_and_is_never_replaced_by_an_empty_one() {
 }
 
 #[test]
+fn no_commit_of_a_killed_daemon_is_passed_over_because_of_a_byte_before_it() {
+    let cli = Cli::new();
+    for n in 1..=3 {
+        cli.run("v", &cli.path("cache"), &format!("echo {n} > cache/f"));
+    }
+    cli.kill_daemon();
+    let newest_log = || {
+        let files = fs::read_dir(cli.path("store/db")).unwrap();
+        let files = files.map(|entry| entry.unwrap().path());
+        let logs = files.filter(|path| path.extension().is_some_and(|e| e == "log"));
+        logs.max().unwrap()
+    };
+    let log = newest_log();
+    let good = fs::read(&log).unwrap();
+    let mut damaged = good.clone();
+    damaged[good.len() / 3] ^= 4;
+    fs::write(&log, &damaged).unwrap();
+    for command in ["check", "volumes"] {
+        let (code, line) = cli.fails(&[command]);
+        assert!(code == 13 && line.contains("is wrong at byte"), "{line}");
+        assert!(line.contains(log.to_str().unwrap()), "{line}");
+        assert!(fs::read(&log).unwrap() == damaged);
+    }
+    fs::write(&log, &good).unwrap();
+    assert_eq!(cli.ok(&["cat", "v@3:f"]), "3");
+    cli.kill_daemon();
+    // What the line says of going on without that file.
+    fs::remove_file(newest_log()).unwrap();
+    cli.ok(&["volumes"]);
+    cli.ok(&["daemon", "stop"]);
+}
+
+#[test]
 fn on_a_full_disk_nothing_is_lost_and_work_goes_on_when_there_is_room() {
     let lines = surrounded(
         r#"printf 'reserve = "0"\n' > config/forkvol/config.toml

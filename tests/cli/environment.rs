@@ -16,7 +16,7 @@ const PROLOGUE: &str = r#"
     says() {
       local status=0
       "$@" > "$WORK/out" 2> "$WORK/err" || status=$?
-      grep -v 'warning: the store' "$WORK/err" | grep -v '^{' > "$WORK/line" || status="$status without a word"
+      grep -v 'warning: the \(store\|daemon of\) ' "$WORK/err" | grep -v '^{' > "$WORK/line" || status="$status without a word"
       [ "$(wc -l < "$WORK/line")" = 1 ] || status="$status in several lines"
       echo "$status $(sed "s#$WORK/##g; s/^forkvol: //" "$WORK/line")"
     }
@@ -95,6 +95,11 @@ fn what_is_not_there_is_named_with_what_lists_it() {
         let (code, text) = cli.fails(&line.split(' ').collect::<Vec<_>>());
         assert!(code == 10 && text.contains(says), "{line}: {code} {text}");
     }
+    let (code, text) = cli.fails(&["cat", "v:"]);
+    assert!(
+        code == 1 && text.contains(": / in v is no regular file"),
+        "{text}"
+    );
     assert_eq!(cli.ok(&["forks"]), "", "nothing was left over");
     assert!(!cli.path("m").exists());
 }
@@ -162,7 +167,10 @@ fn a_mount_that_was_taken_away_by_somebody_else_costs_nothing() {
         forkvol cat v:g
         forkvol forks"#,
     );
-    assert_eq!(lines[0], "10 no fork is mounted at ./m; see forkvol forks");
+    assert_eq!(
+        lines[0],
+        "10 no fork is mounted at ./m; see forkvol forks; store: store (FORKVOL_STORE)"
+    );
     assert_eq!(lines[1..], ["kept", "v@1", "kept", "more"], "{lines:#?}");
 }
 
@@ -272,7 +280,7 @@ fn a_store_on_fuse_is_refused_and_one_that_will_go_is_warned_of() {
         mount -t overlay -o lowerdir=lower,upperdir=upper/upper,workdir=upper/work none over
         for store in memory over/s; do
           forkvol --store $store volumes 2> err
-          sed "s#$WORK/##" err
+          sed "s#$WORK/##; /warning: the daemon of/d" err
           forkvol --store $store volumes 2> err
           cat err
           forkvol --store $store daemon stop
@@ -296,6 +304,49 @@ fn a_store_on_fuse_is_refused_and_one_that_will_go_is_warned_of() {
                     "over/s lies on an overlay and goes with its container",
                 ],
             ),
+        ],
+    );
+}
+
+/// The lines of a command that starts a daemon, and of the next one.
+const STARTS: &str = r#"
+    mount -t tmpfs none /run
+    mkdir fake
+    printf '#!/bin/bash\necho "${*%% -- *}" > %q/scoped\n[ ! -e %q/fails ] || exit 1\nwhile [ "$1" != -- ]; do shift; done\nshift\nexec "$@"\n' \
+      "$WORK" "$WORK" > fake/systemd-run
+    chmod +x fake/systemd-run
+    PATH=$WORK/fake:$PATH
+    starts() {
+      echo "$1:"
+      forkvol volumes 2>&1 | sed "s#$WORK/##g"
+      forkvol volumes 2>&1
+      forkvol daemon stop
+    }
+"#;
+
+#[test]
+fn a_daemon_leaves_the_cgroup_of_who_starts_it_or_it_is_said_that_it_cannot() {
+    let lines = surrounded(&format!(
+        r#"{STARTS}
+        touch /run/.containerenv
+        starts container
+        test ! -e scoped
+        mkdir -p /run/systemd/system
+        starts systemd
+        cat scoped
+        touch fails
+        starts "no session""#
+    ));
+    let warning = "the daemon of store ends with this container or job, and its live forks with it; see forkvol doctor";
+    expect(
+        &lines,
+        &[
+            ("container:", &[]),
+            ("forkvol:", &["warning", warning]),
+            ("systemd:", &[]),
+            ("--scope", &["--collect"]),
+            ("no", &["session:"]),
+            ("forkvol:", &["warning", warning]),
         ],
     );
 }

@@ -306,6 +306,9 @@ fn what_is_beyond_a_limit_of_the_manual_is_refused() {
         let value = vec![1; len];
         fs.setxattr(ME, file, name.as_bytes(), &value, XattrMode::Any)
     };
+    for prefix in ["user.", "trusted.", "security."] {
+        assert!(matches!(set(prefix, 1), Err(FsError::Invalid)), "{prefix}");
+    }
     set("user.largest", 65_536).unwrap();
     let large = set("user.larger", 65_537);
     assert!(matches!(large, Err(FsError::AttributeTooLarge)));

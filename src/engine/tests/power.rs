@@ -53,8 +53,8 @@ fn wal(dir: &Path) -> Synced {
     segments.filter_map(len).collect()
 }
 
-/// Ends the copying when the writing has ended, well or not.
-struct Until<'a>(&'a AtomicBool);
+/// Ends what goes on beside a test's own work when that has ended, well or not.
+pub(super) struct Until<'a>(pub(super) &'a AtomicBool);
 
 impl Drop for Until<'_> {
     fn drop(&mut self) {

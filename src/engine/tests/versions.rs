@@ -226,34 +226,3 @@ fn a_volume_goes_only_when_nothing_is_forked_from_it() {
     assert!(bench.engine().forks().unwrap().is_empty());
     check(&bench);
 }
-
-#[test]
-fn what_forks_begin_from_is_counted() {
-    let bench = Bench::new();
-    let hit = |volume: &str, label: Option<&str>, parent: Option<&str>| {
-        bench.fork_with(volume, |request| {
-            let label = label.map(|label| ("k".to_owned(), label.to_owned()));
-            request.labels = label.into_iter().collect();
-            request.parents = parent.map(str::to_owned).into_iter().collect();
-        })
-    };
-    let first = hit("v", Some("1"), None);
-    put(&bench.fs(first), "f", b"text");
-    bench.commit(first, false).unwrap();
-    hit("v", Some("1"), None);
-    hit("v", None, None);
-    hit("v", Some("2"), None);
-    hit("w", None, Some("v"));
-    let wrong = bench.engine().fork(fork_request("no//name"));
-    assert_eq!(wrong.unwrap_err().code, Code::Usage);
-    let counters = bench.engine().counters();
-    let of = |names: [&str; 4]| names.map(|name| counters[name]);
-    assert_eq!(
-        of(["hits_exact", "hits_stale", "hits_fallback", "hits_empty"]),
-        [2, 1, 1, 1]
-    );
-    assert_eq!(
-        of(["forks", "refused", "degraded_failed", "commits"]),
-        [5, 0, 0, 1]
-    );
-}
