@@ -6,7 +6,7 @@ use std::process::Command;
 
 /// Puts the initializers of the database's C++ into a section of their own, which `sys::process::initialize_database` runs.
 const SECTIONS: &str = "SECTIONS {
-    .late_init : {
+    .late_init (TYPE = SHT_INIT_ARRAY) : {
         HIDDEN(late_init_start = .);
         KEEP(*librocksdb_sys*:*(SORT_BY_INIT_PRIORITY(.init_array.*)))
         KEEP(*librocksdb_sys*:*(.init_array))
