@@ -248,6 +248,8 @@ fn forks_of_one_volume_see_only_their_base_and_themselves_and_the_last_commit_wi
 #[test]
 fn counters_tell_how_well_forks_fitted_and_what_they_were_refused_for() {
     let mut bench = Bench::new();
+    bench.retention.limit = Some(1);
+    bench.reopen();
     let labelled = |volume: &str, value: &str| {
         let mut request = fork_request(volume);
         request.labels.insert("lock".into(), value.into());

@@ -8,11 +8,11 @@ use crate::record::Ino;
 impl Tree {
     fn is_known_xattr(&self, name: &[u8]) -> Said {
         let plain = ["user.", "trusted.", "security."];
-        let plain = plain
-            .iter()
-            .any(|p| name.starts_with(p.as_bytes()) && name.len() > p.len());
+        let bare = plain.iter().any(|p| name == p.as_bytes());
+        let plain = plain.iter().any(|p| name.starts_with(p.as_bytes()));
         match name {
             _ if name.len() > 255 => Err(FsError::Range),
+            _ if bare => Err(FsError::Invalid),
             _ if plain => Ok(()),
             ACCESS | DEFAULT if self.acl => Ok(()),
             _ => Err(FsError::NotSupported),
