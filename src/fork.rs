@@ -121,6 +121,8 @@ pub struct Fork {
     has_links: AtomicBool,
     /// Bytes of files that the commit under way has gone through.
     ingested: AtomicU64,
+    /// What the fork was charged for content at the last look at how fast it writes.
+    looked_at: AtomicU64,
     damage: OnceLock<String>,
     started: Instant,
 }
@@ -296,6 +298,12 @@ impl Fork {
     /// Notes that a commit begins, which has gone through nothing yet.
     pub fn begin_ingest(&self) {
         self.ingested.store(0, Ordering::Relaxed);
+    }
+
+    /// Bytes of content that came to it since this was last asked.
+    pub fn grown(&self) -> u64 {
+        let now = self.spool.charged();
+        now.saturating_sub(self.looked_at.swap(now, Ordering::Relaxed))
     }
 
     /// Notes how much more of the files the commit has gone through.

@@ -24,6 +24,8 @@ const BATCH: usize = 64;
 const QUIET: u32 = 1;
 /// A file that grows is when it has grown by this many bytes, and nothing else of it has changed.
 const GROWN: u64 = 32 << 20;
+/// Where a fork writes more than this between two looks, its cores and its disk have enough to do.
+const FAST: u64 = 64 << 20;
 
 type Edits = Vec<(Vec<u8>, Edit)>;
 
@@ -292,6 +294,7 @@ pub fn ahead(
     wanted: &AtomicUsize,
 ) -> Result<usize, FsError> {
     let age = fork.age();
+    let is_fast = fork.grown() > FAST;
     let (root, cells) = sys::at_normal_priority(|| {
         let layers = fork.layers();
         let quiet = |cell: &&Arc<Cell>| {
@@ -302,7 +305,7 @@ pub fn ahead(
                     && inode.attr.size > INLINE_MAX as u64
                     && !inode.content.extents.is_empty()
                     && inode.whole_ingested().is_none()
-                    && (inode.written + QUIET < age || has_grown(&inode))
+                    && (inode.written + QUIET < age || (!is_fast && has_grown(&inode)))
             })
         };
         let cells: Vec<Arc<Cell>> = match layers.frozen {

@@ -161,6 +161,7 @@ impl Fork {
             ),
             has_links: AtomicBool::new(origin.has_links),
             ingested: AtomicU64::new(0),
+            looked_at: AtomicU64::new(0),
             damage: OnceLock::new(),
             started: Instant::now(),
         })

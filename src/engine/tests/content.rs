@@ -152,6 +152,16 @@ fn a_file_that_grows_is_ingested_meanwhile_and_only_the_rest_is_left_for_the_com
     }
     append(GROWN + 77_777, bytes.len());
     assert_eq!(ahead(), 1);
+    let rest = noise(3 * GROWN, 17);
+    let other = put(&fs, "fast", &rest);
+    if ahead() == 1 {
+        assert!(
+            fs.fork.age() > quiet,
+            "it was ingested where all was written at once"
+        );
+    }
+    fs.unlink(ME, ROOT, b"fast").unwrap();
+    fs.forget(other, 1);
     let both = ingest.new_bytes();
     assert!(
         both < bytes.len() as u64 + (1 << 20),
