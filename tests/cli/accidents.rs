@@ -105,7 +105,9 @@ fn a_path_in_another_one_is_seen_whatever_the_order_and_none_is_covered() {
         );
         let finish = cli.call(&["finish", "--job", job, "--status", "0"]);
         let said = String::from_utf8_lossy(&finish.stderr).into_owned();
-        assert!(!said.contains("warning"), "{said}");
+        // Whoever makes a mount namespace meanwhile has a copy of every mount of the machine, and is named as using it.
+        let warned = |line: &str| line.contains("warning") && !line.contains("still in use");
+        assert!(!said.lines().any(warned), "{said}");
         assert_eq!(cli.ok(&["cat", "in:f"]), job);
         assert_eq!(cli.ok(&["cat", "out:g"]), job);
     }
