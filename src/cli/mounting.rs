@@ -419,8 +419,9 @@ pub fn detach_by(client: Option<&mut Client>, mount: &Mount, by: By) {
         }
         Err(failure) => return warn(&failure.message),
     }
-    if by == By::Helper {
-        warn_of_holders(mount);
+    match by {
+        By::Caller => unbind_all(mount),
+        By::Helper => warn_of_holders(mount),
     }
     // Where nothing can be held the unmount takes a moment longer.
     let held = match by {
@@ -458,22 +459,30 @@ pub fn detach_by(client: Option<&mut Client>, mount: &Mount, by: By) {
         Ok(()) => {}
         Err(failure) => warn(&exit::line(&failure)),
     }
-    if by == By::Caller {
-        unbind_all(mount.device);
-    }
 }
 
-/// Takes away what is bound of a mount whose fork is over: nothing can be done there but get errors.
-fn unbind_all(device: u64) {
-    let wanted = crate::sys::device_numbers(device);
-    let binds = kernel::mounts().unwrap_or_default();
-    for bind in binds.iter().filter(|bind| bind.device == wanted) {
-        if is_on_top(&bind.path, device)
+/// Takes away what is bound of a mount whose fork is over: nothing can be done there but get errors. Called while that mount is
+/// still there: as soon as it is gone, the kernel gives the number of its device to the next one, whosever that is.
+fn unbind_all(mount: &Mount) {
+    let mounts = kernel::mounts().unwrap_or_default();
+    for bind in binds_of(&mounts, mount) {
+        if is_on_top(&bind.path, mount.device)
             && let Err(e) = kernel::unbind_lazily(&bind.path)
         {
             warn(&format!("cannot unbind {}: {e}", bind.path.display()));
         }
     }
+}
+
+/// What is bound of a mount; nothing if the mount itself is not there any more.
+fn binds_of<'a>(mounts: &'a [MountPoint], mount: &Mount) -> Vec<&'a MountPoint> {
+    let (path, device) = (mount_path(mount), crate::sys::device_numbers(mount.device));
+    let on_top = mounts.iter().rfind(|found| found.path == path);
+    if on_top.is_none_or(|found| found.device != device) {
+        return Vec::new();
+    }
+    let bound = |found: &&MountPoint| found.device == device && found.path != path;
+    mounts.iter().filter(bound).collect()
 }
 
 /// Takes a mount away that nobody serves, if that is what is at a path.
@@ -554,6 +563,35 @@ pub fn fork_mount_of(path: &Path) -> Result<((u32, u32), PathBuf), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_has_the_number_of_a_mount_is_bound_of_it_while_that_is_there_and_else_another_s() {
+        let at = |path: &str, minor| MountPoint {
+            path: path.into(),
+            device: (0, minor),
+            kind: kernel::FS_TYPE.into(),
+            source: "forkvol:v".into(),
+            super_options: String::new(),
+            peers: None,
+            master: None,
+        };
+        let mount = Mount {
+            path: Bytes(b"/m".to_vec()),
+            folder: Bytes(Vec::new()),
+            device: kernel::device_number((0, 50)),
+            created: false,
+            namespace: None,
+        };
+        let there = [at("/", 1), at("/m", 50), at("/b", 50), at("/c", 51)];
+        let paths = |mounts: &[MountPoint]| -> Vec<PathBuf> {
+            let bound = binds_of(mounts, &mount);
+            bound.iter().map(|bind| bind.path.clone()).collect()
+        };
+        assert_eq!(paths(&there), [Path::new("/b")]);
+        // Gone, and the next mount of anybody has its number.
+        assert!(paths(&[at("/", 1), at("/other", 50)]).is_empty());
+        assert!(paths(&[at("/m", 50), at("/m", 51), at("/other", 50)]).is_empty());
+    }
 
     fn place() -> Place {
         Place::Embedded {

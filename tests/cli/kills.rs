@@ -15,7 +15,6 @@ use super::*;
 const KILLS: usize = 10;
 const WORKERS: usize = 3;
 const LARGEST: u64 = 60_000;
-const PAGE: usize = 4096;
 
 struct Random(u64);
 
@@ -52,26 +51,25 @@ impl May {
 }
 
 impl Call {
-    /// A write that is not acknowledged may be done in part: the kernel sends it in pieces that end with a page.
+    /// A write that is not acknowledged may be done in part: what it wrote over, byte by byte, and a beginning of what is new.
     fn leads_to(&self, before: &Model, found: &Model) -> bool {
         let Some((name, at, len)) = &self.write else {
             return found == &self.after;
         };
+        let (Some(was), Some(is)) = (before.get(name), found.get(name)) else {
+            return false;
+        };
         let after = &self.after[name];
-        let cuts = (at / PAGE + 1..).map(|page| page * PAGE);
-        let cuts = cuts.take_while(|cut| *cut < at + len).chain([at + len]);
-        cuts.into_iter().any(|cut| {
-            let mut part = before
-                .get(name)
-                .map_or_else(Vec::new, |bytes| bytes.to_vec());
-            part.resize(part.len().max(cut), 0);
-            part[*at..cut].copy_from_slice(&after[*at..cut]);
-            found.get(name).is_some_and(|bytes| **bytes == part)
-                && found.len() == self.after.len()
-                && found
-                    .iter()
-                    .all(|(other, bytes)| other == name || self.after.get(other) == Some(bytes))
-        })
+        let is_written = |place| (*at..at + len).contains(&place) && is[place] == after[place];
+        let is_old = |place| was.get(place) == Some(&is[place]);
+        let mut grown = was.len()..is.len();
+        (was.len()..=after.len()).contains(&is.len())
+            && (0..was.len()).all(|place| is_old(place) || is_written(place))
+            && grown.all(|place| is[place] == after[place])
+            && found.len() == self.after.len()
+            && found
+                .iter()
+                .all(|(other, bytes)| other == name || self.after.get(other) == Some(bytes))
     }
 }
 
@@ -157,7 +155,13 @@ impl Worker {
                 let Ok(model) = shown(&self.mount) else {
                     return;
                 };
-                assert!(self.head.is_none() || self.may_hold(&model));
+                assert!(
+                    self.head.is_none() || self.may_hold(&model),
+                    "{}@{:?} holds something else: {}",
+                    self.volume,
+                    self.head,
+                    difference(&self.holds, &model)
+                );
                 self.fork = Some(Forked::new(text(&made), model));
                 done[0].fetch_add(1, Ordering::Relaxed);
                 continue;
@@ -344,7 +348,11 @@ impl Worker {
             let id = cli.ok(&["fork", &self.volume, look.to_str().unwrap(), "--read-only"]);
             let found = shown(&look).unwrap();
             cli.ok(&["abandon", &id]);
-            assert!(self.may_hold(&found), "{at}: the head holds something else");
+            assert!(
+                self.may_hold(&found),
+                "{at}: the head holds something else: {}",
+                difference(&self.holds, &found)
+            );
             self.holds = vec![May(found, None)];
         }
         // The answer to the making of a fork may have been lost, too.
@@ -365,21 +373,38 @@ impl Worker {
         let model = shown(&self.mount).unwrap();
         assert!(
             fork.now().iter().any(|may| may.be(&model)),
-            "{at}: fork {} shows something else than was acknowledged: {:?} for {:?}",
+            "{at}: fork {} shows something else than was acknowledged: {}",
             fork.id,
-            sizes(&model),
-            sizes(&fork.model)
+            difference(&fork.now(), &model)
         );
         *fork = Forked::new(fork.id.clone(), model);
     }
 }
 
-/// Names and lengths, for who has to find out.
-fn sizes(model: &Model) -> Vec<(&String, usize)> {
-    model
-        .iter()
-        .map(|(name, bytes)| (name, bytes.len()))
-        .collect()
+/// Where what was found is not the last state that was acknowledged, and the call without an answer, for who has to find out.
+fn difference(may: &[May], found: &Model) -> String {
+    let May(before, pending) = may.last().expect("something was acknowledged");
+    let sizes = |model: &Model| -> Vec<(String, usize)> {
+        let size = |(name, bytes): (&String, &Arc<Vec<u8>>)| (name.clone(), bytes.len());
+        model.iter().map(size).collect()
+    };
+    let bytes = |(name, was): (&String, &Arc<Vec<u8>>)| {
+        let is = found.get(name)?;
+        let differ: Vec<usize> = (0..was.len().min(is.len()))
+            .filter(|at| was[*at] != is[*at])
+            .collect();
+        let (first, last) = (*differ.first()?, *differ.last()?);
+        Some(format!("{name} differs in {first}..={last}"))
+    };
+    let differences: Vec<String> = before.iter().filter_map(bytes).collect();
+    let write = pending
+        .as_ref()
+        .map(|call| (&call.write, sizes(&call.after)));
+    format!(
+        "{differences:?}, {:?} for {:?}; without an answer: {write:?}",
+        sizes(found),
+        sizes(before)
+    )
 }
 
 fn text(output: &Output) -> String {
@@ -447,8 +472,8 @@ fn a_daemon_that_is_killed_at_any_moment_has_lost_nothing_that_it_acknowledged()
     assert!(keeps > 0 && forks >= kills, "the load is none");
 }
 
-/// > The kernel hands a `write(2)` on in requests of at most 1 MiB, and each of them is a change: of one that was cut off, by a killed
-/// > daemon or the end of the mount, a prefix may be there.
+/// > Of a `write(2)` that was cut off, by a killed daemon or the end of the mount, a part may be there: a beginning of what is new in
+/// > the file, and any of what it wrote over.
 #[test]
 fn a_long_write_that_a_kill_cuts_off_leaves_a_prefix_of_it() {
     let cli = Cli::new();
