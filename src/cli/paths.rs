@@ -15,6 +15,12 @@ use super::{ForkOptions, values};
 use crate::fork::default_patterns_at;
 use crate::protocol::{Code, Failure};
 
+/// A path as it reads from anywhere; as it is where there is no current folder.
+pub fn absolute(path: impl AsRef<Path>) -> PathBuf {
+    let path = path.as_ref();
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
 /// A volume and the paths that it is wanted at.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wish {

@@ -83,24 +83,40 @@ impl Place {
         let name = format!("forkvol-{}.sock", &hash[..16]);
         // The store's owner, not the caller: root must find the daemon of a user's store.
         let uid = fs::metadata(store).map_or_else(|_| process::euid(), |m| m.uid());
-        let runtime = env::var_os("XDG_RUNTIME_DIR")
-            .filter(|v| !v.is_empty())
-            .map(PathBuf::from);
-        let usual = PathBuf::from(format!("/run/user/{uid}"));
-        let mut folders: Vec<PathBuf> = runtime
-            .into_iter()
-            .chain([usual])
-            .filter(|dir| dir.is_dir())
-            .collect();
+        let mut folders: Vec<PathBuf> = user_folders(uid).collect();
         folders.dedup();
-        folders.push(env::temp_dir().join(format!("forkvol-{uid}")));
+        folders.push(temporary_folder(uid));
         let mut sockets: Vec<PathBuf> = folders.into_iter().map(|f| f.join(&name)).collect();
         sockets.retain(|s| s.as_os_str().len() <= MAX_PATH);
         sockets
     }
-}
 
-impl Place {
+    /// The folder below which forks are mounted where nobody names one.
+    ///
+    /// # Errors
+    /// This user has no folder for it.
+    pub fn mount_root(&self) -> Result<PathBuf, Failure> {
+        let uid = process::euid();
+        if uid == 0 {
+            return Ok("/cache/forkvol".into());
+        }
+        if let Some(folder) = runtime_folder() {
+            return Ok(folder.join("mnt"));
+        }
+        match self {
+            Place::Embedded { store, .. } if fs::metadata(store).is_ok_and(|m| m.uid() == uid) => {
+                Ok(store.join("mnt"))
+            }
+            place => {
+                let message = format!(
+                    "there is no folder for the fork's mount: no XDG_RUNTIME_DIR, no /run/user/{uid}, and the store is not yours: {place}"
+                );
+                let failure = Failure::new(Code::Failed, message);
+                Err(failure.hint("name a folder of your own: --mount-root DIR"))
+            }
+        }
+    }
+
     /// Whether a text says which store it speaks of.
     pub fn is_named_in(&self, text: &str) -> bool {
         match self {
@@ -117,6 +133,27 @@ impl std::fmt::Display for Place {
             Place::Embedded { store, named_by } => write!(f, "{} ({named_by})", store.display()),
         }
     }
+}
+
+/// Where this user's files of this boot lie, if there is such a folder.
+pub fn runtime_folder() -> Option<PathBuf> {
+    match process::euid() {
+        0 => Some("/run/forkvol-jobs".into()),
+        uid => Some(user_folders(uid).next()?.join("forkvol")),
+    }
+}
+
+/// Where a user's files lie that has no other place for them; whether it is safe is to be looked at.
+pub fn temporary_folder(uid: u32) -> PathBuf {
+    env::temp_dir().join(format!("forkvol-{uid}"))
+}
+
+/// The folders that hosts make for a user's session: that of this process, and the usual one.
+fn user_folders(uid: u32) -> impl Iterator<Item = PathBuf> {
+    let named = env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
+    let usual = PathBuf::from(format!("/run/user/{uid}"));
+    let folders = named.map(PathBuf::from).into_iter().chain([usual]);
+    folders.filter(|dir| dir.is_dir())
 }
 
 fn own_store() -> Result<PathBuf, Failure> {

@@ -148,10 +148,7 @@ struct Job<'a> {
 impl<'a> Job<'a> {
     fn new(context: &'a Context, run: &'a Run) -> Job<'a> {
         let by = By::default_for_caller();
-        let report = run
-            .report
-            .as_ref()
-            .map(|path| std::path::absolute(path).unwrap_or_else(|_| path.clone()));
+        let report = run.report.as_deref().map(paths::absolute);
         Job {
             context,
             run,

@@ -335,6 +335,15 @@ pub fn ahead(
         if give_up() {
             break;
         }
+        if excluded.contains(&cell.ino) {
+            let mut inode = cell.state.write();
+            let whole = Some(inode.content.sequence);
+            inode.ingested = Some(Arc::new(Hint {
+                whole,
+                values: None,
+            }));
+            continue;
+        }
         let (copy, begun) = {
             let mut inode = cell.state.write();
             let begun = inode.begun_ingested().map(|(_, unchanged)| unchanged);
@@ -345,12 +354,8 @@ pub fn ahead(
             (inode.clone(), begun)
         };
         let mut values = Vec::new();
-        let done = if excluded.contains(&cell.ino) {
-            Ok(())
-        } else {
-            let begun = begun.as_ref().map(|(begun, to)| (&**begun, *to));
-            ahead_of(&source, cell.ino, &copy, begun, &mut values)
-        };
+        let begun = begun.as_ref().map(|(begun, to)| (&**begun, *to));
+        let done = ahead_of(&source, cell.ino, &copy, begun, &mut values);
         fork.spool.release(copy.content.extents.iter());
         let interrupted = match done {
             Err(FsError::Io(e)) if e.kind() == io::ErrorKind::Interrupted => true,
@@ -358,7 +363,7 @@ pub fn ahead(
         };
         let hint = Hint {
             whole: (!interrupted).then_some(copy.content.sequence),
-            values: (!excluded.contains(&cell.ino)).then_some(values),
+            values: Some(values),
         };
         cell.state.write().ingested = Some(Arc::new(hint));
     }

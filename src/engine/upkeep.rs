@@ -419,15 +419,14 @@ fn remove_in_background(dir: PathBuf, stays: bool) {
             log::debug!("{}: removed at normal priority: {error}", dir.display());
         }
         // Where no more files can be opened some are closed soon.
-        for _ in 0..TRIES {
+        for left in (0..TRIES).rev() {
             match remove_slowly(&dir, stays) {
                 Ok(()) => return,
-                Err(error) => log::debug!("{} is not removed yet: {error}", dir.display()),
+                Err(error) if left == 0 => {
+                    log::warn!("{} was not removed: {error}", dir.display());
+                }
+                Err(_) => thread::sleep(PAUSE),
             }
-            thread::sleep(PAUSE);
-        }
-        if let Err(error) = remove_slowly(&dir, stays) {
-            log::warn!("{} was not removed: {error}", dir.display());
         }
     };
     // Without a thread the folder stays, and goes at the next start.

@@ -145,25 +145,9 @@ fn is_hole(block: &[u8], at: usize) -> bool {
 
 /// RocksDB's checksum of a record's kind and bytes: CRC-32C, masked.
 fn checksum(bytes: &[u8]) -> u32 {
-    const TABLE: [u32; 256] = {
-        let mut table = [0; 256];
-        let mut at = 0;
-        while at < 256 {
-            let mut value = at as u32;
-            let mut bit = 0;
-            while bit < 8 {
-                let low = value & 1;
-                value = (value >> 1) ^ (0x82f6_3b78 * low);
-                bit += 1;
-            }
-            table[at] = value;
-            at += 1;
-        }
-        table
-    };
-    let step = |crc: u32, byte: &u8| TABLE[usize::from(crc as u8 ^ byte)] ^ (crc >> 8);
-    let crc = !bytes.iter().fold(!0, step);
-    crc.rotate_right(15).wrapping_add(0xa282_ead8)
+    crc32c::crc32c(bytes)
+        .rotate_right(15)
+        .wrapping_add(0xa282_ead8)
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use clap::ArgMatches;
 use serde_json::{Value, json};
 
 use super::plan::{Plan, plans};
-use super::state::{self, Agent, Job, Jobs, Spot, Volume};
+use super::state::{Agent, Job, Jobs, Spot, Volume};
 use super::{Attach, Existing, Link, finish, job_name, join, live_forks, variables, within};
 use crate::cli::client::Client;
 use crate::cli::ending::When;
@@ -128,7 +128,7 @@ fn without_cache(plans: &[Plan], name: &str, failure: &Failure) -> Job {
         volume.degraded = Some(exit::line(failure));
         for path in &plan.wish.paths {
             make_plain(path);
-            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            let path = paths::absolute(path);
             volume.paths.push(Spot::plain(path, Vec::new()));
         }
         job.volumes.push(volume);
@@ -161,12 +161,8 @@ pub(super) fn empty(plan: &Plan) -> Volume {
     }
 }
 
-/// What was asked for, as text that is the same for the same question: a line for each volume.
-pub(super) fn question(plans: &[Plan]) -> String {
-    plans.iter().map(line).collect()
-}
-
-fn line(plan: &Plan) -> String {
+/// What was asked for one volume, as a line that is the same for the same question.
+pub(super) fn question(plan: &Plan) -> String {
     let o = &plan.fork;
     let fork = (
         &o.from,
@@ -195,7 +191,7 @@ pub(super) fn agents(options: &Attach) -> Vec<Agent> {
 
 fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Result<Job, Failure> {
     let jobs = Jobs::of(&context.place)?;
-    let asked = question(plans);
+    let asked: String = plans.iter().map(question).collect();
     // A store before anything is put into its folder.
     let mut client = context.connect()?;
     let live = live_forks(&mut client)?;
@@ -207,7 +203,11 @@ fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Resu
         Some(_) => return Err(otherwise(name)),
         None => Job::new(name.into(), When::OnSuccess, strict, agents(options)),
     };
-    let is_new = |plan: &&Plan| !job.asked.split_inclusive('\n').any(|had| had == line(plan));
+    let is_new = |plan: &&Plan| {
+        !job.asked
+            .split_inclusive('\n')
+            .any(|had| had == question(plan))
+    };
     let plans: Vec<&Plan> = plans.iter().filter(is_new).collect();
     let names = job.volumes.iter().map(|volume| volume.volume.as_str());
     variables::refuse_clash(names.chain(plans.iter().map(|plan| plan.wish.volume.as_str())))?;
@@ -226,7 +226,7 @@ fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Resu
             work.go_without(&mut client, &mut job, plan, &failure)?;
         }
     }
-    job.asked += &plans.into_iter().map(line).collect::<String>();
+    job.asked += &plans.into_iter().map(question).collect::<String>();
     jobs.save(&job)?;
     Ok(job)
 }
@@ -304,7 +304,7 @@ impl<'a> Work<'a> {
         for path in &wish.paths {
             // Noted before they are made.
             let made = paths::missing(path)?;
-            let whole = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            let whole = paths::absolute(path);
             current(job).paths.push(Spot::plain(whole, made));
             self.jobs.save(job)?;
             let placed = self.place(job, plan, path);
@@ -448,7 +448,7 @@ impl<'a> Work<'a> {
             // Links to it and a later finish come from other folders.
             Some(root) => std::path::absolute(root)
                 .map_err(|e| Failure::new(Code::Failed, format!("{}: {e}", root.display()))),
-            None => state::mount_root(&self.context.place),
+            None => self.context.place.mount_root(),
         }
     }
 
@@ -499,7 +499,7 @@ impl<'a> Work<'a> {
         for path in plan.wish.paths.iter().skip(volume.paths.len()) {
             let made = paths::missing(path).unwrap_or_default();
             make_plain(path);
-            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            let path = paths::absolute(path);
             volume.paths.push(Spot::plain(path, made));
         }
         volume.mount = None;

@@ -74,12 +74,7 @@ pub fn make(
     }
     let mut client = context.connect()?;
     let jobs = Jobs::of(&context.place)?;
-    let line = |plan| {
-        format!(
-            "{workspace:?} {}",
-            attach::question(std::slice::from_ref(plan))
-        )
-    };
+    let line = |plan| format!("{workspace:?} {}", attach::question(plan));
     let asked: String = plans.iter().map(line).collect();
     let live = super::live_forks(&mut client)?;
     let _alone = jobs.lock(name)?;

@@ -9,7 +9,7 @@ use super::{Attach, Existing, Link};
 use crate::cli::ForkOptions;
 use crate::cli::caches::{self, Cache, Sources};
 use crate::cli::ending::When;
-use crate::cli::paths::Wish;
+use crate::cli::paths::{self, Wish};
 use crate::protocol::{Code, Failure};
 
 /// A volume of a job, with all that is to be done with it.
@@ -50,9 +50,8 @@ pub fn plans(options: &Attach, matches: Option<&ArgMatches>) -> Result<Vec<Plan>
 /// A path that is named twice; two volumes that have paths in each other's.
 fn in_order(mut plans: Vec<Plan>) -> Result<Vec<Plan>, Failure> {
     let usage = |message: String| Failure::new(Code::Usage, message);
-    let whole = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
     let is_in = |inner: &PathBuf, outer: &PathBuf| {
-        let (inner, outer) = (whole(inner), whole(outer));
+        let (inner, outer) = (paths::absolute(inner), paths::absolute(outer));
         inner != outer && inner.starts_with(outer)
     };
     let mut seen = HashSet::new();
@@ -61,7 +60,7 @@ fn in_order(mut plans: Vec<Plan>) -> Result<Vec<Plan>, Failure> {
             .wish
             .paths
             .iter()
-            .find(|path| !seen.insert(whole(path)))
+            .find(|path| !seen.insert(paths::absolute(path)))
         {
             return Err(usage(format!("{} is named twice", path.display())));
         }
@@ -96,10 +95,9 @@ fn outer_first<T>(mut all: Vec<T>, is_in: impl Fn(&T, &T) -> bool) -> Option<Vec
 
 /// What is left of a preset's cache beside volumes that are as their user wants them.
 fn beside(plans: &[Plan], mut cache: Cache) -> Option<Cache> {
-    let whole = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
     let taken = |path: &PathBuf| {
         let mut paths = plans.iter().flat_map(|plan| &plan.wish.paths);
-        paths.any(|known| whole(known) == whole(path))
+        paths.any(|known| paths::absolute(known) == paths::absolute(path))
     };
     cache.paths.retain(|path| !taken(path));
     let known = plans.iter().any(|p| p.wish.volume == cache.volume);

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::join::Shared;
 use super::{Link, as_bytes};
 use crate::cli::ending::{End, When};
-use crate::cli::place::Place;
+use crate::cli::place::{self, Place};
 use crate::protocol::{Code, Failure, Mount};
 use crate::sys;
 use crate::sys::process;
@@ -275,10 +275,8 @@ impl Jobs {
     pub fn of(place: &Place) -> Result<Jobs, Failure> {
         let folder = match place {
             Place::Embedded { store, .. } => store.join("jobs"),
-            Place::Service => runtime_folder()
-                .unwrap_or_else(|| {
-                    std::env::temp_dir().join(format!("forkvol-{}", process::euid()))
-                })
+            Place::Service => place::runtime_folder()
+                .unwrap_or_else(|| place::temporary_folder(process::euid()))
                 .join("jobs"),
         };
         // Where everybody may make folders, the one above counts too.
@@ -414,40 +412,6 @@ fn cannot(path: &Path, error: &io::Error) -> Failure {
         _ => Code::Failed,
     };
     Failure::new(code, format!("{}: {error}", path.display()))
-}
-
-/// Where this user's files of this boot lie, if there is such a folder.
-fn runtime_folder() -> Option<PathBuf> {
-    let uid = process::euid();
-    if uid == 0 {
-        return Some("/run/forkvol-jobs".into());
-    }
-    let named = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    let usual = PathBuf::from(format!("/run/user/{uid}"));
-    let mut folders = named.into_iter().chain([usual]);
-    let found = folders.find(|folder| folder.is_dir());
-    found.map(|folder| folder.join("forkvol"))
-}
-
-/// The folder below which forks are mounted where nobody names one.
-pub fn mount_root(place: &Place) -> Result<PathBuf, Failure> {
-    let uid = process::euid();
-    if uid == 0 {
-        return Ok("/cache/forkvol".into());
-    }
-    if let Some(folder) = runtime_folder() {
-        return Ok(folder.join("mnt"));
-    }
-    let store = match place {
-        Place::Embedded { store, .. } if fs::metadata(store).is_ok_and(|m| m.uid() == uid) => {
-            return Ok(store.join("mnt"));
-        }
-        place => place,
-    };
-    let message = format!(
-        "there is no folder for the fork's mount: no XDG_RUNTIME_DIR, no /run/user/{uid}, and the store is not yours: {store}"
-    );
-    Err(Failure::new(Code::Failed, message).hint("name a folder of your own: --mount-root DIR"))
 }
 
 #[cfg(test)]
