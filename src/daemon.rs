@@ -208,7 +208,10 @@ fn accept(
         }
         if ready.contains(&1) {
             match listening.accept() {
-                Ok(Some(stream)) => shared.admit(stream),
+                Ok(Some(stream)) => {
+                    shared.engine.rouse();
+                    shared.admit(stream);
+                }
                 Ok(None) => {}
                 Err(error) => {
                     // Out of descriptors, most likely: the queue is still there when some have been closed.

@@ -334,6 +334,11 @@ impl Engine {
         Ok(infos)
     }
 
+    /// A command has come in, which will hand over from core to core: none of them is to fall asleep meanwhile.
+    pub fn rouse(&self) {
+        self.wakeful.rouse();
+    }
+
     /// How many forks are served to somebody.
     pub fn live_forks(&self) -> usize {
         self.forks

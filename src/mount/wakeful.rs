@@ -1,13 +1,16 @@
-//! Keeps idle cores from sleeping while requests come in one close behind the other.
+//! Keeps idle cores from sleeping while requests come in one close behind the other, and for a moment when a command comes in.
 //!
 //! A request hands over from the program's core to the daemon's and back. Most of what that costs is waking a core that has just
-//! gone to sleep: 50 us in a virtual machine, and more where sleep is deep. The kernel lets a privileged process ask, for as long
-//! as it holds a file open, that idle cores poll instead (Documentation/power/pm_qos_interface.rst). Asked for only while it pays.
+//! gone to sleep: 50 us in a virtual machine, and more where sleep is deep. A command hands over dozens of times. The kernel lets a
+//! privileged process ask, for as long as it holds a file open, that idle cores poll instead
+//! (Documentation/power/pm_qos_interface.rst). Asked for only while it pays.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, Thread};
 use std::time::Duration;
+
+use parking_lot::Mutex;
 
 use crate::sys::AwakeCores;
 
@@ -24,7 +27,9 @@ pub struct Wakeful {
     requests: AtomicU64,
     /// The watcher is parked until the next request.
     parked: AtomicBool,
+    /// None where nobody wants it, or may.
     watcher: OnceLock<Thread>,
+    awake: Mutex<Option<AwakeCores>>,
 }
 
 impl Wakeful {
@@ -63,8 +68,23 @@ impl Wakeful {
         }
     }
 
+    /// Keeps idle cores awake from now on, for as long as a dense stream would: a command has come in.
+    pub fn rouse(&self) {
+        if self.watcher.get().is_some() {
+            self.hold();
+            self.requests.fetch_add(DENSE, Ordering::Relaxed);
+            self.count();
+        }
+    }
+
+    fn hold(&self) {
+        let mut awake = self.awake.lock();
+        if awake.is_none() {
+            *awake = AwakeCores::hold().ok();
+        }
+    }
+
     fn watch(&self) -> ! {
-        let mut awake = None;
         let mut quiet = 0;
         let mut seen = self.requests.load(Ordering::Relaxed);
         loop {
@@ -72,15 +92,13 @@ impl Wakeful {
             let now = self.requests.load(Ordering::Relaxed);
             if now - seen >= DENSE {
                 quiet = 0;
-                if awake.is_none() {
-                    awake = AwakeCores::hold().ok();
-                }
+                self.hold();
             } else {
                 quiet += 1;
             }
             seen = now;
             if quiet > PATIENCE {
-                awake = None;
+                *self.awake.lock() = None;
                 quiet = 0;
                 self.parked.store(true, Ordering::Release);
                 // A request between the look and the store is one of few: the next one wakes the watcher.
@@ -103,12 +121,17 @@ mod tests {
     }
 
     #[test]
-    fn cores_are_kept_awake_only_while_requests_come_in_fast() {
+    fn cores_are_kept_awake_only_while_requests_come_in_fast_and_when_a_command_comes_in() {
         if let Err(error) = AwakeCores::hold() {
             return eprintln!("left out: this process may not keep cores awake: {error}");
         }
         let wakeful = Wakeful::start(true);
         for _ in 0..2 {
+            wakeful.rouse();
+            assert_eq!(held(), 1);
+            while held() > 0 {
+                thread::yield_now();
+            }
             while held() == 0 {
                 (0..DENSE).for_each(|_| wakeful.count());
                 thread::yield_now();
