@@ -1,6 +1,7 @@
 //! Who still uses a mount: looked up in /proc alone, never inside the mount, whose daemon may be gone.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -20,6 +21,8 @@ pub struct Holder {
     pub what: &'static str,
 }
 
+/// What the name of the folder begins with in which `run` mounts forks, in a mount namespace of its command.
+pub const RUN_FOLDER: &str = "forkvol-run-";
 /// How many are named; of the others only the number is said.
 const NAMED: usize = 5;
 
@@ -27,12 +30,15 @@ const NAMED: usize = 5;
 pub fn of(mount: &Mount) -> Vec<Holder> {
     let device = device_numbers(mount.device);
     let own = fs::read_link("/proc/self/ns/mnt").ok();
-    let of_device = |pid| {
-        let mut mounts = mounts_of(pid).unwrap_or_default();
-        mounts.retain(|m| m.device == device);
-        mounts
+    let seen_here = mount::mounts().unwrap_or_default();
+    let ours: Vec<&MountPoint> = seen_here.iter().filter(|m| m.device == device).collect();
+    // The command of a `run` has copies of all mounts, and nobody there knows of them.
+    let is_of_run = |found: &MountPoint| {
+        let folder = found.path.parent().and_then(Path::file_name);
+        found.kind == mount::FS_TYPE
+            && folder.is_some_and(|name| name.as_bytes().starts_with(RUN_FOLDER.as_bytes()))
+            && !seen_here.iter().any(|here| here.path == found.path)
     };
-    let ours = of_device(std::process::id());
     // Where it goes with ours nobody holds it: the sandbox of a service has a copy of every mount of the machine.
     let goes_with_ours = |mount: &MountPoint| {
         let groups = || mount.peers.iter().chain(&mount.master);
@@ -43,11 +49,19 @@ pub fn of(mount: &Mount) -> Vec<Holder> {
     let mut holders = Vec::new();
     for pid in processes() {
         let namespace = fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
-        let is_new = !namespaces.contains_key(&namespace);
-        let foreign = is_new && namespace.is_some() && namespace != own;
-        let mounts = &*namespaces
-            .entry(namespace)
-            .or_insert_with(|| of_device(pid));
+        let mut foreign = namespace.is_some() && namespace != own;
+        let mounts = match namespaces.entry(namespace) {
+            Entry::Occupied(known) => {
+                foreign = false;
+                known.into_mut()
+            }
+            Entry::Vacant(new) => {
+                let mut mounts = mounts_of(pid).unwrap_or_default();
+                foreign &= !mounts.iter().any(is_of_run);
+                mounts.retain(|m| m.device == device);
+                new.insert(mounts)
+            }
+        };
         if mounts.is_empty() {
             continue;
         }

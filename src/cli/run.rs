@@ -15,6 +15,7 @@ use super::client::Client;
 use super::ending::When;
 use super::exit;
 use super::forks::{self, ForkFacts, take};
+use super::holders::RUN_FOLDER;
 use super::job::suffix;
 use super::mounting::{self, By, Mountpoint};
 use super::output::{self, warn};
@@ -258,8 +259,8 @@ impl<'a> Job<'a> {
         let mut name = [0; 8];
         sys::random(&mut name)
             .map_err(|e| Failure::new(Code::Failed, format!("no random numbers: {e}")))?;
-        let folder =
-            std::env::temp_dir().join(format!("forkvol-run-{:016x}", u64::from_ne_bytes(name)));
+        let name = format!("{RUN_FOLDER}{:016x}", u64::from_ne_bytes(name));
+        let folder = std::env::temp_dir().join(name);
         paths::make_folder(&folder)?;
         Ok(self.private.insert(folder).clone())
     }

@@ -45,7 +45,7 @@ pub struct CommitRequest {
 #[derive(Clone, Debug)]
 pub struct Committed {
     pub fork: ForkId,
-    /// None: nothing had changed, so there is no new version.
+    /// None: neither content nor labels had changed, so there is no new version.
     pub version: Option<VersionInfo>,
     /// The mounts that the caller is to take away.
     pub mounts: Vec<MountInfo>,
@@ -62,6 +62,13 @@ pub(super) fn never_commits(options: &ForkOptions) -> Option<&'static str> {
     } else {
         None
     }
+}
+
+/// What a version of this fork is labelled with: what the fork was wanted with, and what the commit says.
+fn labels(live: &Live, request: &CommitRequest) -> BTreeMap<String, String> {
+    let mut labels = live.record.lock().options.labels.clone();
+    labels.extend(request.labels.clone());
+    labels
 }
 
 impl Engine {
@@ -320,10 +327,25 @@ impl Engine {
             Changed::Times
         };
         let below = self.version_root(base)?;
-        if done.root == below {
-            return Ok(false);
+        if done.root != below && changed(&done.ingest, below, done.root)? >= least {
+            return Ok(true);
         }
-        Ok(changed(&done.ingest, below, done.root)? >= least)
+        // Else whoever wants these labels would find the head stale for ever. What was committed meanwhile stays the head.
+        let head = VersionRef {
+            volume,
+            number: head,
+        };
+        Ok(base == Some(head) && self.relabels(head, &labels(live, request))?)
+    }
+
+    /// Whether some of these labels are not those of a version.
+    fn relabels(&self, at: VersionRef, labels: &BTreeMap<String, String>) -> Result<bool> {
+        let version = self.store.version(at)?;
+        let is_new = |version: store::Version| {
+            let lacks = |(key, value): (&String, &String)| version.labels.get(key) != Some(value);
+            labels.iter().any(lacks)
+        };
+        Ok(version.is_some_and(is_new))
     }
 
     /// The root of a version, the empty one for none.
@@ -352,8 +374,6 @@ impl Engine {
                 .map_or(0, value)
                 .saturating_add_signed(change)
         };
-        let mut labels = record.options.labels.clone();
-        labels.extend(request.labels.clone());
         Ok(store::Version {
             volume: record.volume,
             number: 0,
@@ -362,7 +382,7 @@ impl Engine {
             previous: 0,
             time: now(),
             job: record.options.job.clone(),
-            labels,
+            labels: labels(live, request),
             message: request.message.clone(),
             files: add(|v| v.files, change.files),
             logical_bytes: add(|v| v.logical_bytes, change.logical_bytes),

@@ -354,6 +354,34 @@ fn a_commit_of_an_unchanged_fork_makes_no_version() {
     assert_eq!(bench.engine().log("v").unwrap().len(), 3);
 }
 
+/// > An unchanged fork that was wanted with labels that its base has not makes a version with them, while that base is the head.
+#[test]
+fn a_good_job_that_changed_nothing_gives_the_head_the_labels_it_was_wanted_with() {
+    let bench = Bench::new();
+    let first = bench.fork("v");
+    put(&bench.fs(first), "f", b"1");
+    bench.commit(first, false);
+    let wanted = |value: &'static str| {
+        bench.fork_with("v", move |request| {
+            request.labels.insert("lock".into(), value.into());
+        })
+    };
+    let late = wanted("3");
+    assert_eq!(bench.commit(wanted("2"), true), Some(2));
+    let again = wanted("2");
+    let hit = &bench.engine().find_fork(&again.to_string()).unwrap().hit;
+    assert_eq!(*hit, Hit::Exact);
+    assert_eq!(bench.commit(again, false), None, "it has them by now");
+    assert_eq!(
+        bench.commit(late, false),
+        None,
+        "the head was made meanwhile"
+    );
+    let versions = bench.engine().log("v").unwrap();
+    assert_eq!((versions.len(), versions[0].new_bytes), (2, 0));
+    assert_eq!(get(&bench.fs(bench.fork("v")), "f"), Some(b"1".to_vec()));
+}
+
 /// > A commit is of one point in time. With `--keep` the fork goes on, from the version it has made.
 #[test]
 fn keep_commits_a_point_in_time_and_the_fork_goes_on_from_it() {
