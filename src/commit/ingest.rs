@@ -387,8 +387,11 @@ fn ahead_of(
     source.values(ino, copy, base_size, begun, values)
 }
 
-/// Whether a large part of a file was put behind what is ingested of it.
+/// Whether a large part of a new file was put behind what is ingested of it. Of one that the base has only whole results are taken.
 fn has_grown(inode: &Inode) -> bool {
+    if inode.is_of_base() {
+        return false;
+    }
     let begun = inode.begun_ingested();
     let (end, unchanged) = begun.map_or((0, 0), |(begun, unchanged)| (begun.end(), unchanged));
     // The page that it ended in is written again by what goes on behind it.

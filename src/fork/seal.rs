@@ -229,6 +229,8 @@ impl Fork {
         let mut gone = Vec::new();
         for cell in layers.live.inodes.values() {
             let mut inode = cell.state.write();
+            // Its chunks are held from gc only until here.
+            inode.ingested = None;
             if let Some(below) = frozen.inodes.get(&cell.ino) {
                 gone.extend(inode.content.rebase(&below.state.read().content));
                 inode.base = None;

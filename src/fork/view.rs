@@ -412,6 +412,7 @@ pub(super) fn thawed(frozen: &Inode) -> Inode {
     inode.content.inherited_pages = pages(inode.attr.size);
     inode.created = false;
     inode.ahead = None;
+    inode.ingested = None;
     inode
 }
 

@@ -3,6 +3,7 @@
 use super::model::Random;
 use super::*;
 use crate::fs::Allocate;
+use crate::store::Step;
 
 #[test]
 fn a_range_zeroed_over_the_end_of_a_file_reads_as_zeros_up_to_its_new_end() {
@@ -82,7 +83,7 @@ fn a_hole_of_the_version_at_the_end_of_a_file_stays_one_when_the_file_grows() {
 }
 
 /// Ingests what a fork changed ahead of its commit, as soon as it has been quiet for long enough.
-fn ingest_ahead(bench: &Bench, id: ForkId) {
+pub(super) fn ingest_ahead(bench: &Bench, id: ForkId) {
     let live = bench.engine().live(id).unwrap();
     let ingest = Arc::new(bench.engine().store.ingest());
     let until = Instant::now() + Duration::from_secs(20);
@@ -107,6 +108,45 @@ fn what_is_ingested_ahead_is_progress_of_a_commit_when_that_takes_it_and_not_bef
     put(&bench.fs(id), "new", &noise(50_000, 4));
     assert_eq!(bench.commit(id, true), Some(1));
     assert_eq!(ingested(), 350_000);
+}
+
+#[test]
+fn what_was_ingested_ahead_of_one_commit_is_no_hint_for_the_next_whatever_gc_took() {
+    let bench = Bench::new();
+    let id = bench.fork("v");
+    let fs = bench.fs(id);
+    put(&fs, "f", &noise(1 << 20, 3));
+    ingest_ahead(&bench, id);
+    // So short that the commit makes one chunk of it.
+    let file = fs.lookup(ROOT, b"f").unwrap().unwrap().ino;
+    let short = SetAttr {
+        size: Some(100_000),
+        ..SetAttr::default()
+    };
+    fs.setattr(ME, file, short).unwrap();
+    let (fork, during) = (fs.clone(), Arc::new(AtomicUsize::new(0)));
+    let count = during.clone();
+    bench.engine().store.steps.meanwhile(move |step| {
+        if step == Step::Ingested {
+            let mode = SetAttr {
+                mode: Some(0o600),
+                ..SetAttr::default()
+            };
+            fork.setattr(ME, file, mode).unwrap();
+            count.fetch_add(1, Ordering::AcqRel);
+        }
+    });
+    assert_eq!(bench.commit(id, true), Some(1));
+    bench.engine().store.steps.over();
+    assert_eq!(during.load(Ordering::Acquire), 1);
+    bench.engine().gc(false).unwrap();
+    let more = noise(300_000, 4);
+    fs.write(ME, file, 100_000, &more, false).unwrap();
+    drop(fs);
+    assert_eq!(bench.commit(id, false), Some(2));
+    check(&bench);
+    let whole = [&noise(1 << 20, 3)[..100_000], &more].concat();
+    assert_eq!(get(&bench.fs(bench.fork("v")), "f"), Some(whole));
 }
 
 #[test]

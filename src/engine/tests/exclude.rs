@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use super::content::ingest_ahead;
 use super::private_root::{folder, view};
 
 use super::*;
@@ -265,15 +266,7 @@ fn what_was_ingested_ahead_and_then_excluded_is_in_no_version_and_goes_with_the_
     let fs = bench.fs(id);
     put(&fs, "plain", &noise(100_000, 1));
     put(&fs, "file", &noise(300_000, 2));
-    let live = bench.engine().live(id).unwrap();
-    let ingest = Arc::new(bench.engine().store.ingest());
-    let until = Instant::now() + Duration::from_secs(20);
-    // Only what has been quiet for a while is ingested ahead.
-    while crate::commit::ahead(live.fork().unwrap(), &ingest, 10, &live.waiting).unwrap() == 0 {
-        assert!(Instant::now() < until);
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    *live.ahead.lock() = Some(ingest);
+    ingest_ahead(&bench, id);
     fs.rename(
         ME,
         (ROOT, b"file"),
@@ -281,13 +274,35 @@ fn what_was_ingested_ahead_and_then_excluded_is_in_no_version_and_goes_with_the_
         RenameMode::Replace,
     )
     .unwrap();
-    drop((fs, live));
+    drop(fs);
     assert_eq!(bench.commit(id, false), Some(1));
     assert_eq!(paths(&head(&bench, "v")), ["/plain"]);
     assert_eq!(stored(&bench), 400_000);
     bench.engine().gc(false).unwrap();
     assert_eq!(stored(&bench), 100_000);
     check(&bench);
+}
+
+#[test]
+fn what_was_ingested_ahead_and_excluded_for_one_commit_is_whole_in_the_next_whatever_gc_took() {
+    let bench = Bench::new();
+    let id = excluding(&bench, "v", &["*.key"]);
+    let fs = bench.fs(id);
+    let name = |from: &str, to: &str| {
+        let (from, to) = ((ROOT, from.as_bytes()), (ROOT, to.as_bytes()));
+        fs.rename(ME, from, to, RenameMode::Replace).unwrap();
+    };
+    put(&fs, "plain", b"1");
+    put(&fs, "file", &noise(300_000, 2));
+    ingest_ahead(&bench, id);
+    name("file", "file.key");
+    assert_eq!(bench.commit(id, true), Some(1));
+    bench.engine().gc(false).unwrap();
+    name("file.key", "file");
+    drop(fs);
+    assert_eq!(bench.commit(id, false), Some(2));
+    check(&bench);
+    assert_eq!(get(&head(&bench, "v"), "file"), Some(noise(300_000, 2)));
 }
 
 #[test]
