@@ -110,8 +110,7 @@ fn end_of_records(file: &File, len: u64) -> io::Result<End> {
         if is_hole(block, at) {
             return Ok(End::At(end));
         }
-        // Its length may be what is wrong.
-        if (at + 1..size).any(|at| record(&block[at..]).is_some()) {
+        if is_passed(&block[at..]) || is_mislabelled(&block[at..]) {
             return Ok(End::Damaged(end));
         }
         bad = Some(end);
@@ -133,21 +132,55 @@ fn record(bytes: &[u8]) -> Option<usize> {
     (checksum(&bytes[HEADER - 1..len]) == stored).then_some(len)
 }
 
-/// Whether a page of what should be a record here reads as zeros.
+/// Whether a whole record follows where what is none here says that it ends, or one more behind that. What it holds is not looked
+/// at: a commit may well hold bytes that read as a record.
+fn is_passed(bytes: &[u8]) -> bool {
+    let mut rest = bytes;
+    while let Some(header) = rest.first_chunk::<HEADER>() {
+        let len = HEADER + usize::from(u16::from_le_bytes([header[4], header[5]]));
+        let Some(behind) = rest.get(len..) else {
+            return false;
+        };
+        if record(behind).is_some() {
+            return true;
+        }
+        rest = behind;
+    }
+    false
+}
+
+/// Whether this is a whole record but for its length. The beginning of one has no checksum that fits.
+fn is_mislabelled(bytes: &[u8]) -> bool {
+    let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() else {
+        return false;
+    };
+    let stored = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+    let mut crc = crc32c::crc32c(&header[HEADER - 1..]);
+    let is_empty = masked(crc) == stored;
+    let fits = |byte: &u8| {
+        crc = crc32c::crc32c_append(crc, std::slice::from_ref(byte));
+        masked(crc) == stored
+    };
+    KINDS.contains(&header[6]) && (is_empty || rest.iter().any(fits))
+}
+
+/// Whether a page on which there should be some of a record reads as zeros from there on.
 fn is_hole(block: &[u8], at: usize) -> bool {
     let end = length(&block[at..]).map_or(block.len(), |len| at + len);
     let mut pages = (at / PAGE..end.div_ceil(PAGE)).map(|page| {
         let (from, to) = (page * PAGE, (page + 1) * PAGE);
-        &block[from.max(at)..to.min(end)]
+        &block[from.max(at)..to.min(block.len())]
     });
     pages.any(|page| page.iter().all(|byte| *byte == 0))
 }
 
 /// RocksDB's checksum of a record's kind and bytes: CRC-32C, masked.
 fn checksum(bytes: &[u8]) -> u32 {
-    crc32c::crc32c(bytes)
-        .rotate_right(15)
-        .wrapping_add(0xa282_ead8)
+    masked(crc32c::crc32c(bytes))
+}
+
+fn masked(crc: u32) -> u32 {
+    crc.rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
 #[cfg(test)]
@@ -157,10 +190,13 @@ mod tests {
 
     /// A record of this kind with so many bytes.
     fn made(kind: u8, bytes: usize) -> Vec<u8> {
-        let mut out = vec![kind];
-        out.resize(1 + bytes, 7);
+        holding(kind, &vec![7; bytes])
+    }
+
+    fn holding(kind: u8, bytes: &[u8]) -> Vec<u8> {
+        let out = [&[kind], bytes].concat();
         let sum = checksum(&out).to_le_bytes();
-        let len = u16::try_from(bytes).unwrap().to_le_bytes();
+        let len = u16::try_from(bytes.len()).unwrap().to_le_bytes();
         [&sum[..], &len, &out].concat()
     }
 
@@ -214,6 +250,20 @@ mod tests {
     }
 
     #[test]
+    fn a_record_that_was_cut_short_is_cut_off_even_if_it_holds_whole_ones() {
+        let whole = made(1, 100);
+        let hostile = [made(1, 0), made(4, 30)].concat().repeat(200);
+        let log = [&whole[..], &holding(1, &hostile)].concat();
+        assert_eq!(trimmed(&log), Some(log.len()));
+        for end in (whole.len() + 1..log.len()).step_by(13) {
+            assert_eq!(trimmed(&log[..end]), Some(whole.len()), "{end}");
+        }
+        let mut damaged = [&log[..], &whole].concat();
+        damaged[whole.len() + 20] ^= 1;
+        assert_eq!(trimmed(&damaged), None);
+    }
+
+    #[test]
     fn pages_that_never_reached_the_disk_are_no_damage() {
         let mut log = made(1, 100);
         log.extend(made(2, BLOCK - 2 * HEADER - 100));
@@ -242,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_byte_of_a_log_is_damage_unless_it_is_in_the_last_record() {
+    fn a_changed_byte_of_a_log_is_damage_unless_it_may_be_a_torn_last_record() {
         let dir = tempfile::tempdir().unwrap();
         let (_, log) = log_of(dir.path(), 5);
         assert_eq!(trimmed(&log), Some(log.len()));
@@ -253,7 +303,9 @@ mod tests {
         for at in 0..log.len() {
             let mut log = log.clone();
             log[at] ^= 1 << (at % 8);
-            let left = (at >= last).then_some(last);
+            // A length that is wrong shows by the checksum.
+            let is_length = (last + 4..last + 6).contains(&at);
+            let left = (at >= last && !is_length).then_some(last);
             assert_eq!(trimmed(&log), left, "byte {at} of {}", log.len());
         }
         for at in (0..last).step_by(97) {
