@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
 use forkvol::engine::{CommitRequest, Engine, EngineConfig, ForkRequest, Owner};
@@ -31,6 +31,7 @@ fn fork(engine: &Arc<Engine>) -> ForkId {
         scope: String::new(),
         uid: 0,
         gid: 0,
+        asker: Weak::new(),
     };
     engine.fork(request).unwrap().id.parse().unwrap()
 }

@@ -157,6 +157,8 @@ struct Live {
     /// Published or abandoned: what is left goes with the session.
     over: AtomicBool,
     why_lost: Option<String>,
+    /// Who made it and may still come to mount it.
+    asker: Weak<()>,
 }
 
 impl Live {
@@ -404,12 +406,14 @@ impl Engine {
         mounts.into_iter().map(MountInfo::from).collect()
     }
 
-    /// Forks of jobs whose mount is gone.
+    /// Forks of jobs whose mount is gone, and not those whose job is still on its way to mount them.
     pub fn orphans(&self) -> Vec<ForkId> {
         let forks = self.forks.lock();
-        let gone = forks
-            .values()
-            .filter(|live| !live.is_served() && live.record.lock().options.job.is_some());
+        let gone = forks.values().filter(|live| {
+            !live.is_served()
+                && live.asker.strong_count() == 0
+                && live.record.lock().options.job.is_some()
+        });
         gone.map(|live| live.id).collect()
     }
 
@@ -453,7 +457,11 @@ fn no_fork(text: &str) -> EngineError {
 }
 
 impl Live {
-    fn new(record: store::Fork, fork: std::result::Result<Arc<Fork>, String>) -> Live {
+    fn new(
+        record: store::Fork,
+        fork: std::result::Result<Arc<Fork>, String>,
+        asker: Weak<()>,
+    ) -> Live {
         let (fork, why_lost) = match fork {
             Ok(fork) => (Some(fork), None),
             Err(why) => (None, Some(why)),
@@ -469,6 +477,7 @@ impl Live {
             ahead: Mutex::default(),
             over: AtomicBool::new(false),
             why_lost,
+            asker,
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::cell::OnceCell;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Weak};
 
 use crate::engine::{Asker, JobFacts, TrustPolicy};
 use crate::protocol::{Code, Failure};
@@ -16,6 +17,8 @@ pub struct Who {
     /// The user that the daemon runs as.
     daemon: u32,
     is_local: OnceCell<bool>,
+    /// Lives as long as the connection.
+    connected: Arc<()>,
 }
 
 impl Who {
@@ -25,7 +28,13 @@ impl Who {
             process: socket::peer_process(stream),
             daemon,
             is_local: OnceCell::new(),
+            connected: Arc::default(),
         })
+    }
+
+    /// Lives for as long as this client may still come with a request.
+    pub fn connected(&self) -> Weak<()> {
+        Arc::downgrade(&self.connected)
     }
 
     fn owns_the_store(&self) -> bool {
@@ -123,6 +132,7 @@ mod tests {
             process: None,
             daemon,
             is_local: OnceCell::new(),
+            connected: Arc::default(),
         }
     }
 

@@ -290,6 +290,7 @@ impl Call<'_> {
                 scope,
                 uid: self.who.peer.uid,
                 gid: self.who.peer.gid,
+                asker: self.who.connected(),
             })
             .map_err(failure)?;
         Ok(json!({"fork": documents::fork(&info)}))

@@ -5,7 +5,7 @@ mod import;
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use tar::{Builder, EntryType, Header};
 
@@ -246,6 +246,7 @@ impl Engine {
             scope: String::new(),
             uid,
             gid,
+            asker: Weak::new(),
         };
         let info = self.make_fork(request)?;
         let id = info.id.parse().map_err(|()| super::no_fork(&info.id))?;

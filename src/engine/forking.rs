@@ -1,8 +1,8 @@
 //! fork: a private view of a version is made, or found again after a restart.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +45,8 @@ pub struct ForkRequest {
     /// Who asks.
     pub uid: u32,
     pub gid: u32,
+    /// Lives for as long as whoever asks may still come to mount the fork.
+    pub asker: Weak<()>,
 }
 
 impl Engine {
@@ -195,7 +197,7 @@ impl Engine {
         )?;
         self.store.reach(Step::DeltaMade)?;
         self.store.put_fork(&record)?;
-        let live = Arc::new(Live::new(record, Ok(Arc::new(fork))));
+        let live = Arc::new(Live::new(record, Ok(Arc::new(fork)), request.asker.clone()));
         self.forks.lock().insert(id, live.clone());
         let info = self.info(&live)?;
         log::info!(
@@ -255,5 +257,5 @@ pub(super) fn reopen(store: &Arc<Store>, record: store::Fork, boot: &str) -> Liv
         // Nobody reaches the orphans of a session that is gone.
         fork.drop_orphans();
     }
-    Live::new(record, fork)
+    Live::new(record, fork, Weak::new())
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{Code, Engine, EngineError, Live, Result};
+use super::{Code, Engine, EngineError, Live, Result, no_fork};
 use crate::fork::error::FsError;
 use crate::fs::{Caller, Fs, NewNode, Options, Ownership};
 use crate::mount::session::{self, Caches};
@@ -149,6 +149,11 @@ impl Engine {
     /// the descriptor is not of a mount.
     pub fn serve(self: &Arc<Self>, id: ForkId, fd: OwnedFd, served: &Served) -> Result<()> {
         let live = self.live(id)?;
+        // A commit or an end comes before this or behind it: what it removed is not written again, and what it takes away is there.
+        let _one = live.alone();
+        if live.over.load(Ordering::Acquire) {
+            return Err(no_fork(&id.to_string()));
+        }
         let fs = self.fs_of(id)?;
         let ended = Arc::new(AtomicBool::new(false));
         let (epoch, older) = self.begin_session(&live, served, ended.clone())?;

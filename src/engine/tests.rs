@@ -150,6 +150,7 @@ fn fork_request(volume: &str) -> ForkRequest {
         scope: String::new(),
         uid: 0,
         gid: 0,
+        asker: Weak::new(),
     }
 }
 
@@ -291,6 +292,21 @@ fn counters_tell_how_well_forks_fitted_and_what_they_were_refused_for() {
     assert_eq!(counters["forks"], 4);
     bench.reopen();
     assert_eq!(bench.engine().counters()["forks"], 0);
+}
+
+#[test]
+fn forks_of_jobs_are_orphans_as_soon_as_nobody_can_come_to_mount_them() {
+    let bench = Bench::new();
+    let client = Arc::new(());
+    let asker = Arc::downgrade(&client);
+    let fork = bench.fork_with("v", |request| {
+        request.job = Some("1".into());
+        request.asker = asker;
+    });
+    bench.fork("by-hand");
+    assert_eq!(bench.engine().orphans(), []);
+    drop(client);
+    assert_eq!(bench.engine().orphans(), [fork]);
 }
 
 #[test]

@@ -1,9 +1,8 @@
 //! A store, its engine and a mounted fork, without a daemon.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use forkvol::engine::{CommitRequest, Engine, EngineConfig, ForkRequest, Owner, Served};
 use forkvol::store::{ForkId, Verdict};
@@ -32,13 +31,24 @@ impl Drop for TestMount {
 
 impl TestStore {
     pub fn new() -> TestStore {
-        let dir = tempfile::tempdir().unwrap();
+        TestStore::of(tempfile::tempdir().unwrap())
+    }
+
+    fn of(dir: tempfile::TempDir) -> TestStore {
         let config = EngineConfig {
             reserve: Some(0),
             ..EngineConfig::default()
         };
         let engine = Engine::open(&dir.path().join("store"), config).unwrap();
         TestStore { dir, engine }
+    }
+
+    /// The same store, opened anew.
+    pub fn reopened(self) -> TestStore {
+        let TestStore { dir, engine } = self;
+        engine.shutdown(true).unwrap();
+        drop(engine);
+        TestStore::of(dir)
     }
 
     pub fn dir(&self) -> PathBuf {
@@ -80,6 +90,7 @@ impl TestStore {
             scope: String::new(),
             uid: 0,
             gid: 0,
+            asker: Weak::new(),
         };
         change(&mut request);
         self.engine.fork(request).unwrap().id.parse().unwrap()
@@ -91,7 +102,9 @@ impl TestStore {
 
     /// Mounts one folder of a fork, which is made if it is missing.
     pub fn mount_folder(&self, id: ForkId, folder: &str) -> TestMount {
-        self.try_mount_folder(id, folder).unwrap()
+        let mounted = self.try_mount_folder(id, folder).unwrap();
+        assert!(std::fs::metadata(&mounted.path).is_ok());
+        mounted
     }
 
     pub fn try_mount_folder(&self, id: ForkId, folder: &str) -> Result<TestMount, String> {
@@ -104,13 +117,15 @@ impl TestStore {
     }
 
     fn serve(&self, id: ForkId, folder: &str, instead: bool) -> Result<TestMount, String> {
+        let fork = self.engine.find_fork(&id.to_string());
+        let read_only = fork.map_err(|error| error.to_string())?.read_only;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m");
         std::fs::create_dir(&path).unwrap();
         let fuse = mount::open_fuse().expect("these tests need /dev/fuse");
         let options = mount::Options {
             source: "forkvol:test".into(),
-            read_only: self.engine.find_fork(&id.to_string()).unwrap().read_only,
+            read_only,
             suid: true,
             dev: true,
             allow_other: true,
@@ -133,7 +148,6 @@ impl TestStore {
             _dir: dir,
         };
         result.map_err(|error| error.to_string())?;
-        assert_eq!(std::fs::metadata(&mounted.path).unwrap().dev(), dev);
         Ok(mounted)
     }
 

@@ -7,8 +7,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
-use crate::common::{TestMount, TestStore, sh};
+use crate::common::{Random, TestMount, TestStore, sh};
 
 /// A shell in a mount namespace of its own, which does one line after the other.
 struct Elsewhere {
@@ -331,4 +332,23 @@ fn a_commit_beside_a_bind_elsewhere_and_an_overlay_on_top_is_whole_and_final() {
     assert_eq!(second("d/base").len(), 300_000);
     drop(next);
     store.check();
+}
+
+#[test]
+fn a_fork_that_ends_while_it_is_being_mounted_never_comes_back() {
+    let store = TestStore::new();
+    let mut random = Random(u64::from(std::process::id()) | 1);
+    println!("seed {}", random.0);
+    for _ in 0..200 {
+        let id = store.fork_only("v");
+        let pause = Duration::from_micros(random.next(3000));
+        std::thread::scope(|scope| {
+            scope.spawn(|| drop(store.try_mount_folder(id, "")));
+            std::thread::sleep(pause);
+            store.engine.abandon(id).unwrap();
+        });
+    }
+    assert!(store.engine.forks().unwrap().is_empty());
+    let store = store.reopened();
+    assert!(store.engine.forks().unwrap().is_empty());
 }
