@@ -49,6 +49,44 @@ pub struct ForkFacts {
     pub dev: bool,
 }
 
+/// What became of a volume of a job, for the line at its end.
+pub struct Ended<'a> {
+    pub volume: &'a str,
+    pub hit: &'a str,
+    /// Seconds until the fork was there.
+    pub took: f64,
+    /// Bytes read and written; None: nobody knows.
+    pub traffic: Option<(u64, u64)>,
+    pub what: &'a str,
+    /// Bytes newly stored.
+    pub stored: u64,
+}
+
+impl Ended<'_> {
+    pub fn line(&self) -> String {
+        let Ended {
+            volume, hit, what, ..
+        } = self;
+        let traffic = self.traffic.map_or_else(String::new, |(read, written)| {
+            let (read, written) = (output::size(read), output::size(written));
+            format!(", {read} read, {written} written")
+        });
+        let stored = match self.stored {
+            0 => String::new(),
+            stored => format!(", {} newly stored", output::size(stored)),
+        };
+        let took = self.took * 1e3;
+        format!("{volume} ({hit} hit, forked in {took:.0} ms{traffic}) {what}{stored}")
+    }
+}
+
+/// Bytes that were read and written in a fork. It only adorns a line: what cannot be had is not said.
+pub fn traffic(client: &mut Client, fork: &str) -> Option<(u64, u64)> {
+    let found = client.call(&Request::Find { fork: fork.into() }).ok()?;
+    let facts = take::<ForkFacts>(&found, "/fork").ok()?;
+    Some((facts.read, facts.bytes))
+}
+
 /// Takes a part of an answer apart.
 pub fn take<T: for<'a> Deserialize<'a>>(answer: &Value, pointer: &str) -> Result<T, Failure> {
     let part = answer.pointer(pointer).cloned().unwrap_or_default();

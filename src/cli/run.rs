@@ -20,6 +20,7 @@ use super::job::suffix;
 use super::mounting::{self, By, Mountpoint};
 use super::output::{self, warn};
 use super::paths::{self, Target, Volumes, Wish};
+use super::volumes::version_name;
 use super::{Context, ForkOptions};
 use crate::protocol::{self, Bytes, Code, Failure, Mount, Request};
 use crate::sys;
@@ -61,6 +62,8 @@ enum Isolation {
 /// A fork in use.
 struct InUse {
     fork: ForkFacts,
+    /// Seconds until it was there.
+    took: f64,
     mount: Mount,
     targets: Vec<Target>,
 }
@@ -229,6 +232,7 @@ impl<'a> Job<'a> {
         if self.isolation != Isolation::None || targets.is_empty() {
             paths::make_folder(&path)?;
         }
+        let begun = Instant::now();
         let job = Some(format!("run-{}", std::process::id()));
         let options = paths::excluding(&self.run.options, wish);
         let fork = forks::make(self.context, client, &wish.volume, &options, job)?;
@@ -246,6 +250,7 @@ impl<'a> Job<'a> {
         .inspect_err(|_| forks::drop_unused(client, &fork.id))?;
         self.forks.push(InUse {
             fork,
+            took: begun.elapsed().as_secs_f64(),
             mount,
             targets,
         });
@@ -348,14 +353,54 @@ impl<'a> Job<'a> {
         if self.forks.is_empty() {
             return (Vec::new(), false);
         }
+        let traffic = self.traffic();
         let result = self.settle(outcome);
         self.clean_up();
-        let failure = match result {
-            Ok(commits) => return (self.documents(&commits, None), false),
-            Err(failure) => failure,
+        match result {
+            Ok(commits) => {
+                let volumes = self.documents(&commits, None);
+                self.tell(&volumes, &traffic);
+                (volumes, false)
+            }
+            Err(failure) => {
+                warn(&exit::line(&failure));
+                (self.documents(&[], Some(&failure)), true)
+            }
+        }
+    }
+
+    /// Bytes read and written in each fork.
+    fn traffic(&self) -> Vec<Option<(u64, u64)>> {
+        let Ok(mut client) = self.context.connect() else {
+            return Vec::new();
         };
-        warn(&exit::line(&failure));
-        (self.documents(&[], Some(&failure)), true)
+        let forks = self.forks.iter();
+        forks
+            .map(|used| forks::traffic(&mut client, &used.fork.id))
+            .collect()
+    }
+
+    /// Says in a line what became of all.
+    fn tell(&self, volumes: &[Value], traffic: &[Option<(u64, u64)>]) {
+        let each = self.forks.iter().zip(volumes).enumerate();
+        let lines: Vec<String> = each
+            .map(|(at, (used, volume))| {
+                let what = match volume["version"].as_object() {
+                    Some(_) => format!("committed as {}", version_name(volume).trim()),
+                    None => volume["outcome"].as_str().unwrap_or_default().to_owned(),
+                };
+                let ended = forks::Ended {
+                    volume: &used.fork.volume,
+                    hit: &used.fork.hit,
+                    took: used.took,
+                    traffic: traffic.get(at).copied().flatten(),
+                    what: &what,
+                    stored: volume["version"]["new_bytes"].as_u64().unwrap_or_default(),
+                };
+                ended.line()
+            })
+            .collect();
+        output::note(&lines.join(", "));
     }
 
     /// Returns the commits that were made.
@@ -520,6 +565,7 @@ mod tests {
             folder: None,
         };
         let used = InUse {
+            took: 0.0,
             fork,
             mount,
             targets: vec![target],

@@ -278,6 +278,46 @@ fn jobs_side_by_side_with_the_same_path_see_each_its_own() {
 }
 
 #[test]
+fn the_commands_of_runs_beside_it_hold_no_fork_back() {
+    let cli = Cli::new();
+    cli.ok(&["fork", "v", cli.path("m").to_str().unwrap()]);
+    fs::write(cli.path("m/f"), "1").unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let script = "touch begun; until [ -e over ]; do sleep .01; done";
+            cli.run("w", &cli.path("c"), script)
+        });
+        while !cli.path("begun").exists() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let committed = cli.call(&["commit", "./m", "--busy", "fail"]);
+        fs::write(cli.path("over"), "").unwrap();
+        assert!(committed.status.success(), "{committed:?}");
+        assert_eq!(committed.stderr, b"", "nobody is named");
+    });
+}
+
+#[test]
+fn a_run_ends_with_a_line_that_says_what_became_of_each_volume() {
+    let cli = Cli::new();
+    let said = |script: &str| {
+        let output = cli.run("v", &cli.path("c"), script);
+        let said = String::from_utf8(output.stderr).unwrap();
+        said.lines().last().unwrap_or_default().to_owned()
+    };
+    for (script, begins, ends) in [
+        ("head -c 5000 /dev/urandom > c/f", "empty", "newly stored"),
+        ("cat c/f", "exact", ", 4.9 KiB read, 0 B written) unchanged"),
+        ("touch c/g; false", "exact", "abandoned"),
+    ] {
+        let line = said(script);
+        let begins = format!("forkvol: v ({begins} hit, forked in ");
+        assert!(line.starts_with(&begins) && line.ends_with(ends), "{line}");
+    }
+    assert!(said("date > c/f").contains(" committed as v@2, "));
+}
+
+#[test]
 fn one_daemon_serves_however_many_commands_start_at_once() {
     let cli = Cli::new();
     std::thread::scope(|scope| {
