@@ -240,6 +240,59 @@ fn a_second_job_is_refused_the_path_of_the_first_and_told_whose_it_is() {
 }
 
 #[test]
+fn of_jobs_that_attach_one_path_at_once_one_has_it_and_the_others_are_told() {
+    let cli = Cli::new();
+    cli.json(&["volumes"]);
+    for round in 0..6 {
+        let jobs = ["1", "2", "3"];
+        let attached = std::thread::scope(|scope| {
+            let attach = |job| {
+                let cli = &cli;
+                scope.spawn(move || cli.attach(job, &["-v", job, "-p", "c"]))
+            };
+            let threads = jobs.map(attach);
+            threads.map(|thread| thread.join().unwrap())
+        });
+        let has = |n: &usize| attached[*n]["degraded"] == false;
+        let having: Vec<usize> = (0..jobs.len()).filter(has).collect();
+        assert_eq!(having.len(), 1, "round {round}: {attached:?}");
+        let has = jobs[having[0]];
+        let named = format!("is attached by job {has}");
+        for other in attached.iter().filter(|a| a["degraded"] == true) {
+            let why = other["volumes"][0]["degraded"].as_str().unwrap();
+            assert!(why.contains(&named), "round {round}: {why}");
+        }
+        fs::write(cli.path("c/f"), has).unwrap();
+        for job in jobs {
+            cli.finish(job, "0");
+        }
+        assert_eq!(cli.ok(&["cat", &format!("{has}:f")]), has);
+        assert!(!cli.path("c").exists(), "round {round}: nothing is there");
+    }
+}
+
+#[test]
+fn what_lies_in_the_path_of_a_job_is_refused_to_others_and_given_to_itself() {
+    let cli = Cli::new();
+    cli.attach("1", &["-v", "v", "-p", "o"]);
+    cli.attach(
+        "1",
+        &["--add", "-v", "l", "-p", "link", "--link", "symlink"],
+    );
+    for path in ["o/sub", "link/sub"] {
+        let (status, why) = cli.fails(&["attach", "--strict", "--job", "2", "-v", "w", "-p", path]);
+        assert_eq!(status, 15, "{why}");
+        assert!(why.contains("is attached by job 1"), "{why}");
+        assert!(!cli.path(path).exists(), "nothing was made in it");
+    }
+    cli.attach("1", &["--add", "-v", "w", "-p", "o/sub"]);
+    fs::write(cli.path("o/sub/f"), "x").unwrap();
+    let done = cli.finish("1", "0");
+    assert_eq!(done["w"], "committed as w@1");
+    assert_eq!(cli.ok(&["cat", "w:f"]), "x");
+}
+
+#[test]
 fn a_path_may_be_a_link_but_never_node_modules_and_content_may_seed_an_empty_volume() {
     let cli = Cli::new();
     cli.attach("1", &["-v", "v", "-p", "l", "--link", "symlink"]);

@@ -13,7 +13,7 @@ use clap::ArgMatches;
 use serde_json::{Value, json};
 
 use super::plan::{Plan, plans};
-use super::state::{Agent, Job, Jobs, Spot, Volume};
+use super::state::{Agent, Job, Jobs, Lock, Spot, Volume};
 use super::{Attach, Existing, Link, finish, job_name, join, live_forks, variables, within};
 use crate::cli::client::Client;
 use crate::cli::ending::When;
@@ -358,6 +358,7 @@ impl<'a> Work<'a> {
             root = Some(at.path);
         }
         for (index, (target, covered)) in targets.iter().zip(covered).enumerate() {
+            let alone = self.alone_at(client, job, &target.path)?;
             let inside = match &root {
                 // Who may not bind mounts each folder by itself.
                 None => {
@@ -380,6 +381,7 @@ impl<'a> Work<'a> {
             }
             current(job).paths[index].link = Some(link);
             self.jobs.save(job)?;
+            drop(alone);
             if let (Some(covered), "empty") = (covered, fork.hit.as_str()) {
                 seed(&covered, &inside)?;
             }
@@ -400,19 +402,31 @@ impl<'a> Work<'a> {
             )
             .hint("bind it, or use forkvol run"));
         }
+        // Nothing is made in what another job has.
+        if let Ok(path) = real_path(path) {
+            refuse_taken(self.others.iter().chain([job]), job, &path)?;
+        }
         let target = paths::target(&plan.wish, path, &self.context.place)?;
         self.refuse_to_cover(&target.path)?;
-        // What lies below a path would be covered too.
-        for other in self.others.iter().chain([job]) {
-            let mut spots = other.volumes.iter().flat_map(|v| &v.paths);
-            let taken = |s: &&Spot| s.link.is_some() && s.path.starts_with(&target.path);
-            if let Some(spot) = spots.find(taken) {
-                let message = format!("{} is attached by job {}", spot.path.display(), other.job);
-                return Err(Failure::new(Code::Busy, message)
-                    .hint("use forkvol run, which gives each job its own view"));
-            }
-        }
         Ok(target)
+    }
+
+    /// Refuses a path that another job has by now. No other notes one while the lock is held: until this job has noted it.
+    pub(super) fn alone_at(
+        &self,
+        client: &mut Client,
+        job: &Job,
+        path: &Path,
+    ) -> Result<Lock, Failure> {
+        let lock = self.jobs.lock_paths()?;
+        // What cannot be read was named when this attach began.
+        let mut others = self.jobs.readable(|_| ())?;
+        others.retain(|other| other.job != job.job && taken(other, job, path).is_some());
+        if !others.is_empty() {
+            let live = live_forks(client)?;
+            others.retain(|other| !other.is_stale(&live));
+        }
+        refuse_taken(others.iter(), job, path).map(|()| lock)
     }
 
     /// Opens what a path holds, where that is to be copied; refuses content where there may be none.
@@ -508,6 +522,34 @@ impl<'a> Work<'a> {
         volume.base = None;
         self.jobs.save(job)
     }
+}
+
+/// What a job has already of a path that `job` wants: what lies below the path would be covered too, and what another job has is its
+/// own with all that lies in it.
+fn taken<'a>(other: &'a Job, job: &Job, path: &Path) -> Option<&'a Path> {
+    let is_other = other.job != job.job;
+    let inside = |outer: &Path| is_other && path.starts_with(outer);
+    let spots = other.volumes.iter().flat_map(|v| &v.paths);
+    let mut spots = spots.filter(|spot| spot.link.is_some());
+    // A link leads there.
+    let mut folders = other.volumes.iter().filter_map(|v| v.folder.as_deref());
+    spots
+        .find(|spot| spot.path.starts_with(path) || inside(&spot.path))
+        .map(|spot| spot.path.as_path())
+        .or_else(|| folders.find(|folder| inside(folder)))
+}
+
+fn refuse_taken<'a>(
+    mut others: impl Iterator<Item = &'a Job>,
+    job: &Job,
+    path: &Path,
+) -> Result<(), Failure> {
+    let found = others.find_map(|other| Some((taken(other, job, path)?, &other.job)));
+    found.map_or(Ok(()), |(path, other)| {
+        let message = format!("{} is attached by job {other}", path.display());
+        Err(Failure::new(Code::Busy, message)
+            .hint("use forkvol run, which gives each job its own view"))
+    })
 }
 
 /// Copies what a path held, which is covered now, into its empty fork.

@@ -118,7 +118,7 @@ pub fn make(
     job.joined = Some(shared);
     jobs.save(&job)?;
     for plan in plans {
-        if let Err(failure) = bind(&work, &jobs, &mut job, &common, plan) {
+        if let Err(failure) = bind(&work, &mut client, &jobs, &mut job, &common, plan) {
             finish::drop_job(&mut client, &jobs, &job)?;
             return Err(failure);
         }
@@ -166,6 +166,7 @@ fn fill(
 /// Puts a volume of a workspace in a member's places.
 fn bind(
     work: &Work<'_>,
+    client: &mut Client,
     jobs: &Jobs,
     job: &mut Job,
     common: &Job,
@@ -204,12 +205,14 @@ fn bind(
         if !inside.is_dir() {
             paths::make_folder_open(&inside)?;
         }
+        let alone = work.alone_at(client, job, &target.path)?;
         job.volumes[at].paths.push(Spot {
             inner: target.folder,
             link: Some(Link::Bind),
             ..Spot::plain(target.path.clone(), made)
         });
         jobs.save(job)?;
+        drop(alone);
         work.put_in_place(Link::Bind, &inside, &target.path)?;
         if plan.fork.read_only {
             kernel::make_bind_read_only(&target.path).map_err(|e| {
