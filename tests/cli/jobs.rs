@@ -335,6 +335,29 @@ fn a_path_may_be_a_link_but_never_node_modules_and_content_may_seed_an_empty_vol
 }
 
 #[test]
+fn the_folder_that_a_link_took_the_place_of_is_there_again_when_it_goes() {
+    let cli = Cli::new();
+    cli.attach("0", &["-v", "v", "-p", "c"]);
+    fs::write(cli.path("c/there"), "a file has the name of a folder").unwrap();
+    cli.finish("0", "0");
+    fs::create_dir(cli.path("own")).unwrap();
+    let link = ["--link", "symlink", "-p", "own", "-p", "made"];
+    let is_folder = |path: &str| fs::symlink_metadata(cli.path(path)).is_ok_and(|m| m.is_dir());
+    for (volume, last, degraded) in [("v", "there", true), ("w", "third", false)] {
+        let args = [&["-v", volume], &link[..], &["-p", last]].concat();
+        assert_eq!(cli.attach("1", &args)["degraded"], degraded);
+        for path in ["own", "made", last] {
+            assert_eq!(is_folder(path), degraded, "{path} of {volume}");
+        }
+        cli.finish("1", "0");
+        assert!(is_folder("own"), "{volume}: it had been there");
+        for path in ["made", last] {
+            assert!(fs::symlink_metadata(cli.path(path)).is_err(), "{path}");
+        }
+    }
+}
+
+#[test]
 fn a_job_that_runs_is_not_stale_for_who_sees_neither_its_mounts_nor_its_processes() {
     let cli = Cli::new();
     let mut agent = Command::new("sleep").arg("600").spawn().unwrap();

@@ -509,6 +509,8 @@ impl<'a> Work<'a> {
         for spot in &mut volume.paths {
             spot.link = None;
             spot.mount = None;
+            // A link had taken its place.
+            make_plain(&spot.path);
         }
         for path in plan.wish.paths.iter().skip(volume.paths.len()) {
             let made = paths::missing(path).unwrap_or_default();

@@ -361,13 +361,16 @@ pub fn take_apart(mut client: Option<&mut Client>, volume: &Volume, by: By, with
             continue;
         }
         match spot.link {
-            Some(Link::Symlink) if leads_to(spot, volume) => {
-                if let Err(error) = fs::remove_file(&spot.path) {
+            Some(Link::Symlink) => {
+                if leads_to(spot, volume)
+                    && let Err(error) = fs::remove_file(&spot.path)
+                {
                     warn(&format!(
                         "cannot remove the link {}: {error}",
                         spot.path.display()
                     ));
                 }
+                put_back(spot);
             }
             Some(Link::Bind) if leads_to(spot, volume) => {
                 if let Some(mount) = &volume.mount {
@@ -384,6 +387,25 @@ pub fn take_apart(mut client: Option<&mut Client>, volume: &Volume, by: By, with
         _ => {}
     }
     remove_folders(volume, with_paths);
+}
+
+/// Makes the folder again that a link had taken the place of, if that had been there before the job.
+fn put_back(spot: &Spot) {
+    if spot.made.contains(&spot.path) {
+        return;
+    }
+    match fs::create_dir(&spot.path) {
+        Ok(()) => {}
+        Err(e)
+            if matches!(
+                e.kind(),
+                // The job has put something there, or has removed what it was in.
+                io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound
+                // It lies in a fork that is over.
+                | io::ErrorKind::ReadOnlyFilesystem
+            ) => {}
+        Err(error) => warn(&format!("cannot make {}: {error}", spot.path.display())),
+    }
 }
 
 fn remove_folders(volume: &Volume, with_paths: bool) {
