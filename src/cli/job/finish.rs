@@ -222,7 +222,8 @@ fn settle(
 ) -> Result<(), Failure> {
     // All or none: what one path lost says that the job was not what it seemed.
     if when.iter().any(Option::is_some) {
-        for volume in &job.volumes {
+        // What the job was told to go without has nothing to lose.
+        for volume in job.volumes.iter().filter(|v| v.degraded.is_none()) {
             if let Some(why) = accident(client, volume)? {
                 warn(&format!("nothing is committed: {why}"));
                 when.fill(None);
@@ -435,6 +436,8 @@ fn remove_if_empty(folder: &Path) {
             if matches!(
                 e.kind(),
                 io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty
+                // Another job is there.
+                | io::ErrorKind::ResourceBusy
                 // It lies in a fork that is over.
                 | io::ErrorKind::ReadOnlyFilesystem
             ) => {}

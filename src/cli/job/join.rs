@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use clap::ValueEnum;
 
-use super::attach::{self, Work};
+use super::attach::{self, Waiter, Work};
 use super::plan::Plan;
 use super::state::{self, Job, Jobs, Spot, Volume};
 use super::{Attach, Link, finish};
@@ -58,6 +58,7 @@ pub fn make(
     plans: &[Plan],
     name: &str,
     workspace: &str,
+    waiter: &Waiter,
 ) -> Result<Job, Failure> {
     let by = By::default_for_caller();
     if by == By::Helper {
@@ -85,7 +86,7 @@ pub fn make(
     }
     let shared = job_of(workspace);
     let _nobody_else = jobs.lock(&shared)?;
-    let mut work = Work::new(context, options, &jobs, &live, by)?;
+    let mut work = Work::new(context, options, &jobs, &live, by, waiter)?;
     let mut common = match jobs.load(&shared)? {
         Some(job) if !job.is_stale(&live) => job,
         left => {
@@ -119,10 +120,14 @@ pub fn make(
     jobs.save(&job)?;
     for plan in plans {
         if let Err(failure) = bind(&work, &mut client, &jobs, &mut job, &common, plan) {
+            if waiter.has_given_up() {
+                return Err(failure);
+            }
             finish::drop_job(&mut client, &jobs, &job)?;
             return Err(failure);
         }
     }
+    waiter.is_whole()?;
     job.asked = asked;
     jobs.save(&job)?;
     touch(&jobs, &mut common)?;
@@ -213,7 +218,8 @@ fn bind(
         });
         jobs.save(job)?;
         drop(alone);
-        work.put_in_place(Link::Bind, &inside, &target.path)?;
+        let piece = attach::piece(&job.volumes[at], job.volumes[at].paths.len() - 1);
+        work.put_in_place(Link::Bind, &inside, &target.path, piece)?;
         if plan.fork.read_only {
             kernel::make_bind_read_only(&target.path).map_err(|e| {
                 let message = format!("{} cannot be made read-only: {e}", target.path.display());
