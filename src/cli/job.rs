@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use crossbeam::channel::RecvTimeoutError;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -218,15 +219,29 @@ fn within<T: Send + 'static>(
     deadline: Duration,
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Failure> {
+    within_unless(deadline, || true, work)
+}
+
+/// As [`within`], but who would go on without it asks first. Where it may not give up any more, the work is done but for a moment.
+fn within_unless<T: Send + 'static>(
+    deadline: Duration,
+    may_give_up: impl FnOnce() -> bool,
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
     let (done, result) = crossbeam::channel::bounded(1);
     std::thread::spawn(move || {
         // Nobody waits any more when the deadline has passed.
         done.send(work()).unwrap_or_default();
     });
-    result.recv_timeout(deadline).unwrap_or_else(|_| {
-        Err(Failure::new(
-            Code::Busy,
-            format!("not done within {} s", deadline.as_secs_f64()),
-        ))
-    })
+    let late = || {
+        let message = format!("not done within {} s", deadline.as_secs_f64());
+        Err(Failure::new(Code::Busy, message))
+    };
+    match result.recv_timeout(deadline) {
+        Ok(done) => done,
+        Err(RecvTimeoutError::Timeout) if !may_give_up() => {
+            result.recv().unwrap_or_else(|_| late())
+        }
+        Err(_) => late(),
+    }
 }

@@ -240,6 +240,102 @@ fn a_second_job_is_refused_the_path_of_the_first_and_told_whose_it_is() {
 }
 
 #[test]
+fn of_jobs_that_attach_one_path_at_once_one_has_it_and_the_others_are_told() {
+    let cli = Cli::new();
+    cli.json(&["volumes"]);
+    for round in 0..6 {
+        let jobs = ["1", "2", "3"];
+        let attached = std::thread::scope(|scope| {
+            let attach = |job| {
+                let cli = &cli;
+                scope.spawn(move || cli.attach(job, &["-v", job, "-p", "c"]))
+            };
+            let threads = jobs.map(attach);
+            threads.map(|thread| thread.join().unwrap())
+        });
+        let has = |n: &usize| attached[*n]["degraded"] == false;
+        let having: Vec<usize> = (0..jobs.len()).filter(has).collect();
+        assert_eq!(having.len(), 1, "round {round}: {attached:?}");
+        let has = jobs[having[0]];
+        let named = format!("is attached by job {has}");
+        for other in attached.iter().filter(|a| a["degraded"] == true) {
+            let why = other["volumes"][0]["degraded"].as_str().unwrap();
+            assert!(why.contains(&named), "round {round}: {why}");
+        }
+        fs::write(cli.path("c/f"), has).unwrap();
+        for job in jobs {
+            cli.finish(job, "0");
+        }
+        assert_eq!(cli.ok(&["cat", &format!("{has}:f")]), has);
+        // Who made the folder may have ended while the other was in it.
+        if let Err(error) = fs::remove_dir(cli.path("c")) {
+            let kind = error.kind();
+            assert_eq!(kind, std::io::ErrorKind::NotFound, "round {round}");
+        }
+    }
+}
+
+#[test]
+fn what_lies_in_the_path_of_a_job_is_refused_to_others_and_given_to_itself() {
+    let cli = Cli::new();
+    cli.attach("1", &["-v", "v", "-p", "o"]);
+    cli.attach(
+        "1",
+        &["--add", "-v", "l", "-p", "link", "--link", "symlink"],
+    );
+    for path in ["o/sub", "link/sub"] {
+        let (status, why) = cli.fails(&["attach", "--strict", "--job", "2", "-v", "w", "-p", path]);
+        assert_eq!(status, 15, "{why}");
+        assert!(why.contains("is attached by job 1"), "{why}");
+        assert!(!cli.path(path).exists(), "nothing was made in it");
+    }
+    cli.attach("1", &["--add", "-v", "w", "-p", "o/sub"]);
+    fs::write(cli.path("o/sub/f"), "x").unwrap();
+    let done = cli.finish("1", "0");
+    assert_eq!(done["w"], "committed as w@1");
+    assert_eq!(cli.ok(&["cat", "w:f"]), "x");
+}
+
+#[test]
+fn a_job_that_was_told_to_go_without_has_an_empty_folder_and_commits_nothing() {
+    let cli = Cli::new();
+    cli.attach("0", &["-v", "v", "-p", "c"]);
+    fs::write(cli.path("c/f"), "kept").unwrap();
+    cli.finish("0", "0");
+    let empty = |path: &str| fs::read_dir(cli.path(path)).unwrap().next().is_none();
+    for round in 0..4 {
+        for ms in 2..=25 {
+            let deadline = format!("{ms}ms");
+            let link = ["bind", "symlink"][round % 2];
+            let asked = ["-v", "v", "-p", "c", "-v", "w", "-p", "d"];
+            let how = ["--link", link, "--deadline", &deadline];
+            let attached = cli.attach("1", &[&asked[..], &how].concat());
+            let without = attached["degraded"] == true;
+            if without {
+                let said = format!("round {round}, {deadline}: {attached}");
+                assert!(empty("c") && empty("d"), "{said}");
+                fs::write(cli.path("c/f"), "of a job without a cache").unwrap();
+                fs::write(cli.path("d/f"), "of a job without a cache").unwrap();
+            }
+            let done = cli.finish("1", "0");
+            let committed =
+                |volume: &str| done[volume].as_str().is_some_and(|d| d != "not committed");
+            assert!(
+                !without || !(committed("v") || committed("w")),
+                "{attached}: {done}"
+            );
+            for path in ["c", "d"] {
+                let left = fs::remove_dir_all(cli.path(path));
+                assert!(without || left.is_err(), "round {round}, {deadline}");
+            }
+        }
+    }
+    assert_eq!(cli.ok(&["cat", "v:f"]), "kept");
+    let log = cli.json(&["log", "v"]);
+    assert_eq!(log["versions"].as_array().unwrap().len(), 1, "{log}");
+}
+
+#[test]
 fn a_path_may_be_a_link_but_never_node_modules_and_content_may_seed_an_empty_volume() {
     let cli = Cli::new();
     cli.attach("1", &["-v", "v", "-p", "l", "--link", "symlink"]);
@@ -279,6 +375,29 @@ fn a_path_may_be_a_link_but_never_node_modules_and_content_may_seed_an_empty_vol
     cli.attach("3", &["-v", "w", "-p", "full", "--existing", "seed"]);
     assert_eq!(cli.finish("3", "0")["w"], "committed as w@1");
     assert_eq!(cli.ok(&["cat", "w:seed"]), "seed");
+}
+
+#[test]
+fn the_folder_that_a_link_took_the_place_of_is_there_again_when_it_goes() {
+    let cli = Cli::new();
+    cli.attach("0", &["-v", "v", "-p", "c"]);
+    fs::write(cli.path("c/there"), "a file has the name of a folder").unwrap();
+    cli.finish("0", "0");
+    fs::create_dir(cli.path("own")).unwrap();
+    let link = ["--link", "symlink", "-p", "own", "-p", "made"];
+    let is_folder = |path: &str| fs::symlink_metadata(cli.path(path)).is_ok_and(|m| m.is_dir());
+    for (volume, last, degraded) in [("v", "there", true), ("w", "third", false)] {
+        let args = [&["-v", volume], &link[..], &["-p", last]].concat();
+        assert_eq!(cli.attach("1", &args)["degraded"], degraded);
+        for path in ["own", "made", last] {
+            assert_eq!(is_folder(path), degraded, "{path} of {volume}");
+        }
+        cli.finish("1", "0");
+        assert!(is_folder("own"), "{volume}: it had been there");
+        for path in ["made", last] {
+            assert!(fs::symlink_metadata(cli.path(path)).is_err(), "{path}");
+        }
+    }
 }
 
 #[test]

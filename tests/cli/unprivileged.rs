@@ -111,3 +111,25 @@ fn without_a_runtime_folder_a_fork_is_mounted_in_the_user_s_own_store() {
     let lines: Vec<&str> = out.lines().take(2).collect();
     assert_eq!(lines, ["s/mnt/1/shop+v", "data"], "{out}");
 }
+
+#[test]
+fn without_privilege_too_a_job_that_was_told_to_go_without_has_empty_folders() {
+    let out = as_user(
+        "attach() { forkvol --quiet attach --job 1 --env-file env -v v -p c -p d \"$@\" 2> said || { cat said >&2; exit 1; }; }
+         attach
+         echo kept | tee c/f > d/f
+         forkvol --quiet finish --job 1 --status 0
+         for ms in {2..40}; do
+           attach --deadline ${ms}ms
+           if grep -q 'goes without' said; then
+             test -z \"$(ls -A c d | grep -v :)\" || { echo \"$ms ms: something is there\"; findmnt -t fuse.forkvol; }
+             echo of a job without a cache | tee c/f > d/f
+           fi
+           forkvol --quiet finish --job 1 --status 0 2> said || cat said >&2
+           rm -rf c d
+         done
+         forkvol cat v:c/f; forkvol cat v:d/f
+         findmnt -t fuse.forkvol -n -o TARGET | awk -v h=$HOME 'index($0, h)' | wc -l",
+    );
+    assert_eq!(out, "kept\nkept\n0\n");
+}

@@ -7,14 +7,18 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use clap::ArgMatches;
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::plan::{Plan, plans};
-use super::state::{Agent, Job, Jobs, Spot, Volume};
-use super::{Attach, Existing, Link, finish, job_name, join, live_forks, variables, within};
+use super::state::{Agent, Job, Jobs, Lock, Spot, Volume};
+use super::{
+    Attach, Existing, Link, finish, job_name, join, live_forks, variables, within, within_unless,
+};
 use crate::cli::client::Client;
 use crate::cli::ending::When;
 use crate::cli::forks;
@@ -25,6 +29,77 @@ use crate::cli::place::real_path;
 use crate::cli::{Context, exit};
 use crate::protocol::{Bytes, Code, Failure, Request};
 use crate::sys::mount as kernel;
+
+/// What clearing up behind an attach that was given up may take.
+const UNCOVER: Duration = Duration::from_secs(1);
+
+/// What an attach shares with whoever waits for it, and may give up.
+#[derive(Debug, Default)]
+pub(super) struct Waiter {
+    /// Whether the attach was whole before that: said once, by whoever is first.
+    whole: OnceLock<bool>,
+    /// What it has put in place: volumes of one path each.
+    placed: Mutex<Vec<Volume>>,
+}
+
+impl Waiter {
+    /// Asked before what was attached is noted as whole; refused where the job was told that it goes without.
+    pub(super) fn is_whole(&self) -> Result<(), Failure> {
+        match *self.whole.get_or_init(|| true) {
+            true => Ok(()),
+            false => Err(too_late()),
+        }
+    }
+
+    fn may_give_up(&self) -> bool {
+        !*self.whole.get_or_init(|| false)
+    }
+
+    /// Nothing is done for the job any more: what is there is for whoever gave up, and for its finish.
+    pub(super) fn has_given_up(&self) -> bool {
+        self.whole.get() == Some(&false)
+    }
+
+    /// Puts something in place, unless that has been given up.
+    fn place(&self, put: impl FnOnce() -> Result<Volume, Failure>) -> Result<(), Failure> {
+        // Held meanwhile: whoever gives up sees all of it, or it does not happen.
+        let mut placed = self.placed.lock();
+        if self.has_given_up() {
+            return Err(too_late());
+        }
+        placed.push(put()?);
+        Ok(())
+    }
+
+    /// Takes away what was put in place.
+    fn uncover(self: Arc<Waiter>) {
+        let uncovered = within(UNCOVER, move || {
+            for volume in self.placed.lock().drain(..).rev() {
+                finish::take_apart(None, &volume, By::default_for_caller(), false);
+            }
+            Ok(())
+        });
+        if let Err(failure) = uncovered {
+            let why = failure.message;
+            warn(&format!("what the attach had in place may be there: {why}"));
+        }
+    }
+}
+
+fn too_late() -> Failure {
+    Failure::new(Code::Busy, "the attach was given up")
+}
+
+/// One path of a volume, by itself.
+pub(super) fn piece(volume: &Volume, path: usize) -> Volume {
+    Volume {
+        paths: volume.paths.get(path).cloned().into_iter().collect(),
+        folder: None,
+        // Its mount is not the path's.
+        shared: true,
+        ..volume.clone()
+    }
+}
 
 pub fn attach(
     context: &Context,
@@ -44,18 +119,23 @@ pub fn attach(
     let name = job_name(options.job.as_deref())?;
     let strict = options.options.strict;
     let begun = Instant::now();
-    let made = within(options.deadline, {
-        let (context, options, plans, name) = (
+    let waiter = Arc::new(Waiter::default());
+    let made = within_unless(options.deadline, || waiter.may_give_up(), {
+        let (context, options, plans, name, waiter) = (
             context.clone(),
             options.clone(),
             plans.clone(),
             name.clone(),
+            waiter.clone(),
         );
         move || match &options.join {
-            Some(workspace) => join::make(&context, &options, &plans, &name, workspace),
-            None => make(&context, &options, &plans, &name),
+            Some(workspace) => join::make(&context, &options, &plans, &name, workspace, &waiter),
+            None => make(&context, &options, &plans, &name, &waiter),
         }
     });
+    if made.is_err() {
+        waiter.uncover();
+    }
     let job = match made {
         Ok(job) => job,
         Err(failure) if strict || failure.code == Code::Usage => return Err(failure),
@@ -189,7 +269,13 @@ pub(super) fn agents(options: &Attach) -> Vec<Agent> {
     pids.filter_map(|pid| Agent::of(*pid)).collect()
 }
 
-fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Result<Job, Failure> {
+fn make(
+    context: &Context,
+    options: &Attach,
+    plans: &[Plan],
+    name: &str,
+    waiter: &Waiter,
+) -> Result<Job, Failure> {
     let jobs = Jobs::of(&context.place)?;
     let asked: String = plans.iter().map(question).collect();
     // A store before anything is put into its folder.
@@ -212,13 +298,17 @@ fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Resu
     let names = job.volumes.iter().map(|volume| volume.volume.as_str());
     variables::refuse_clash(names.chain(plans.iter().map(|plan| plan.wish.volume.as_str())))?;
     jobs.save(&job)?;
-    let mut work = Work::new(context, options, &jobs, &live, By::default_for_caller())?;
+    let by = By::default_for_caller();
+    let mut work = Work::new(context, options, &jobs, &live, by, waiter)?;
     for plan in &plans {
         job.volumes.push(empty(plan));
         let begun = Instant::now();
         let made = work.volume(&mut client, &mut job, plan);
         current(&mut job).took = begun.elapsed().as_secs_f64();
         if let Err(failure) = made {
+            if waiter.has_given_up() {
+                return Err(failure);
+            }
             if strict {
                 finish::drop_job(&mut client, &jobs, &job)?;
                 return Err(failure);
@@ -226,6 +316,7 @@ fn make(context: &Context, options: &Attach, plans: &[Plan], name: &str) -> Resu
             work.go_without(&mut client, &mut job, plan, &failure)?;
         }
     }
+    waiter.is_whole()?;
     job.asked += &plans.into_iter().map(question).collect::<String>();
     jobs.save(&job)?;
     Ok(job)
@@ -265,6 +356,7 @@ pub(super) struct Work<'a> {
     jobs: &'a Jobs,
     others: Vec<Job>,
     by: By,
+    waiter: &'a Waiter,
 }
 
 /// The volume that is being attached: the last one of the job.
@@ -281,6 +373,7 @@ impl<'a> Work<'a> {
         jobs: &'a Jobs,
         live: &HashSet<String>,
         by: By,
+        waiter: &'a Waiter,
     ) -> Result<Work<'a>, Failure> {
         let others = jobs.all()?.into_iter();
         Ok(Work {
@@ -289,6 +382,7 @@ impl<'a> Work<'a> {
             jobs,
             others: others.filter(|job| !job.is_stale(live)).collect(),
             by,
+            waiter,
         })
     }
 
@@ -358,6 +452,7 @@ impl<'a> Work<'a> {
             root = Some(at.path);
         }
         for (index, (target, covered)) in targets.iter().zip(covered).enumerate() {
+            let alone = self.alone_at(client, job, &target.path)?;
             let inside = match &root {
                 // Who may not bind mounts each folder by itself.
                 None => {
@@ -366,8 +461,11 @@ impl<'a> Work<'a> {
                         created: false,
                     };
                     let folder = Bytes(target.folder.clone().unwrap_or_default().into_bytes());
-                    let mount = mounting::mount(client, &fork.id, &folder, &at, &manner)?;
-                    current(job).paths[index].mount = Some(mount);
+                    self.waiter.place(|| {
+                        let mount = mounting::mount(client, &fork.id, &folder, &at, &manner)?;
+                        current(job).paths[index].mount = Some(mount);
+                        Ok(piece(current(job), index))
+                    })?;
                     target.path.clone()
                 }
                 Some(root) => target
@@ -380,11 +478,12 @@ impl<'a> Work<'a> {
             }
             current(job).paths[index].link = Some(link);
             self.jobs.save(job)?;
+            drop(alone);
             if let (Some(covered), "empty") = (covered, fork.hit.as_str()) {
                 seed(&covered, &inside)?;
             }
             if root.is_some() {
-                self.put_in_place(link, &inside, &target.path)?;
+                self.put_in_place(link, &inside, &target.path, piece(current(job), index))?;
             }
         }
         Ok(())
@@ -400,19 +499,31 @@ impl<'a> Work<'a> {
             )
             .hint("bind it, or use forkvol run"));
         }
+        // Nothing is made in what another job has.
+        if let Ok(path) = real_path(path) {
+            refuse_taken(self.others.iter().chain([job]), job, &path)?;
+        }
         let target = paths::target(&plan.wish, path, &self.context.place)?;
         self.refuse_to_cover(&target.path)?;
-        // What lies below a path would be covered too.
-        for other in self.others.iter().chain([job]) {
-            let mut spots = other.volumes.iter().flat_map(|v| &v.paths);
-            let taken = |s: &&Spot| s.link.is_some() && s.path.starts_with(&target.path);
-            if let Some(spot) = spots.find(taken) {
-                let message = format!("{} is attached by job {}", spot.path.display(), other.job);
-                return Err(Failure::new(Code::Busy, message)
-                    .hint("use forkvol run, which gives each job its own view"));
-            }
-        }
         Ok(target)
+    }
+
+    /// Refuses a path that another job has by now. No other notes one while the lock is held: until this job has noted it.
+    pub(super) fn alone_at(
+        &self,
+        client: &mut Client,
+        job: &Job,
+        path: &Path,
+    ) -> Result<Lock, Failure> {
+        let lock = self.jobs.lock_paths()?;
+        // What cannot be read was named when this attach began.
+        let mut others = self.jobs.readable(|_| ())?;
+        others.retain(|other| other.job != job.job && taken(other, job, path).is_some());
+        if !others.is_empty() {
+            let live = live_forks(client)?;
+            others.retain(|other| !other.is_stale(&live));
+        }
+        refuse_taken(others.iter(), job, path).map(|()| lock)
     }
 
     /// Opens what a path holds, where that is to be copied; refuses content where there may be none.
@@ -458,13 +569,20 @@ impl<'a> Work<'a> {
         Ok(root.join(job).join(volume.replace('/', "+")))
     }
 
-    pub(super) fn put_in_place(&self, link: Link, from: &Path, to: &Path) -> Result<(), Failure> {
-        let result = match link {
+    /// Makes a path lead to a folder of a fork; `piece` is how it is taken away again.
+    pub(super) fn put_in_place(
+        &self,
+        link: Link,
+        from: &Path,
+        to: &Path,
+        piece: Volume,
+    ) -> Result<(), Failure> {
+        let put = || match link {
             Link::Bind => kernel::bind(from, to),
             // It was made, or was empty: it gives way to the link.
             Link::Symlink => fs::remove_dir(to).and_then(|()| symlink(from, to)),
         };
-        result.map_err(|e| {
+        let failed = |e: io::Error| {
             let message = format!("cannot put a fork at {}: {e}", to.display());
             let failure = Failure::new(Code::Failed, message);
             match e.kind() {
@@ -473,7 +591,8 @@ impl<'a> Work<'a> {
                 ),
                 _ => failure,
             }
-        })
+        };
+        self.waiter.place(|| put().map_err(failed).map(|()| piece))
     }
 
     /// Undoes what was done for the current volume; its paths are empty folders then.
@@ -495,6 +614,8 @@ impl<'a> Work<'a> {
         for spot in &mut volume.paths {
             spot.link = None;
             spot.mount = None;
+            // A link had taken its place.
+            make_plain(&spot.path);
         }
         for path in plan.wish.paths.iter().skip(volume.paths.len()) {
             let made = paths::missing(path).unwrap_or_default();
@@ -508,6 +629,34 @@ impl<'a> Work<'a> {
         volume.base = None;
         self.jobs.save(job)
     }
+}
+
+/// What a job has already of a path that `job` wants: what lies below the path would be covered too, and what another job has is its
+/// own with all that lies in it.
+fn taken<'a>(other: &'a Job, job: &Job, path: &Path) -> Option<&'a Path> {
+    let is_other = other.job != job.job;
+    let inside = |outer: &Path| is_other && path.starts_with(outer);
+    let spots = other.volumes.iter().flat_map(|v| &v.paths);
+    let mut spots = spots.filter(|spot| spot.link.is_some());
+    // A link leads there.
+    let mut folders = other.volumes.iter().filter_map(|v| v.folder.as_deref());
+    spots
+        .find(|spot| spot.path.starts_with(path) || inside(&spot.path))
+        .map(|spot| spot.path.as_path())
+        .or_else(|| folders.find(|folder| inside(folder)))
+}
+
+fn refuse_taken<'a>(
+    mut others: impl Iterator<Item = &'a Job>,
+    job: &Job,
+    path: &Path,
+) -> Result<(), Failure> {
+    let found = others.find_map(|other| Some((taken(other, job, path)?, &other.job)));
+    found.map_or(Ok(()), |(path, other)| {
+        let message = format!("{} is attached by job {other}", path.display());
+        Err(Failure::new(Code::Busy, message)
+            .hint("use forkvol run, which gives each job its own view"))
+    })
 }
 
 /// Copies what a path held, which is covered now, into its empty fork.

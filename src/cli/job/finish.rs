@@ -222,7 +222,8 @@ fn settle(
 ) -> Result<(), Failure> {
     // All or none: what one path lost says that the job was not what it seemed.
     if when.iter().any(Option::is_some) {
-        for volume in &job.volumes {
+        // What the job was told to go without has nothing to lose.
+        for volume in job.volumes.iter().filter(|v| v.degraded.is_none()) {
             if let Some(why) = accident(client, volume)? {
                 warn(&format!("nothing is committed: {why}"));
                 when.fill(None);
@@ -361,13 +362,16 @@ pub fn take_apart(mut client: Option<&mut Client>, volume: &Volume, by: By, with
             continue;
         }
         match spot.link {
-            Some(Link::Symlink) if leads_to(spot, volume) => {
-                if let Err(error) = fs::remove_file(&spot.path) {
+            Some(Link::Symlink) => {
+                if leads_to(spot, volume)
+                    && let Err(error) = fs::remove_file(&spot.path)
+                {
                     warn(&format!(
                         "cannot remove the link {}: {error}",
                         spot.path.display()
                     ));
                 }
+                put_back(spot);
             }
             Some(Link::Bind) if leads_to(spot, volume) => {
                 if let Some(mount) = &volume.mount {
@@ -384,6 +388,25 @@ pub fn take_apart(mut client: Option<&mut Client>, volume: &Volume, by: By, with
         _ => {}
     }
     remove_folders(volume, with_paths);
+}
+
+/// Makes the folder again that a link had taken the place of, if that had been there before the job.
+fn put_back(spot: &Spot) {
+    if spot.made.contains(&spot.path) {
+        return;
+    }
+    match fs::create_dir(&spot.path) {
+        Ok(()) => {}
+        Err(e)
+            if matches!(
+                e.kind(),
+                // The job has put something there, or has removed what it was in.
+                io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound
+                // It lies in a fork that is over.
+                | io::ErrorKind::ReadOnlyFilesystem
+            ) => {}
+        Err(error) => warn(&format!("cannot make {}: {error}", spot.path.display())),
+    }
 }
 
 fn remove_folders(volume: &Volume, with_paths: bool) {
@@ -413,6 +436,8 @@ fn remove_if_empty(folder: &Path) {
             if matches!(
                 e.kind(),
                 io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty
+                // Another job is there.
+                | io::ErrorKind::ResourceBusy
                 // It lies in a fork that is over.
                 | io::ErrorKind::ReadOnlyFilesystem
             ) => {}

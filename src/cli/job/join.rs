@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use clap::ValueEnum;
 
-use super::attach::{self, Work};
+use super::attach::{self, Waiter, Work};
 use super::plan::Plan;
 use super::state::{self, Job, Jobs, Spot, Volume};
 use super::{Attach, Link, finish};
@@ -58,6 +58,7 @@ pub fn make(
     plans: &[Plan],
     name: &str,
     workspace: &str,
+    waiter: &Waiter,
 ) -> Result<Job, Failure> {
     let by = By::default_for_caller();
     if by == By::Helper {
@@ -85,7 +86,7 @@ pub fn make(
     }
     let shared = job_of(workspace);
     let _nobody_else = jobs.lock(&shared)?;
-    let mut work = Work::new(context, options, &jobs, &live, by)?;
+    let mut work = Work::new(context, options, &jobs, &live, by, waiter)?;
     let mut common = match jobs.load(&shared)? {
         Some(job) if !job.is_stale(&live) => job,
         left => {
@@ -118,11 +119,15 @@ pub fn make(
     job.joined = Some(shared);
     jobs.save(&job)?;
     for plan in plans {
-        if let Err(failure) = bind(&work, &jobs, &mut job, &common, plan) {
+        if let Err(failure) = bind(&work, &mut client, &jobs, &mut job, &common, plan) {
+            if waiter.has_given_up() {
+                return Err(failure);
+            }
             finish::drop_job(&mut client, &jobs, &job)?;
             return Err(failure);
         }
     }
+    waiter.is_whole()?;
     job.asked = asked;
     jobs.save(&job)?;
     touch(&jobs, &mut common)?;
@@ -166,6 +171,7 @@ fn fill(
 /// Puts a volume of a workspace in a member's places.
 fn bind(
     work: &Work<'_>,
+    client: &mut Client,
     jobs: &Jobs,
     job: &mut Job,
     common: &Job,
@@ -204,13 +210,16 @@ fn bind(
         if !inside.is_dir() {
             paths::make_folder_open(&inside)?;
         }
+        let alone = work.alone_at(client, job, &target.path)?;
         job.volumes[at].paths.push(Spot {
             inner: target.folder,
             link: Some(Link::Bind),
             ..Spot::plain(target.path.clone(), made)
         });
         jobs.save(job)?;
-        work.put_in_place(Link::Bind, &inside, &target.path)?;
+        drop(alone);
+        let piece = attach::piece(&job.volumes[at], job.volumes[at].paths.len() - 1);
+        work.put_in_place(Link::Bind, &inside, &target.path, piece)?;
         if plan.fork.read_only {
             kernel::make_bind_read_only(&target.path).map_err(|e| {
                 let message = format!("{} cannot be made read-only: {e}", target.path.display());

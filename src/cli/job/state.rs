@@ -328,6 +328,11 @@ impl Jobs {
 
     /// All jobs that can be read; the others are named in warnings.
     pub fn all(&self) -> Result<Vec<Job>, Failure> {
+        self.readable(|failure| crate::cli::output::warn(&failure.message))
+    }
+
+    /// All jobs that can be read; why another cannot goes to `unreadable`.
+    pub fn readable(&self, unreadable: impl Fn(&Failure)) -> Result<Vec<Job>, Failure> {
         let mut jobs = Vec::new();
         let entries = match fs::read_dir(&self.0) {
             Ok(entries) => entries,
@@ -341,7 +346,7 @@ impl Jobs {
             };
             match self.load(job) {
                 Ok(job) => jobs.extend(job),
-                Err(failure) => crate::cli::output::warn(&failure.message),
+                Err(failure) => unreadable(&failure),
             }
         }
         jobs.sort_by(|a, b| (a.created, &a.job).cmp(&(b.created, &b.job)));
@@ -388,6 +393,12 @@ impl Jobs {
             }
         };
         lock().map_err(|e| cannot(&path, &e))
+    }
+
+    /// Waits until no other process notes a path. Whoever holds it waits for no lock of a job.
+    pub fn lock_paths(&self) -> Result<Lock, Failure> {
+        // No job has a name that begins so.
+        self.lock(".paths")
     }
 
     fn make(&self) -> io::Result<()> {

@@ -129,9 +129,12 @@ pub fn write(path: &Path, variables: &[Variable]) -> Result<(), Failure> {
             .open(path)?
             .write_all(&for_github(variables)?),
         false => {
-            // New, and this process's own: the folder may be one that everybody writes to.
+            // New, and this process's own: the folder may be one that everybody writes to. No other process has had the name,
+            // as one of the same number in another container may have.
+            let mut bits = [0; 8];
+            sys::random(&mut bits)?;
             let mut aside = path.as_os_str().to_owned();
-            aside.push(format!(".forkvol-{}", std::process::id()));
+            aside.push(format!(".forkvol-{:016x}", u64::from_ne_bytes(bits)));
             File::options()
                 .write(true)
                 .create_new(true)
@@ -168,6 +171,9 @@ mod tests {
         let precious = dir.path().join("precious");
         fs::write(&precious, "precious").unwrap();
         std::os::unix::fs::symlink("precious", dir.path().join("tmp.forkvol-new")).unwrap();
+        // Left over by a process that was killed and had the same number.
+        let left = format!("tmp.Xa7.forkvol-{}", std::process::id());
+        fs::write(dir.path().join(left), "left").unwrap();
         let file = dir.path().join("tmp.Xa7");
         write(&file, &[("A".into(), "1".into())]).unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), "A='1'\n");
