@@ -514,6 +514,7 @@ mod tests {
             device: 1,
             created: false,
             namespace: None,
+            fork: None,
         };
         let target = Target {
             path: "/home/ci/.npm".into(),

@@ -651,3 +651,33 @@ fn volumes_that_are_added_to_a_job_are_committed_with_it_as_one() {
     assert_eq!(cli.finish("2", "0")["a"], "abandoned");
     assert_eq!(cli.ok(&["cat", "a:f"]), "a");
 }
+
+/// Whether something is mounted at a path, and how often.
+fn mounts_at(path: &Path) -> usize {
+    let mounts = forkvol::sys::mount::mounts().unwrap();
+    mounts.iter().filter(|mount| mount.path == path).count()
+}
+
+#[test]
+fn what_is_left_of_a_job_does_not_touch_the_path_that_another_one_has_now() {
+    let cli = Cli::new();
+    for (round, late) in [
+        &["finish", "--job", "1", "--status", "0"][..],
+        &["finish", "--stale"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        cli.attach("1", &["-v", "v", "-p", "c"]);
+        cli.ok(&["abandon", "--all"]);
+        // The kernel gives it the number that the first one had.
+        cli.attach("2", &["-v", "v", "-p", "c"]);
+        cli.ok(late);
+        assert_eq!(mounts_at(&cli.path("c")), 1, "{late:?}");
+        fs::write(cli.path("c/f"), late.join(" ")).unwrap();
+        let version = format!("committed as v@{}", round + 1);
+        assert_eq!(cli.finish("2", "0")["v"], version.as_str());
+        assert_eq!(cli.ok(&["cat", "v:f"]), late.join(" "));
+        assert_eq!(cli.json(&["jobs"])["jobs"], serde_json::json!([]));
+    }
+}

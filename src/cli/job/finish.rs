@@ -349,7 +349,7 @@ fn leads_to(spot: &Spot, volume: &Volume) -> bool {
         Some(Link::Symlink) => {
             fs::read_link(&spot.path).is_ok_and(|to| to.starts_with(mounting::mount_path(mount)))
         }
-        _ => mounting::is_on_top(&spot.path, mount.device),
+        _ => mounting::is_on_top(&spot.path, mount),
     }
 }
 

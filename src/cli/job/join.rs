@@ -177,7 +177,7 @@ fn bind(
         return Err(Failure::new(Code::Failed, message));
     };
     let root = mounting::mount_path(mount);
-    if !mounting::is_on_top(root, mount.device) {
+    if !mounting::is_on_top(root, mount) {
         let message = format!(
             "the workspace's mount {} is not seen from here",
             root.display()

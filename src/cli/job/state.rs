@@ -529,6 +529,7 @@ mod tests {
                 device: 7,
                 created: true,
                 namespace: Some(4_026_531_841),
+                fork: Some("f-000000000001".into()),
             }),
             folder: Some("/run/x".into()),
             paths: vec![spot],
