@@ -360,12 +360,12 @@ pub fn write_back(mount: &Mount) {
     }
 }
 
-/// Whether a fork lost its daemon, and with it what was written since. One that is over already did not.
-pub fn was_lost(client: &mut Client, fork: &str) -> Result<bool, Failure> {
+/// Whether a fork lost its daemon, and with it what was written since. None for one that is over already.
+pub fn was_lost(client: &mut Client, fork: &str) -> Result<Option<bool>, Failure> {
     let request = Request::Find { fork: fork.into() };
     match client.call(&request) {
-        Ok(answer) => Ok(take::<ForkFacts>(&answer, "/fork")?.state != "live"),
-        Err(failure) if failure.code == Code::NotFound => Ok(false),
+        Ok(answer) => Ok(Some(take::<ForkFacts>(&answer, "/fork")?.state != "live")),
+        Err(failure) if failure.code == Code::NotFound => Ok(None),
         Err(failure) => Err(failure),
     }
 }

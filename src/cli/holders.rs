@@ -100,7 +100,8 @@ pub fn stands(mount: &Mount) -> bool {
     })
 }
 
-fn processes() -> impl Iterator<Item = u32> {
+/// All processes but this one.
+pub fn processes() -> impl Iterator<Item = u32> {
     let own = std::process::id();
     fs::read_dir("/proc")
         .into_iter()

@@ -486,13 +486,15 @@ fn binds_of<'a>(mounts: &'a [MountPoint], mount: &Mount) -> Vec<&'a MountPoint> 
     mounts.iter().filter(bound).collect()
 }
 
-/// Takes a mount away that nobody serves, if that is what is at a path.
-pub fn clear_dead(path: &Path, by: By) {
-    let is_dead = || {
-        fs::symlink_metadata(path).is_err_and(|e| e.raw_os_error() == Some(ENOTCONN))
-            && topmost(path).is_ok_and(|top| top.is_some_and(|top| top.kind == kernel::FS_TYPE))
+/// Takes a mount away that was not noted anywhere, if that is what is at a path: one of a fork that is over, though it may still be
+/// served, or one that nobody serves.
+pub fn clear(path: &Path, over: Option<&str>, by: By) {
+    let is_left = |top: MountPoint| {
+        top.kind == kernel::FS_TYPE
+            && ((over.is_some() && source::fork_of(&top) == over)
+                || fs::symlink_metadata(path).is_err_and(|e| e.raw_os_error() == Some(ENOTCONN)))
     };
-    if is_dead()
+    if topmost(path).is_ok_and(|top| top.is_some_and(is_left))
         && let Err(failure) = take_away(path, by)
     {
         warn(&exit::line(&failure));
