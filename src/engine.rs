@@ -403,7 +403,12 @@ impl Engine {
         } else {
             self.remove_delta(live);
         }
-        mounts.into_iter().map(MountInfo::from).collect()
+        let info = |at| MountInfo {
+            fork: live.id,
+            at,
+            namespace: None,
+        };
+        mounts.into_iter().map(info).collect()
     }
 
     /// Forks of jobs whose mount is gone, and not those whose job is still on its way to mount them.

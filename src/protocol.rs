@@ -344,6 +344,9 @@ pub struct Mount {
     /// The mount namespace in which it was mounted, by its inode number, while it is served.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub namespace: Option<u64>,
+    /// The fork; None if an older version wrote this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fork: Option<String>,
 }
 
 #[cfg(test)]

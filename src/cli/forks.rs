@@ -280,20 +280,15 @@ pub fn find(client: &mut Client, fork: &OsStr) -> Result<ForkFacts, Failure> {
         return take(&client.call(&Request::Find { fork })?, "/fork");
     }
     let path = values::at_home(fork).map_err(|e| Failure::new(Code::Usage, e))?;
-    let (device, mounted) = mounting::fork_mount_of(&path)?;
+    let found = mounting::fork_mount_of(&path)?;
     let forks: Vec<ForkFacts> = take(&client.call(&Request::Forks)?, "/forks")?;
     forks
         .into_iter()
-        .find(|f| {
-            f.state == "live"
-                && f.mounts
-                    .iter()
-                    .any(|m| sys::device_numbers(m.device) == device)
-        })
+        .find(|f| f.state == "live" && f.mounts.iter().any(|m| mounting::is_of(&found, m)))
         .ok_or_else(|| {
             let message = format!(
                 "the fork mounted at {} is not of this store",
-                mounted.display()
+                found.path.display()
             );
             Failure::new(Code::NotFound, message).hint("name its store with --store")
         })
@@ -403,12 +398,12 @@ pub fn write_back(mount: &Mount) {
     }
 }
 
-/// Whether a fork lost its daemon, and with it what was written since. One that is over already did not.
-pub fn was_lost(client: &mut Client, fork: &str) -> Result<bool, Failure> {
+/// Whether a fork lost its daemon, and with it what was written since. None for one that is over already.
+pub fn was_lost(client: &mut Client, fork: &str) -> Result<Option<bool>, Failure> {
     let request = Request::Find { fork: fork.into() };
     match client.call(&request) {
-        Ok(answer) => Ok(take::<ForkFacts>(&answer, "/fork")?.state != "live"),
-        Err(failure) if failure.code == Code::NotFound => Ok(false),
+        Ok(answer) => Ok(Some(take::<ForkFacts>(&answer, "/fork")?.state != "live")),
+        Err(failure) if failure.code == Code::NotFound => Ok(None),
         Err(failure) => Err(failure),
     }
 }

@@ -7,6 +7,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use super::mounting::is_of;
 use crate::protocol::Mount;
 use crate::sys::device_numbers;
 use crate::sys::mount::{self, MountPoint, mounts_of};
@@ -31,7 +32,7 @@ pub fn of(mount: &Mount) -> Vec<Holder> {
     let device = device_numbers(mount.device);
     let own = fs::read_link("/proc/self/ns/mnt").ok();
     let seen_here = mount::mounts().unwrap_or_default();
-    let ours: Vec<&MountPoint> = seen_here.iter().filter(|m| m.device == device).collect();
+    let ours: Vec<&MountPoint> = seen_here.iter().filter(|m| is_of(m, mount)).collect();
     // The command of a `run` has copies of all mounts, and nobody there knows of them.
     let is_of_run = |found: &MountPoint| {
         let folder = found.path.parent().and_then(Path::file_name);
@@ -58,7 +59,7 @@ pub fn of(mount: &Mount) -> Vec<Holder> {
             Entry::Vacant(new) => {
                 let mut mounts = mounts_of(pid).unwrap_or_default();
                 foreign &= !mounts.iter().any(is_of_run);
-                mounts.retain(|m| m.device == device);
+                mounts.retain(|m| is_of(m, mount));
                 new.insert(mounts)
             }
         };
@@ -83,9 +84,8 @@ pub fn of(mount: &Mount) -> Vec<Holder> {
 /// Whether a mount stands where it was made: in the caller's mount namespace, or in that of its making, as far as the caller may
 /// look. Copies and binds elsewhere do not count.
 pub fn stands(mount: &Mount) -> bool {
-    let device = device_numbers(mount.device);
     let path = Path::new(OsStr::from_bytes(&mount.path.0));
-    let is_it = |found: &MountPoint| found.device == device && found.path == path;
+    let is_it = |found: &MountPoint| is_of(found, mount) && found.path == path;
     // Where nothing can be seen nothing is taken away.
     if mount::mounts().map_or(true, |mounts| mounts.iter().any(is_it)) {
         return true;
@@ -100,7 +100,8 @@ pub fn stands(mount: &Mount) -> bool {
     })
 }
 
-fn processes() -> impl Iterator<Item = u32> {
+/// All processes but this one.
+pub fn processes() -> impl Iterator<Item = u32> {
     let own = std::process::id();
     fs::read_dir("/proc")
         .into_iter()

@@ -1,6 +1,7 @@
 //! Mountpoints: what may become one, mounting a fork there, and taking it away again.
 
 mod explain;
+mod source;
 
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -21,6 +22,7 @@ use crate::sys::mount::{self as kernel, HelperError, MountPoint, Options};
 use crate::sys::{namespace, process};
 use explain::Guards;
 pub use explain::{device as explain_device, hidden_from_engine};
+pub use source::is_of;
 
 const ENOTCONN: i32 = 107;
 const ENODEV: i32 = 19;
@@ -224,7 +226,7 @@ pub fn mount(
     at: &Mountpoint,
     manner: &Manner,
 ) -> Result<Mount, Failure> {
-    let fuse = attach(&at.path, manner)?;
+    let fuse = attach(&at.path, fork, manner)?;
     let served = serve(client, fork, folder, at, manner.instead, &fuse);
     if served.is_err() {
         // The device goes first: an unmount asks nobody then.
@@ -258,6 +260,7 @@ fn serve(
         device: kernel::device_number(device),
         created: at.created,
         namespace: namespace::of_mounts(None),
+        fork: Some(fork.into()),
     };
     let serve = Serve {
         fork: fork.into(),
@@ -273,9 +276,9 @@ fn serve(
 }
 
 /// Makes the mount; returns the device through which it is to be served.
-fn attach(at: &Path, manner: &Manner) -> Result<OwnedFd, Failure> {
+fn attach(at: &Path, fork: &str, manner: &Manner) -> Result<OwnedFd, Failure> {
     let options = Options {
-        source: format!("forkvol:{}", manner.volume),
+        source: source::name(&manner.volume, fork),
         read_only: manner.read_only,
         suid: manner.suid,
         dev: manner.dev,
@@ -381,10 +384,9 @@ pub fn unbind_at_once(at: &Path, mount: &Mount) {
     }
 }
 
-/// Whether this device is what is mounted on top at a path.
-pub fn is_on_top(path: &Path, device: u64) -> bool {
-    let wanted = crate::sys::device_numbers(device);
-    topmost(path).is_ok_and(|found| found.is_some_and(|found| found.device == wanted))
+/// Whether this mount, or a bind of it, is on top at a path.
+pub fn is_on_top(path: &Path, mount: &Mount) -> bool {
+    topmost(path).is_ok_and(|found| found.is_some_and(|found| is_of(&found, mount)))
 }
 
 /// Unmounts a fork that has been committed or abandoned. It never fails: what it could not do, or whom it took the mount from, is
@@ -396,9 +398,8 @@ pub fn detach(client: &mut Client, mount: &Mount) {
 /// As [`detach`]. Without a client this process itself waits until the kernel has dropped all it remembers of the mount.
 pub fn detach_by(client: Option<&mut Client>, mount: &Mount, by: By) {
     let path = mount_path(mount);
-    let device = crate::sys::device_numbers(mount.device);
     match topmost(path) {
-        Ok(Some(on_top)) if on_top.device == device => {}
+        Ok(Some(on_top)) if is_of(&on_top, mount) => {}
         Ok(Some(other)) => {
             let what = other.source.to_string_lossy();
             return warn(&format!(
@@ -466,7 +467,7 @@ pub fn detach_by(client: Option<&mut Client>, mount: &Mount, by: By) {
 fn unbind_all(mount: &Mount) {
     let mounts = kernel::mounts().unwrap_or_default();
     for bind in binds_of(&mounts, mount) {
-        if is_on_top(&bind.path, mount.device)
+        if is_on_top(&bind.path, mount)
             && let Err(e) = kernel::unbind_lazily(&bind.path)
         {
             warn(&format!("cannot unbind {}: {e}", bind.path.display()));
@@ -476,22 +477,24 @@ fn unbind_all(mount: &Mount) {
 
 /// What is bound of a mount; nothing if the mount itself is not there any more.
 fn binds_of<'a>(mounts: &'a [MountPoint], mount: &Mount) -> Vec<&'a MountPoint> {
-    let (path, device) = (mount_path(mount), crate::sys::device_numbers(mount.device));
+    let path = mount_path(mount);
     let on_top = mounts.iter().rfind(|found| found.path == path);
-    if on_top.is_none_or(|found| found.device != device) {
+    if on_top.is_none_or(|found| !is_of(found, mount)) {
         return Vec::new();
     }
-    let bound = |found: &&MountPoint| found.device == device && found.path != path;
+    let bound = |found: &&MountPoint| is_of(found, mount) && found.path != path;
     mounts.iter().filter(bound).collect()
 }
 
-/// Takes a mount away that nobody serves, if that is what is at a path.
-pub fn clear_dead(path: &Path, by: By) {
-    let is_dead = || {
-        fs::symlink_metadata(path).is_err_and(|e| e.raw_os_error() == Some(ENOTCONN))
-            && topmost(path).is_ok_and(|top| top.is_some_and(|top| top.kind == kernel::FS_TYPE))
+/// Takes a mount away that was not noted anywhere, if that is what is at a path: one of a fork that is over, though it may still be
+/// served, or one that nobody serves.
+pub fn clear(path: &Path, over: Option<&str>, by: By) {
+    let is_left = |top: MountPoint| {
+        top.kind == kernel::FS_TYPE
+            && ((over.is_some() && source::fork_of(&top) == over)
+                || fs::symlink_metadata(path).is_err_and(|e| e.raw_os_error() == Some(ENOTCONN)))
     };
-    if is_dead()
+    if topmost(path).is_ok_and(|top| top.is_some_and(is_left))
         && let Err(failure) = take_away(path, by)
     {
         warn(&exit::line(&failure));
@@ -531,8 +534,8 @@ fn cannot_unmount(path: &Path, why: &str) -> Failure {
     )
 }
 
-/// Finds the fork in whose mount a path lies; returns its device, and where it is mounted.
-pub fn fork_mount_of(path: &Path) -> Result<((u32, u32), PathBuf), Failure> {
+/// Finds the mount of a fork in which a path lies.
+pub fn fork_mount_of(path: &Path) -> Result<MountPoint, Failure> {
     let none = || {
         Failure::new(
             Code::NotFound,
@@ -556,7 +559,6 @@ pub fn fork_mount_of(path: &Path) -> Result<((u32, u32), PathBuf), Failure> {
         .max_by_key(|(at, m)| (m.path.components().count(), *at))
         .map(|(_, m)| m)
         .filter(|m| m.kind == kernel::FS_TYPE)
-        .map(|m| (m.device, m.path))
         .ok_or_else(none)
 }
 
@@ -566,21 +568,23 @@ mod tests {
 
     #[test]
     fn what_has_the_number_of_a_mount_is_bound_of_it_while_that_is_there_and_else_another_s() {
-        let at = |path: &str, minor| MountPoint {
+        let named = |path: &str, minor, source: &str| MountPoint {
             path: path.into(),
             device: (0, minor),
             kind: kernel::FS_TYPE.into(),
-            source: "forkvol:v".into(),
+            source: source.into(),
             super_options: String::new(),
             peers: None,
             master: None,
         };
+        let at = |path: &str, minor| named(path, minor, "forkvol:v:f-1");
         let mount = Mount {
             path: Bytes(b"/m".to_vec()),
             folder: Bytes(Vec::new()),
             device: kernel::device_number((0, 50)),
             created: false,
             namespace: None,
+            fork: Some("f-1".into()),
         };
         let there = [at("/", 1), at("/m", 50), at("/b", 50), at("/c", 51)];
         let paths = |mounts: &[MountPoint]| -> Vec<PathBuf> {
@@ -591,6 +595,22 @@ mod tests {
         // Gone, and the next mount of anybody has its number.
         assert!(paths(&[at("/", 1), at("/other", 50)]).is_empty());
         assert!(paths(&[at("/m", 50), at("/m", 51), at("/other", 50)]).is_empty());
+        // The next one came to the same path.
+        let next = |path| named(path, 50, "forkvol:v:f-2");
+        assert!(paths(&[at("/", 1), next("/m"), next("/b")]).is_empty());
+        let other_kind = MountPoint {
+            kind: "tmpfs".into(),
+            ..at("/m", 50)
+        };
+        assert!(paths(&[other_kind, at("/b", 50)]).is_empty());
+        // A mount of an older version, or one that an older version noted, names no fork.
+        let old = |path| named(path, 50, "forkvol:v/w");
+        assert_eq!(paths(&[old("/m"), old("/b")]), [Path::new("/b")]);
+        let unnamed = Mount {
+            fork: None,
+            ..mount.clone()
+        };
+        assert!(is_of(&at("/m", 50), &unnamed));
     }
 
     fn place() -> Place {

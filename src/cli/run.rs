@@ -1,6 +1,7 @@
 //! `run`: forks in place, a command, a commit.
 
 mod child;
+mod folder;
 
 use std::ffi::OsString;
 use std::fs;
@@ -15,7 +16,6 @@ use super::client::Client;
 use super::ending::When;
 use super::exit;
 use super::forks::{self, ForkFacts, take};
-use super::holders::RUN_FOLDER;
 use super::job::suffix;
 use super::mounting::{self, By, Mountpoint};
 use super::output::{self, warn};
@@ -23,10 +23,11 @@ use super::paths::{self, Target, Volumes, Wish};
 use super::volumes::version_name;
 use super::{Context, ForkOptions};
 use crate::protocol::{self, Bytes, Code, Failure, Mount, Request};
-use crate::sys;
 use crate::sys::process::{self, Signals};
 use crate::sys::{mount as kernel, namespace};
 use child::Outcome;
+use folder::Folder;
+pub use folder::sweep as sweep_folders;
 
 #[derive(Clone, Debug, Args)]
 pub struct Run {
@@ -143,7 +144,7 @@ struct Job<'a> {
     isolation: Isolation,
     by: By,
     /// The folder in which the forks are mounted.
-    private: Option<PathBuf>,
+    private: Option<Folder>,
     forks: Vec<InUse>,
     /// (folder of a fork, folder that it covers), outer ones first.
     binds: Vec<(PathBuf, PathBuf)>,
@@ -227,7 +228,10 @@ impl<'a> Job<'a> {
                 return Err(Failure::new(Code::Policy, message)
                     .hint("this user may not make mount namespaces: see forkvol doctor"));
             }
-            _ => self.private_folder()?.join(self.forks.len().to_string()),
+            _ => {
+                let place = self.forks.len().to_string();
+                self.private_folder()?.path().join(place)
+            }
         };
         if self.isolation != Isolation::None || targets.is_empty() {
             paths::make_folder(&path)?;
@@ -257,17 +261,12 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
-    fn private_folder(&mut self) -> Result<PathBuf, Failure> {
-        if let Some(folder) = &self.private {
-            return Ok(folder.clone());
-        }
-        let mut name = [0; 8];
-        sys::random(&mut name)
-            .map_err(|e| Failure::new(Code::Failed, format!("no random numbers: {e}")))?;
-        let name = format!("{RUN_FOLDER}{:016x}", u64::from_ne_bytes(name));
-        let folder = std::env::temp_dir().join(name);
-        paths::make_folder(&folder)?;
-        Ok(self.private.insert(folder).clone())
+    fn private_folder(&mut self) -> Result<&Folder, Failure> {
+        let folder = match self.private.take() {
+            Some(folder) => folder,
+            None => Folder::make()?,
+        };
+        Ok(self.private.insert(folder))
     }
 
     /// Covers each path with its folder. In a namespace of the command alone that is left to the command's own process.
@@ -410,7 +409,7 @@ impl<'a> Job<'a> {
         let ids: Vec<String> = self.forks.iter().map(|used| used.fork.id.clone()).collect();
         let options = &self.run.options;
         for id in &ids {
-            if forks::was_lost(&mut client, id)? {
+            if forks::was_lost(&mut client, id)? == Some(true) {
                 client.call(&Request::Abandon { forks: ids.clone() })?;
                 let message = "nothing is committed: the daemon was lost while the command ran";
                 return Err(Failure::new(Code::Failed, message));
@@ -468,9 +467,11 @@ impl<'a> Job<'a> {
         for used in &self.forks {
             mounting::detach_by(client.as_mut(), &used.mount, self.by);
         }
-        let Some(private) = &self.private else { return };
+        let Some(private) = self.private.as_ref().map(Folder::path) else {
+            return;
+        };
         let folders = (0..self.forks.len()).map(|n| private.join(n.to_string()));
-        for folder in folders.chain([private.clone()]) {
+        for folder in folders.chain([private.to_owned()]) {
             if let Err(error) = fs::remove_dir(&folder) {
                 warn(&format!("cannot remove {}: {error}", folder.display()));
             }
@@ -481,7 +482,7 @@ impl<'a> Job<'a> {
     fn give_up(&self) {
         if self.forks.is_empty() {
             if let Some(private) = &self.private {
-                fs::remove_dir_all(private).ok();
+                fs::remove_dir_all(private.path()).ok();
             }
             return;
         }
@@ -559,6 +560,7 @@ mod tests {
             device: 1,
             created: false,
             namespace: None,
+            fork: None,
         };
         let target = Target {
             path: "/home/ci/.npm".into(),

@@ -23,13 +23,18 @@ fn bytes(bytes: &[u8]) -> Bytes {
 }
 
 pub fn mount(mount: &MountInfo) -> Value {
-    let MountInfo { at, namespace } = mount;
+    let MountInfo {
+        fork,
+        at,
+        namespace,
+    } = mount;
     json!(Mount {
         path: bytes(at.path.as_bytes()),
         folder: bytes(at.folder.as_bytes()),
         device: at.dev,
         created: at.created,
         namespace: *namespace,
+        fork: Some(fork.to_string()),
     })
 }
 
@@ -183,6 +188,7 @@ mod tests {
     #[test]
     fn documents_are_those_of_the_manual() {
         let the_mount = MountInfo {
+            fork: "f-0123456789ab".parse().unwrap(),
             at: MountPoint {
                 path: "/mnt/npm".into(),
                 folder: "".into(),

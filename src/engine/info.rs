@@ -7,21 +7,15 @@ use serde::Serialize;
 
 use super::commit::never_commits;
 use super::{Counters, Engine, Live, Result, no_volume};
-use crate::store::{self, LeftOut, MountPoint, Store, VersionRef};
+use crate::store::{self, ForkId, LeftOut, MountPoint, Store, VersionRef};
 
 /// Where a fork is mounted, so that its caller can take the mount away.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct MountInfo {
+    pub fork: ForkId,
     pub at: MountPoint,
     /// The mount namespace in which it was mounted, while it is served.
     pub namespace: Option<u64>,
-}
-
-impl From<MountPoint> for MountInfo {
-    fn from(at: MountPoint) -> MountInfo {
-        let namespace = None;
-        MountInfo { at, namespace }
-    }
 }
 
 /// A volume. Times are nanoseconds since 1970, sizes bytes.
@@ -151,6 +145,7 @@ impl Engine {
                 .mounts
                 .into_iter()
                 .map(|at| MountInfo {
+                    fork: record.id,
                     namespace: namespaces.get(&at.folder).copied().flatten(),
                     at,
                 })

@@ -124,3 +124,23 @@ fn a_path_in_another_one_is_seen_whatever_the_order_and_none_is_covered() {
         2
     );
 }
+
+#[test]
+fn the_mount_of_another_fork_at_the_same_place_is_left_alone() {
+    let cli = Cli::new();
+    let mount = cli.path("m");
+    let first = cli.ok(&["fork", "v", "m"]);
+    cli.kill_daemon();
+    let unmounted = Command::new("umount").arg(&mount).status().unwrap();
+    assert!(unmounted.success());
+    // The kernel gives it the number that the first one had.
+    let second = cli.ok(&["fork", "w", "m"]);
+    let refused = cli.call(&["mount", &first]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(15), "{said}");
+    assert!(said.contains(&format!("forkvol:w:{second}")), "{said}");
+    cli.ok(&["abandon", &first]);
+    fs::write(cli.path("m/f"), "of the second").unwrap();
+    cli.ok(&["commit", "./m"]);
+    assert_eq!(cli.ok(&["cat", "w:f"]), "of the second");
+}

@@ -1,5 +1,7 @@
 //! Jobs whose start and end are different processes.
 
+use forkvol::protocol::{Answer, Commit, Connection, Hello, Request, When};
+
 use super::*;
 
 impl Cli {
@@ -21,6 +23,35 @@ impl Cli {
 
     pub fn finish(&self, job: &str, status: &str) -> serde_json::Value {
         self.json(&["finish", "--job", job, "--status", status])["finish"]["volumes"].clone()
+    }
+
+    fn stale(&self) -> serde_json::Value {
+        self.json(&["finish", "--stale"])["stale"].clone()
+    }
+
+    /// Writes something else into the file of a job.
+    pub fn change_job(&self, job: &str, change: impl FnOnce(&mut serde_json::Value)) {
+        let file = self.path(&format!("store/jobs/{job}.json"));
+        let mut document = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        change(&mut document);
+        fs::write(&file, document.to_string()).unwrap();
+    }
+
+    /// Has the daemon commit all forks, or abandon them, and does nothing of what would come then.
+    fn only_in_the_daemon(&self, end: impl FnOnce(Vec<String>) -> Request) {
+        let forks = self.json(&["forks"]);
+        let forks = forks["forks"].as_array().unwrap().iter();
+        let forks = forks.map(|fork| fork["id"].as_str().unwrap().to_owned());
+        let socket =
+            std::os::unix::net::UnixStream::connect(self.path("store/forkvol.sock")).unwrap();
+        let mut daemon = Connection::new(socket);
+        for request in [Request::Hello(Hello::ours()), end(forks.collect())] {
+            daemon.send(&request).unwrap();
+            let answer: Answer = daemon
+                .receive(1 << 20, Some(Duration::from_secs(60)))
+                .unwrap();
+            assert!(!matches!(answer, Answer::Error(_)), "{answer:?}");
+        }
     }
 }
 
@@ -713,36 +744,194 @@ fn the_checkout_may_be_a_fork_but_is_never_hidden_by_one() {
 
 #[test]
 fn an_end_that_was_killed_behind_its_commit_is_brought_to_its_end_by_the_next() {
-    use forkvol::protocol::{Answer, Commit, Connection, Hello, Request, When};
     let cli = Cli::new();
-    cli.attach("1", &["-v", "v", "-p", "c", "-v", "w", "-p", "d"]);
-    fs::write(cli.path("c/f"), "x").unwrap();
-    fs::write(cli.path("d/f"), "x").unwrap();
-    let forks = cli.json(&["forks"]);
-    let forks = forks["forks"].as_array().unwrap().iter();
-    let forks = forks.map(|fork| (fork["id"].as_str().unwrap().to_owned(), When::Always));
-    // All that it had done: the daemon has committed, and nothing else has happened.
-    let socket = std::os::unix::net::UnixStream::connect(cli.path("store/forkvol.sock")).unwrap();
-    let mut daemon = Connection::new(socket);
-    for request in [
-        Request::Hello(Hello::ours()),
-        Request::Commit(Commit::of(forks)),
-    ] {
-        daemon.send(&request).unwrap();
-        let answer: Answer = daemon
-            .receive(1 << 20, Some(Duration::from_secs(60)))
-            .unwrap();
-        assert!(!matches!(answer, Answer::Error(_)), "{answer:?}");
+    // How far the first one came with putting things back.
+    for (content, unmounted) in [("1", &[][..]), ("2", &["d"]), ("3", &["d", "c"])] {
+        cli.attach("1", &["-v", "v", "-p", "c", "-v", "w", "-p", "d"]);
+        fs::write(cli.path("c/f"), content).unwrap();
+        fs::write(cli.path("d/f"), content).unwrap();
+        cli.only_in_the_daemon(commit);
+        for path in unmounted {
+            let unmounted = Command::new("umount").arg(cli.path(path)).status();
+            assert!(unmounted.unwrap().success());
+        }
+        let done = cli.finish("1", "0");
+        let before = serde_json::Value::from("ended before");
+        assert_eq!(
+            (&done["v"], &done["w"]),
+            (&before, &before),
+            "{unmounted:?}"
+        );
+        assert!(!cli.path("c").exists() && !cli.path("d").exists());
+        assert!(cli.finish("1", "0").is_null());
+        for volume in ["v", "w"] {
+            assert_eq!(cli.ok(&["cat", &format!("{volume}:f")]), content);
+        }
     }
-    drop(daemon);
+}
+
+fn commit(forks: Vec<String>) -> Request {
+    let forks = forks.into_iter().map(|fork| (fork, When::Always));
+    Request::Commit(Commit::of(forks))
+}
+
+#[test]
+fn a_job_whose_end_was_cut_off_is_not_attached_as_if_it_went_on() {
+    let cli = Cli::new();
+    let args = ["-v", "v", "-p", "c"];
+    cli.attach("1", &args);
+    fs::write(cli.path("c/f"), "half").unwrap();
+    // It had said how the job ended, and the daemon does not commit yet.
+    cli.change_job("1", |job| job["end"] = "success".into());
+    assert_eq!(cli.attach("1", &args)["hit"], "empty");
+    assert!(!cli.path("c/f").exists());
+    assert_eq!(cli.json(&["forks"])["forks"].as_array().unwrap().len(), 1);
+    cli.finish("1", "1");
+}
+
+#[test]
+fn a_volume_whose_adding_was_cut_off_takes_nothing_from_the_others() {
+    let cli = Cli::new();
+    cli.attach("1", &["-v", "a", "-p", "a"]);
+    fs::write(cli.path("a/f"), "kept").unwrap();
+    cli.attach("1", &["--add", "-v", "b", "-p", "b"]);
+    // It was still being seeded: noted, and not in its place.
+    cli.change_job("1", |job| {
+        let asked = job["asked"].as_str().unwrap();
+        job["asked"] = asked.split_inclusive('\n').next().into();
+    });
+    let unmounted = Command::new("umount").arg(cli.path("b")).status().unwrap();
+    assert!(unmounted.success());
     let done = cli.finish("1", "0");
-    let before = serde_json::Value::from("ended before");
-    assert_eq!((&done["v"], &done["w"]), (&before, &before));
-    assert!(!cli.path("c").exists() && !cli.path("d").exists());
-    assert!(cli.finish("1", "0").is_null());
-    for volume in ["v", "w"] {
-        assert_eq!(cli.ok(&["cat", &format!("{volume}:f")]), "x");
+    assert_eq!(done["a"], "committed as a@1");
+    assert_eq!(done["b"], "not committed");
+    assert_eq!(cli.ok(&["cat", "a:f"]), "kept");
+}
+
+#[test]
+fn a_mount_that_was_not_noted_goes_with_its_job_though_it_is_served() {
+    let cli = Cli::new();
+    for is_over in [true, false] {
+        cli.attach("1", &["-v", "v", "-p", "c"]);
+        let root = cli.path("mounts/1/v");
+        assert_eq!(mounts_at(&root), 1);
+        let unmounted = Command::new("umount").arg(cli.path("c")).status().unwrap();
+        assert!(unmounted.success());
+        if is_over {
+            cli.only_in_the_daemon(|forks| Request::Abandon { forks });
+        }
+        cli.change_job("1", |job| {
+            job["asked"] = "".into();
+            job["volumes"][0]["mount"] = serde_json::Value::Null;
+            job["volumes"][0]["paths"][0]["link"] = serde_json::Value::Null;
+        });
+        cli.finish("1", "0");
+        assert_eq!(mounts_at(&root), 0, "over: {is_over}");
+        assert!(!root.exists() && !cli.path("c").exists());
     }
+}
+
+#[test]
+fn what_is_mounted_elsewhere_goes_with_the_job_that_is_committed() {
+    let cli = Cli::new();
+    cli.attach("1", &["-v", "v", "-p", "c"]);
+    fs::write(cli.path("c/f"), "kept").unwrap();
+    cli.change_job("1", |job| {
+        let volume = &mut job["volumes"][0];
+        volume["paths"] = serde_json::json!([]);
+        volume["mount"] = serde_json::Value::Null;
+        volume["folder"] = serde_json::Value::Null;
+    });
+    assert_eq!(cli.finish("1", "0")["v"], "committed as v@1");
+    assert_eq!(mounts_at(&cli.path("mounts/1/v")), 0);
+    assert_eq!(mounts_at(&cli.path("c")), 0);
+}
+
+#[test]
+fn stale_jobs_are_ended_whatever_becomes_of_another() {
+    let cli = Cli::new();
+    let other_boot = |job: &mut serde_json::Value| job["boot"] = "another".into();
+    for job in ["1", "2", "3"] {
+        cli.attach(job, &["-v", job, "-p", job]);
+        cli.change_job(job, other_boot);
+    }
+    let lock = fs::File::create(cli.path("store/jobs/1.lock")).unwrap();
+    lock.lock().unwrap();
+    // This one cannot be locked at all.
+    fs::create_dir(cli.path("store/jobs/2.lock")).unwrap();
+    let output = cli.call(&["finish", "--stale", "--json"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(document["stale"], serde_json::json!(["3"]), "{said}");
+    assert_eq!(document["failed"], serde_json::json!(["2"]), "{said}");
+    assert!(said.contains("warning: job 2 stays"), "{said}");
+    drop(lock);
+    assert_eq!(cli.stale(), serde_json::json!(["1"]));
+    let strict = cli.call(&["finish", "--stale", "--strict"]);
+    assert_eq!(strict.status.code(), Some(1));
+    fs::remove_dir(cli.path("store/jobs/2.lock")).unwrap();
+    assert_eq!(cli.stale(), serde_json::json!(["2"]));
+}
+
+#[test]
+fn what_killed_commands_leave_is_removed_and_what_is_in_use_stays() {
+    let cli = Cli::new();
+    cli.attach("1", &["-v", "v", "-p", "c"]);
+    let jobs = cli.path("store/jobs");
+    for name in [
+        "1.lock",
+        "gone.lock",
+        "held.lock",
+        ".1.17",
+        ".gone.17",
+        ".held.17",
+    ] {
+        fs::write(jobs.join(name), "").unwrap();
+    }
+    let held = fs::File::open(jobs.join("held.lock")).unwrap();
+    held.lock().unwrap();
+    let temporary = cli.path("tmp");
+    let folder = |name: &str| temporary.join(format!("forkvol-run-{name}"));
+    for name in ["left/0", "new/0", "held/0", "full/0/x", "used/0"] {
+        fs::create_dir_all(folder(name)).unwrap();
+    }
+    let long_ago = std::time::SystemTime::now() - Duration::from_secs(25 * 3600);
+    for name in ["left", "held", "full", "used"] {
+        let folder = fs::File::open(folder(name)).unwrap();
+        folder.set_modified(long_ago).unwrap();
+    }
+    let run = fs::File::open(folder("held")).unwrap();
+    run.lock().unwrap();
+    // Out of sight, where what is mounted would go with its folder.
+    let script = "mount -t tmpfs none \"$0\" && echo mounted && exec sleep 600";
+    let mut other = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", script])
+        .arg(folder("used/0"))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = [0; 7];
+    std::io::Read::read_exact(other.stdout.as_mut().unwrap(), &mut said).unwrap();
+    let mut command = cli.command(&["finish", "--stale"]);
+    let output = command.env("TMPDIR", &temporary).output().unwrap();
+    other.kill().unwrap();
+    other.wait().unwrap();
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{output:?}"
+    );
+    let names = |folder: &Path| {
+        let entries = fs::read_dir(folder).unwrap();
+        let mut names: Vec<String> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(&jobs), [".held.17", "1.json", "held.lock"]);
+    let kept = ["full", "held", "new", "used"].map(|name| format!("forkvol-run-{name}"));
+    assert_eq!(names(&temporary), kept);
+    assert!(folder("full/0/x").exists() && folder("used/0").exists());
 }
 
 #[test]
@@ -773,4 +962,34 @@ fn volumes_that_are_added_to_a_job_are_committed_with_it_as_one() {
     fs::remove_file(cli.path("b/f")).unwrap();
     assert_eq!(cli.finish("2", "0")["a"], "abandoned");
     assert_eq!(cli.ok(&["cat", "a:f"]), "a");
+}
+
+/// Whether something is mounted at a path, and how often.
+fn mounts_at(path: &Path) -> usize {
+    let mounts = forkvol::sys::mount::mounts().unwrap();
+    mounts.iter().filter(|mount| mount.path == path).count()
+}
+
+#[test]
+fn what_is_left_of_a_job_does_not_touch_the_path_that_another_one_has_now() {
+    let cli = Cli::new();
+    for (round, late) in [
+        &["finish", "--job", "1", "--status", "0"][..],
+        &["finish", "--stale"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        cli.attach("1", &["-v", "v", "-p", "c"]);
+        cli.ok(&["abandon", "--all"]);
+        // The kernel gives it the number that the first one had.
+        cli.attach("2", &["-v", "v", "-p", "c"]);
+        cli.ok(late);
+        assert_eq!(mounts_at(&cli.path("c")), 1, "{late:?}");
+        fs::write(cli.path("c/f"), late.join(" ")).unwrap();
+        let version = format!("committed as v@{}", round + 1);
+        assert_eq!(cli.finish("2", "0")["v"], version.as_str());
+        assert_eq!(cli.ok(&["cat", "v:f"]), late.join(" "));
+        assert_eq!(cli.json(&["jobs"])["jobs"], serde_json::json!([]));
+    }
 }

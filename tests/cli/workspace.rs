@@ -141,13 +141,12 @@ fn the_workspace_of_a_step_ends_with_its_last_member() {
 fn a_workspace_that_nobody_was_in_for_an_hour_is_over() {
     let cli = Cli::new();
     join(&cli, "a", &["-v", "work", "-p", "a"]);
-    let file = cli.path("store/jobs/workspace.build-7.json");
     let stale = || cli.json(&["finish", "--stale"])["stale"].clone();
     let an_hour_passes = || {
-        let mut job: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
-        let touched = job["shared"]["touched"].as_u64().unwrap();
-        job["shared"]["touched"] = (touched - 3601).into();
-        fs::write(&file, job.to_string()).unwrap();
+        cli.change_job("workspace.build-7", |job| {
+            let touched = job["shared"]["touched"].as_u64().unwrap();
+            job["shared"]["touched"] = (touched - 3601).into();
+        });
     };
     an_hour_passes();
     assert_eq!(stale(), serde_json::json!([]), "somebody is in it");
@@ -156,6 +155,30 @@ fn a_workspace_that_nobody_was_in_for_an_hour_is_over() {
     an_hour_passes();
     assert_eq!(stale(), serde_json::json!(["workspace.build-7"]));
     assert_eq!(forks(&cli), 0);
+}
+
+#[test]
+fn a_workspace_whose_first_join_was_cut_off_gets_its_volume_from_the_next() {
+    let cli = Cli::new();
+    join(&cli, "a", &["-v", "work", "-p", "a"]);
+    cli.change_job("workspace.build-7", |job| {
+        let mut half = job["volumes"][0].clone();
+        half["volume"] = "more".into();
+        for lacks in ["fork", "mount", "folder"] {
+            half[lacks] = serde_json::Value::Null;
+        }
+        job["volumes"].as_array_mut().unwrap().push(half);
+    });
+    join(
+        &cli,
+        "b",
+        &["-v", "work", "-p", "b", "-v", "more", "-p", "more"],
+    );
+    fs::write(cli.path("a/f"), "shared").unwrap();
+    assert_eq!(fs::read_to_string(cli.path("b/f")).unwrap(), "shared");
+    fs::write(cli.path("more/f"), "x").unwrap();
+    assert_eq!(forks(&cli), 2);
+    cli.ok(&["finish", "--join", "build-7", "--status", "0"]);
 }
 
 #[test]

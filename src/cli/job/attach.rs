@@ -322,7 +322,7 @@ fn make(
     Ok(job)
 }
 
-/// The job as it is; what is left of an earlier one of that name, or of an attach that was cut off, is taken away.
+/// The job as it is; what is left of an earlier one of that name, of an attach or of an end that was cut off, is taken away.
 pub(super) fn known(
     client: &mut Client,
     jobs: &Jobs,
@@ -333,7 +333,7 @@ pub(super) fn known(
         return Ok(None);
     };
     let unfinished = job.unfinished();
-    if job.is_stale(live) || (unfinished.start == 0 && job.shared.is_none()) {
+    if job.is_stale(live) || job.end.is_some() || (unfinished.start == 0 && job.shared.is_none()) {
         finish::drop_job(client, jobs, &job)?;
         return Ok(None);
     }

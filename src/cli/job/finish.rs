@@ -14,6 +14,7 @@ use crate::cli::ending::End;
 use crate::cli::forks::{self, ForkFacts, take};
 use crate::cli::mounting::{self, By};
 use crate::cli::output::{self, warn};
+use crate::cli::run;
 use crate::cli::volumes::version_name;
 use crate::cli::{Context, exit};
 use crate::protocol::{self, Code, Failure, Mount, Request};
@@ -24,7 +25,9 @@ type Outcomes = BTreeMap<String, (String, u64)>;
 pub fn finish(context: &Context, options: &Finish) -> Result<(), Failure> {
     let result = if options.stale {
         let (context, options) = (context.clone(), options.clone());
-        within(options.deadline, move || drop_stale(&context))
+        within(options.deadline, move || {
+            drop_stale(&context, options.strict)
+        })
     } else {
         let name = match &options.join {
             Some(workspace) => join::job_of(workspace),
@@ -49,27 +52,49 @@ pub fn finish(context: &Context, options: &Finish) -> Result<(), Failure> {
     }
 }
 
-fn drop_stale(context: &Context) -> Result<Value, Failure> {
+fn drop_stale(context: &Context, strict: bool) -> Result<Value, Failure> {
     let jobs = Jobs::of(&context.place)?;
-    let mut dropped = Vec::new();
-    for job in jobs.all()? {
-        // What an attach has under way is not judged before it is done.
-        let _alone = jobs.lock(&job.job)?;
-        let Some(job) = jobs.load(&job.job)? else {
-            continue;
-        };
-        let mut client = context.connect()?;
-        if !job.is_stale(&live_forks(&mut client)?) && !join::is_lonely(&jobs, &job)? {
-            continue;
+    let (mut dropped, mut failed) = (Vec::new(), Vec::new());
+    for Job { job: name, .. } in jobs.all()? {
+        match drop_if_stale(context, &jobs, &name) {
+            Ok(false) => {}
+            Ok(true) => {
+                output::note(&format!(
+                    "job {name} is over without an end: its forks are abandoned"
+                ));
+                dropped.push(name);
+            }
+            // The others would get no other answer.
+            Err(failure) if failure.code == Code::Unreachable => return Err(failure),
+            Err(failure) => {
+                warn(&format!("job {name} stays: {}", exit::line(&failure)));
+                failed.push(name);
+            }
         }
-        drop_job(&mut client, &jobs, &job)?;
-        output::note(&format!(
-            "job {} is over without an end: its forks are abandoned",
-            job.job
-        ));
-        dropped.push(job.job.clone());
     }
-    Ok(json!({ "stale": dropped }))
+    jobs.sweep();
+    run::sweep_folders();
+    if strict && !failed.is_empty() {
+        let message = format!("not all stale jobs were ended: {}", failed.join(", "));
+        return Err(Failure::new(Code::Failed, message));
+    }
+    Ok(json!({ "stale": dropped, "failed": failed }))
+}
+
+fn drop_if_stale(context: &Context, jobs: &Jobs, name: &str) -> Result<bool, Failure> {
+    // What is being attached or ended is in good hands, and may take long.
+    let Some(_alone) = jobs.try_lock(name)? else {
+        return Ok(false);
+    };
+    let Some(job) = jobs.load(name)? else {
+        return Ok(false);
+    };
+    let mut client = context.connect()?;
+    if !job.is_stale(&live_forks(&mut client)?) && !join::is_lonely(jobs, &job)? {
+        return Ok(false);
+    }
+    drop_job(&mut client, jobs, &job)?;
+    Ok(true)
 }
 
 /// Ends a job without committing anything.
@@ -94,18 +119,28 @@ fn drop_fork(client: &mut Client, volume: &Volume) -> Result<(), Failure> {
     // An attach that was cut off may have made a mount that it did not come to note.
     let found = client.call(&Request::Find { fork: fork.clone() });
     let found = found.and_then(|answer| take::<ForkFacts>(&answer, "/fork"));
-    let mounts = found.map_or(Vec::new(), |fork| fork.mounts);
+    let mut mounts = found.map_or(Vec::new(), |fork| fork.mounts);
     match client.call(&Request::Abandon { forks: vec![fork] }) {
-        Ok(_) => {}
+        // It may have come behind that question.
+        Ok(answer) => mounts.extend(take::<Vec<Mount>>(&answer, "/abandoned/0/mounts")?),
         // Over already.
         Err(failure) if failure.code == Code::NotFound => {}
         Err(failure) => return Err(failure),
     }
-    let is_noted = |mount: &&Mount| volume.mounts().any(|noted| noted == *mount);
-    for mount in mounts.iter().filter(|mount| !is_noted(mount)) {
-        mounting::detach(client, mount);
-    }
+    detach_unnoted(client, volume, mounts);
     Ok(())
+}
+
+/// Takes the mounts of a fork that is over away that a job knows nothing of.
+fn detach_unnoted(client: &mut Client, volume: &Volume, mounts: Vec<Mount>) {
+    let place = |mount: &Mount| (mount.path.clone(), mount.device);
+    let mut known: Vec<_> = volume.mounts().map(place).collect();
+    for mount in mounts {
+        if !known.contains(&place(&mount)) {
+            mounting::detach(client, &mount);
+            known.push(place(&mount));
+        }
+    }
 }
 
 fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, Failure> {
@@ -222,7 +257,7 @@ fn settle(
 ) -> Result<(), Failure> {
     // All or none: what one path lost says that the job was not what it seemed.
     if when.iter().any(Option::is_some) {
-        // What the job was told to go without has nothing to lose.
+        // The job was told that it goes without those that are degraded.
         for volume in job.volumes.iter().filter(|v| v.degraded.is_none()) {
             if let Some(why) = accident(client, volume)? {
                 warn(&format!("nothing is committed: {why}"));
@@ -278,6 +313,9 @@ fn commit(
             commits.iter().for_each(forks::note_excluded);
             for volume in volumes {
                 let commit = commits.iter().find(|c| c["fork"] == json!(volume.fork));
+                if let Some(commit) = commit {
+                    detach_unnoted(client, volume, take(commit, "/mounts")?);
+                }
                 let what = match commit.filter(|c| !c["version"].is_null()) {
                     Some(commit) => (
                         format!("committed as {}", version_name(commit).trim()),
@@ -288,10 +326,18 @@ fn commit(
                 outcomes.insert(volume.volume.clone(), what);
             }
         }
-        // One batch: where one fork is over already, an earlier finish had got that far.
+        // One batch: where one fork is over already, an earlier finish had got that far, or somebody has abandoned it.
         Err(failure) if failure.code == Code::NotFound => {
             for volume in volumes {
-                outcomes.insert(volume.volume.clone(), ("ended before".into(), 0));
+                let lost = volume
+                    .fork
+                    .as_ref()
+                    .map(|fork| forks::was_lost(client, fork));
+                let what = match lost.transpose()?.flatten() {
+                    None => "ended before",
+                    Some(_) => "not committed",
+                };
+                outcomes.insert(volume.volume.clone(), (what.into(), 0));
             }
         }
         Err(failure) => return Err(failure),
@@ -300,15 +346,18 @@ fn commit(
 }
 
 /// Why what a volume holds now looks like no job's work: a daemon that was lost, a path that does not lead to it any more, or one
-/// that was emptied.
+/// that was emptied. What has ended before had none.
 fn accident(client: &mut Client, volume: &Volume) -> Result<Option<String>, Failure> {
-    if let Some(fork) = &volume.fork
-        && forks::was_lost(client, fork)?
-    {
-        let name = &volume.volume;
-        return Ok(Some(format!(
-            "the daemon of {name} was lost while the job ran"
-        )));
+    if let Some(fork) = &volume.fork {
+        match forks::was_lost(client, fork)? {
+            None => return Ok(None),
+            Some(true) => {
+                let name = &volume.volume;
+                let why = format!("the daemon of {name} was lost while the job ran");
+                return Ok(Some(why));
+            }
+            Some(false) => {}
+        }
     }
     for spot in volume.paths.iter().filter(|spot| spot.link.is_some()) {
         let path = spot.path.display();
@@ -350,7 +399,7 @@ fn leads_to(spot: &Spot, volume: &Volume) -> bool {
         Some(Link::Symlink) => {
             fs::read_link(&spot.path).is_ok_and(|to| to.starts_with(mounting::mount_path(mount)))
         }
-        _ => mounting::is_on_top(&spot.path, mount.device),
+        _ => mounting::is_on_top(&spot.path, mount),
     }
 }
 
@@ -378,13 +427,13 @@ pub fn take_apart(mut client: Option<&mut Client>, volume: &Volume, by: By, with
                     mounting::unbind_at_once(&spot.path, mount);
                 }
             }
-            None => mounting::clear_dead(&spot.path, by),
+            None => mounting::clear(&spot.path, volume.fork.as_deref(), by),
             _ => {}
         }
     }
     match (&volume.mount, &volume.folder) {
         (Some(mount), _) if !volume.shared => mounting::detach_by(client, mount, by),
-        (None, Some(folder)) => mounting::clear_dead(folder, by),
+        (None, Some(folder)) => mounting::clear(folder, volume.fork.as_deref(), by),
         _ => {}
     }
     remove_folders(volume, with_paths);
@@ -436,7 +485,7 @@ fn remove_if_empty(folder: &Path) {
             if matches!(
                 e.kind(),
                 io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty
-                // Another job is there.
+                // Another job has it now.
                 | io::ErrorKind::ResourceBusy
                 // It lies in a fork that is over.
                 | io::ErrorKind::ReadOnlyFilesystem

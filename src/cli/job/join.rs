@@ -88,7 +88,7 @@ pub fn make(
     let _nobody_else = jobs.lock(&shared)?;
     let mut work = Work::new(context, options, &jobs, &live, by, waiter)?;
     let mut common = match jobs.load(&shared)? {
-        Some(job) if !job.is_stale(&live) => job,
+        Some(job) if !job.is_stale(&live) && job.end.is_none() => job,
         left => {
             if let Some(left) = left {
                 finish::drop_job(&mut client, &jobs, &left)?;
@@ -145,6 +145,12 @@ fn fill(
     let commits = common
         .shared
         .is_some_and(|s| s.lifetime == Lifetime::Pipeline);
+    // A join that was cut off left them, and nobody is in them.
+    while let Some(half) = common.volumes.iter().position(|v| v.mount.is_none()) {
+        finish::drop_volume(client, &common.volumes[half])?;
+        common.volumes.remove(half);
+        jobs.save(common)?;
+    }
     for plan in plans {
         if common.volumes.iter().any(|v| v.volume == plan.wish.volume) {
             continue;
@@ -183,7 +189,7 @@ fn bind(
         return Err(Failure::new(Code::Failed, message));
     };
     let root = mounting::mount_path(mount);
-    if !mounting::is_on_top(root, mount.device) {
+    if !mounting::is_on_top(root, mount) {
         let message = format!(
             "the workspace's mount {} is not seen from here",
             root.display()

@@ -373,8 +373,27 @@ impl Jobs {
 
     /// Waits until no other process attaches or ends this job.
     pub fn lock(&self, job: &str) -> Result<Lock, Failure> {
+        let lock = self.lock_by(job, |file| file.lock().map(|()| true))?;
+        Ok(lock.expect("whoever waits for a lock gets it or an error"))
+    }
+
+    /// As [`Jobs::lock`]; None where another process does.
+    pub fn try_lock(&self, job: &str) -> Result<Option<Lock>, Failure> {
+        self.lock_by(job, |file| match file.try_lock() {
+            Ok(()) => Ok(true),
+            Err(fs::TryLockError::WouldBlock) => Ok(false),
+            Err(fs::TryLockError::Error(e)) => Err(e),
+        })
+    }
+
+    /// Locks a job's file in a way that says whether it has.
+    fn lock_by(
+        &self,
+        job: &str,
+        way: impl Fn(&fs::File) -> io::Result<bool>,
+    ) -> Result<Option<Lock>, Failure> {
         let path = self.0.join(format!("{job}.lock"));
-        let lock = || -> io::Result<Lock> {
+        let lock = || -> io::Result<Option<Lock>> {
             self.make()?;
             loop {
                 let file = fs::File::options()
@@ -383,12 +402,14 @@ impl Jobs {
                     .truncate(false)
                     .mode(0o600)
                     .open(&path)?;
-                file.lock()?;
+                if !way(&file)? {
+                    return Ok(None);
+                }
                 let held = file.metadata()?.ino();
                 // Whoever had it before has removed it, and then it locks nothing.
                 if fs::metadata(&path).is_ok_and(|named| named.ino() == held) {
                     let path = path.clone();
-                    return Ok(Lock { path, _file: file });
+                    return Ok(Some(Lock { path, _file: file }));
                 }
             }
         };
@@ -399,6 +420,28 @@ impl Jobs {
     pub fn lock_paths(&self) -> Result<Lock, Failure> {
         // No job has a name that begins so.
         self.lock(".paths")
+    }
+
+    /// Removes what a kill leaves: locks that nobody holds, and files that did not come to their place.
+    pub fn sweep(&self) {
+        for entry in fs::read_dir(&self.0).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            let half = name
+                .strip_prefix('.')
+                .and_then(|rest| rest.rsplit_once('.'))
+                .filter(|(_, pid)| pid.parse::<u32>().is_ok())
+                .map(|(job, _)| job);
+            let Some(job) = half.or(name.strip_suffix(".lock")) else {
+                continue;
+            };
+            // Who saves a file holds the lock, and the lock goes with its holder. What cannot be removed now is left for the next.
+            if let Ok(Some(_alone)) = self.try_lock(job)
+                && half.is_some()
+            {
+                fs::remove_file(entry.path()).ok();
+            }
+        }
     }
 
     fn make(&self) -> io::Result<()> {
@@ -540,6 +583,7 @@ mod tests {
                 device: 7,
                 created: true,
                 namespace: Some(4_026_531_841),
+                fork: Some("f-000000000001".into()),
             }),
             folder: Some("/run/x".into()),
             paths: vec![spot],
