@@ -161,17 +161,12 @@ fn tell(context: &Context, options: &Attach, job: &Job) -> Result<(), Failure> {
 
 /// A job whose cache cannot be had at all: empty folders, and why.
 fn without_cache(context: &Context, plans: &[Plan], name: &str, failure: &Failure) -> Job {
-    // Nobody judges it: where jobs are judged, doubt means untrusted.
-    let trust = match context.config.trust() {
-        Some(_) => "untrusted",
-        None => "off",
-    };
     let agents = Vec::new();
     let mut job = Job::new(name.into(), When::Never, false, agents);
     for plan in plans {
         let mut volume = empty(plan);
         volume.degraded = Some(exit::line(failure));
-        volume.trust = trust.into();
+        volume.trust = unjudged(context);
         for path in &plan.wish.paths {
             make_plain(path);
             let path = paths::absolute(path);
@@ -180,6 +175,12 @@ fn without_cache(context: &Context, plans: &[Plan], name: &str, failure: &Failur
         job.volumes.push(volume);
     }
     job
+}
+
+/// What is said of a job's trust where no daemon judges it: where jobs are judged, doubt means untrusted.
+fn unjudged(context: &Context) -> String {
+    let trust = context.config.trust();
+    trust.map_or("off", |_| "untrusted").into()
 }
 
 /// Makes the folder that a job has where its cache cannot be had.
@@ -561,7 +562,8 @@ impl<'a> Work<'a> {
         volume.hit = "empty".into();
         volume.base = None;
         if volume.trust.is_empty() {
-            volume.trust = forks::trust(client, &plan.fork).unwrap_or_default();
+            let judged = forks::trust(client, &plan.fork);
+            volume.trust = judged.unwrap_or_else(|| unjudged(self.context));
         }
         self.jobs.save(job)
     }
