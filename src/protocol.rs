@@ -74,6 +74,10 @@ pub enum Request {
     Fork(Box<Fork>),
     /// Serves a fork on the FUSE device that comes beside this frame.
     Serve(Serve),
+    /// What is judged of a job of which this is said.
+    Trust {
+        facts: Option<Facts>,
+    },
     /// What is known of one fork.
     Find {
         fork: String,
@@ -429,6 +433,13 @@ mod tests {
             of(any::<u32>()),
         );
         prop_oneof![
+            (of(any::<bool>()), of(text())).prop_map(|(foreign, scope)| Request::Trust {
+                facts: Some(Facts {
+                    foreign,
+                    protected: None,
+                    scope,
+                })
+            }),
             fork.prop_map(|(volume, from, excludes, labels, size, gid)| {
                 Request::Fork(Box::new(Fork {
                     volume,

@@ -17,7 +17,7 @@ Exit status: 0 done, 1 failed, 2 usage, 10 no such volume, version or fork, 11 h
 12 daemon unreachable or of another protocol, 13 store damaged, 14 refused by policy, 15 busy, \
 16 no space, 130 interrupted. run: that of its command, 128+N for signal N; its own failures before \
 it are 125, 126 (not executable) and 127 (not found). attach and finish: 0 whatever happens to the \
-cache, unless --strict.";
+cache, unless --strict; mistakes in the command line or the configuration are 2.";
 
 /// Returns the exit status that stands for a kind of failure.
 pub fn status(code: Code) -> u8 {

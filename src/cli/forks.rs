@@ -19,6 +19,7 @@ use super::values;
 use super::volumes::version_name;
 use super::{AbandonOptions, CommitOptions, Context, ForkOptions};
 use crate::protocol::{self, Bytes, Code, Failure, Mount, Request};
+use crate::store::ForkId;
 use crate::sys;
 
 /// What a command needs to know of a fork.
@@ -137,6 +138,21 @@ pub fn make(
         ));
     }
     Ok(fork)
+}
+
+/// What is judged of a job with these options. Asked beside: it adorns what has failed already.
+pub fn trust(client: &Client, options: &ForkOptions) -> Option<String> {
+    let facts = facts::of_job(options);
+    let answer = client.beside()?.call(&Request::Trust { facts }).ok()?;
+    take(&answer, "/trust").ok()
+}
+
+/// Whether a volume has a version, as far as it can be told.
+pub fn has_version(client: &mut Client, volume: &str) -> bool {
+    let answer = client.call(&Request::Volume {
+        name: volume.into(),
+    });
+    answer.is_ok_and(|answer| !answer["volume"]["head"].is_null())
 }
 
 /// The labels of files first, so that an option wins. A lock file is a label itself: its name, and the hash of what it holds.
@@ -275,12 +291,32 @@ pub fn is_path(fork: &OsStr) -> bool {
 
 /// Finds a fork by its id, or by a path inside its mount.
 pub fn find(client: &mut Client, fork: &OsStr) -> Result<ForkFacts, Failure> {
-    if !is_path(fork) {
-        let fork = fork.to_string_lossy().into_owned();
-        return take(&client.call(&Request::Find { fork })?, "/fork");
+    if is_path(fork) {
+        let path = values::at_home(fork).map_err(|e| Failure::new(Code::Usage, e))?;
+        return find_at(client, &path);
     }
-    let path = values::at_home(fork).map_err(|e| Failure::new(Code::Usage, e))?;
-    let found = mounting::fork_mount_of(&path)?;
+    let id = fork.to_string_lossy().into_owned();
+    match client.call(&Request::Find { fork: id.clone() }) {
+        Err(failure) if failure.code == Code::NotFound && id.parse::<ForkId>().is_err() => {
+            if leads_into_a_fork(Path::new(fork)) {
+                return find_at(client, Path::new(fork));
+            }
+            Err(failure.hint(format!(
+                "`forkvol forks` lists them, and none is mounted at ./{id}"
+            )))
+        }
+        answer => take(&answer?, "/fork"),
+    }
+}
+
+/// Whether a path lies in a fork's mount. The one that the working folder is in does not count: every word is a path in that.
+fn leads_into_a_fork(path: &Path) -> bool {
+    let folder = std::env::current_dir().unwrap_or_default();
+    mounting::fork_mount_of(path).is_ok_and(|found| !folder.starts_with(found.path))
+}
+
+fn find_at(client: &mut Client, path: &Path) -> Result<ForkFacts, Failure> {
+    let found = mounting::fork_mount_of(path)?;
     let forks: Vec<ForkFacts> = take(&client.call(&Request::Forks)?, "/forks")?;
     forks
         .into_iter()

@@ -53,13 +53,13 @@ pub struct Attach {
     #[command(flatten)]
     options: ForkOptions,
     /// The job's name (default: from the variables of the CI host)
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", value_parser = values::name)]
     job: Option<String>,
     /// Where the job is attached already, add these volumes to it; all of them are committed as one
     #[arg(long, conflicts_with = "join")]
     add: bool,
     /// Share the forks with all that join the workspace of this name
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = values::name)]
     join: Option<String>,
     /// When the workspace ends (default: build): all but pipeline are thrown away then
     #[arg(long, value_enum, requires = "join")]
@@ -90,10 +90,10 @@ pub struct Attach {
 #[derive(Clone, Debug, Args)]
 pub struct Finish {
     /// The job's name (default: from the variables of the CI host)
-    #[arg(long, value_name = "ID", conflicts_with = "stale")]
+    #[arg(long, value_name = "ID", conflicts_with = "stale", value_parser = values::name)]
     job: Option<String>,
     /// End the workspace of this name
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["job", "stale"])]
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["job", "stale"], value_parser = values::name)]
     join: Option<String>,
     /// The exit status of the job's command
     #[arg(long, value_name = "N", conflicts_with_all = ["outcome", "stale"])]
@@ -102,7 +102,7 @@ pub struct Finish {
     #[arg(long, value_name = "STATUS", value_delimiter = ',')]
     success: Vec<i32>,
     /// How the job ended
-    #[arg(long, value_enum, conflicts_with = "stale", required_unless_present_any = ["status", "stale"])]
+    #[arg(long, value_enum, conflicts_with = "stale")]
     outcome: Option<End>,
     /// When to commit (default: as attach was told)
     #[arg(long, value_enum, value_name = "WHEN")]
@@ -214,17 +214,21 @@ fn live_forks(client: &mut Client) -> Result<HashSet<String>, Failure> {
     Ok(live.map(|fork| fork.id).collect())
 }
 
-/// Does something in a thread of its own, and goes on without it when the deadline has passed.
+/// Does something for a job in a thread of its own, and goes on without it when the deadline has passed.
 fn within<T: Send + 'static>(
     deadline: Duration,
+    job: &str,
+    remedy: &str,
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Failure> {
-    within_unless(deadline, || true, work)
+    within_unless(deadline, job, remedy, || true, work)
 }
 
 /// As [`within`], but who would go on without it asks first. Where it may not give up any more, the work is done but for a moment.
 fn within_unless<T: Send + 'static>(
     deadline: Duration,
+    job: &str,
+    remedy: &str,
     may_give_up: impl FnOnce() -> bool,
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Failure> {
@@ -234,8 +238,9 @@ fn within_unless<T: Send + 'static>(
         done.send(work()).unwrap_or_default();
     });
     let late = || {
-        let message = format!("not done within {} s", deadline.as_secs_f64());
-        Err(Failure::new(Code::Busy, message))
+        let seconds = deadline.as_secs_f64();
+        let failure = Failure::new(Code::Busy, format!("{job} is not done within {seconds} s"));
+        Err(failure.hint(format!("see forkvol daemon status, {remedy}")))
     };
     match result.recv_timeout(deadline) {
         Ok(done) => done,

@@ -101,8 +101,28 @@ fn pair(volumes: Vec<(usize, String)>, paths: Vec<(usize, PathBuf)>) -> Result<V
             let message = format!("volume {} is named twice", wish.volume);
             return Err(Failure::new(Code::Usage, message).hint("give one -v several -p"));
         }
+        refuse_nested(wish)?;
     }
     Ok(wishes)
+}
+
+/// Refuses paths of one volume that lie in each other: each would have a folder of its own in the volume, and the inner one be
+/// hidden by the outer.
+pub fn refuse_nested(wish: &Wish) -> Result<(), Failure> {
+    for inner in &wish.paths {
+        let is_in = |outer: &&PathBuf| {
+            let (inner, outer) = (absolute(inner), absolute(outer));
+            inner != outer && inner.starts_with(outer)
+        };
+        if let Some(outer) = wish.paths.iter().find(is_in) {
+            let (inner, outer) = (inner.display(), outer.display());
+            let message = format!("volume {} has {inner} within {outer}", wish.volume);
+            return Err(Failure::new(Code::Usage, message).hint(format!(
+                "{outer} alone holds both; or give {inner} a volume of its own"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// A folder that a fork, or a folder of one, is put over.
@@ -308,6 +328,12 @@ mod tests {
         );
         assert!(pair(vec![(2, "a".into())], vec![(1, "x".into())]).is_err());
         assert!(pair(vec![(1, "a".into()), (2, "a".into())], Vec::new()).is_err());
+        let nested = vec![(2, "x/sub".into()), (3, "./x".into())];
+        let failure = pair(vec![(1, "a".into())], nested).unwrap_err();
+        assert_eq!(failure.code, Code::Usage);
+        assert_eq!(failure.message, "volume a has x/sub within ./x");
+        let apart = vec![(2, "x".into()), (3, "xy".into()), (5, "x/sub".into())];
+        assert!(pair(vec![(1, "a".into()), (4, "b".into())], apart).is_ok());
     }
 
     #[test]

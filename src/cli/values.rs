@@ -67,6 +67,14 @@ pub fn label(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// A name that another process says again: without one, all whose variable is not set would meet under it.
+pub fn name(text: &str) -> Result<String, String> {
+    match text.trim().is_empty() {
+        true => Err("the name is empty: the variable that it comes from may not be set".into()),
+        false => Ok(text.into()),
+    }
+}
+
 /// A volume's name.
 pub fn volume(text: &str) -> Result<String, String> {
     let checked = crate::volume::check_name(text);

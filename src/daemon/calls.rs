@@ -110,6 +110,9 @@ impl Call<'_> {
         let engine = self.engine;
         let value = match request {
             Request::Fork(fork) => return self.fork(*fork),
+            Request::Trust { facts } => {
+                json!({"trust": documents::trust(self.judge(facts.as_ref()).0)})
+            }
             Request::Find { fork } => {
                 json!({"fork": documents::fork(&engine.find_fork(&fork).map_err(failure)?)})
             }

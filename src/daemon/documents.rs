@@ -76,6 +76,14 @@ pub fn version(version: &VersionInfo) -> Value {
     })
 }
 
+pub fn trust(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Off => "off",
+        Verdict::Trusted => "trusted",
+        Verdict::Nothing | Verdict::Scope => "untrusted",
+    }
+}
+
 pub fn fork(fork: &ForkInfo) -> Value {
     json!({
         "id": fork.id,
@@ -84,11 +92,7 @@ pub fn fork(fork: &ForkInfo) -> Value {
         "base": fork.base,
         "base_uid_map": fork.base_uid_map,
         "hit": fork.hit,
-        "trust": match fork.verdict {
-            Verdict::Off => "off",
-            Verdict::Trusted => "trusted",
-            Verdict::Nothing | Verdict::Scope => "untrusted",
-        },
+        "trust": trust(fork.verdict),
         "refused": fork.refused,
         "mount": fork.mounts.first().map(mount),
         "mounts": mounts(&fork.mounts),

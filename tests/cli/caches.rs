@@ -3,7 +3,7 @@
 use super::*;
 
 impl Cli {
-    fn write(&self, name: &str, text: &str) {
+    pub fn write(&self, name: &str, text: &str) {
         fs::write(self.path(name), text).unwrap();
     }
 
@@ -142,7 +142,7 @@ fn a_file_in_the_folder_says_what_a_job_has_and_how() {
     cli.write("tools/f", "2");
     assert_eq!(
         cli.end("2", "0")["tools"],
-        "unchanged",
+        "not committed",
         "there is a version already"
     );
     assert_eq!(cli.ok(&["cat", "tools:tools/f"]), "1");
@@ -220,7 +220,7 @@ fn volumes_with_conditions_of_their_own_are_committed_as_one_or_not_at_all() {
     assert_eq!(done["shop/a"], "committed as shop/a@2");
     assert_eq!(
         (&done["shop/c"], &done["shop/d"]),
-        (&"unchanged".into(), &"abandoned".into())
+        (&"not committed".into(), &"abandoned".into())
     );
     assert_eq!(cli.ok(&["cat", "shop/b:b/f"]), "3");
 }

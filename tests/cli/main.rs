@@ -15,6 +15,7 @@ mod environment;
 mod few;
 mod full;
 mod jobs;
+mod jobs_told;
 mod kills;
 mod retention;
 mod sockets;

@@ -53,6 +53,9 @@ fn an_untrusted_job_reads_what_it_may_and_commits_nothing() {
             agent $outside forkvol --quiet attach --job 1 -v shop -p cache --env-file env
             agent cat env | grep -E '^FORKVOL_(TRUST|COMMIT_SHOP)'
             agent forkvol --quiet finish --job 1 --status 0
+            agent $outside forkvol --quiet attach --job 2 -v secret -p none --env-file env 2> "$WORK/err"
+            agent grep '^FORKVOL_TRUST' env
+            agent forkvol --quiet finish --job 2 --status 0
             refused agent $outside forkvol --quiet fork secret m
             agent $inside forkvol --quiet run -v shop -p cache -- cat cache/f
             forkvol volume show shop --json | grep -o '"head":1'"#
@@ -61,7 +64,7 @@ fn an_untrusted_job_reads_what_it_may_and_commits_nothing() {
     assert_eq!(
         out,
         "good\nFORKVOL_TRUST='untrusted'\nFORKVOL_COMMIT_SHOP='no: an untrusted job commits nothing'\n\
-         an untrusted job may not read secret\ngood\n\"head\":1\n"
+         FORKVOL_TRUST='untrusted'\nan untrusted job may not read secret\ngood\n\"head\":1\n"
     );
 }
 

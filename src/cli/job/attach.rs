@@ -73,7 +73,7 @@ impl Waiter {
 
     /// Takes away what was put in place.
     fn uncover(self: Arc<Waiter>) {
-        let uncovered = within(UNCOVER, move || {
+        let uncovered = within(UNCOVER, "the attach", "", move || {
             for volume in self.placed.lock().drain(..).rev() {
                 finish::take_apart(None, &volume, By::default_for_caller(), false);
             }
@@ -107,6 +107,13 @@ pub fn attach(
     matches: Option<&ArgMatches>,
 ) -> Result<(), Failure> {
     let plans = plans(&options, matches)?;
+    for pid in &options.agent_pid {
+        if Agent::of(*pid).is_none() {
+            let message = format!("--agent-pid {pid} is no process");
+            return Err(Failure::new(Code::Usage, message)
+                .hint("name one that lives as long as the job, or none"));
+        }
+    }
     if plans.is_empty() {
         output::note("no volume was asked for: nothing is attached");
         if let Some(path) = &options.env_file {
@@ -117,10 +124,14 @@ pub fn attach(
     }
     variables::refuse_clash(plans.iter().map(|plan| plan.wish.volume.as_str()))?;
     let name = job_name(options.job.as_deref())?;
+    if let Some(path) = &options.env_file {
+        variables::check(path)?;
+    }
     let strict = options.options.strict;
     let begun = Instant::now();
     let waiter = Arc::new(Waiter::default());
-    let made = within_unless(options.deadline, || waiter.may_give_up(), {
+    let (job, remedy) = (format!("job {name}"), "or give it a longer --deadline");
+    let made = within_unless(options.deadline, &job, remedy, || waiter.may_give_up(), {
         let (context, options, plans, name, waiter) = (
             context.clone(),
             options.clone(),
@@ -136,10 +147,14 @@ pub fn attach(
     if made.is_err() {
         waiter.uncover();
     }
-    let job = match made {
+    let whole = |job: Job| match strict {
+        true => whole(job, &plans),
+        false => Ok(job),
+    };
+    let job = match made.and_then(whole) {
         Ok(job) => job,
         Err(failure) if strict || failure.code == Code::Usage => return Err(failure),
-        Err(failure) => without_cache(&plans, &name, &failure),
+        Err(failure) => without_cache(context, &plans, &name, &failure),
     };
     for volume in &job.volumes {
         if let Some(why) = &volume.degraded {
@@ -150,22 +165,47 @@ pub fn attach(
     let bound = spots.filter(|spot| spot.link.is_some());
     let bound: Vec<PathBuf> = bound.map(|spot| spot.path.clone()).collect();
     // An engine that does not answer is waited for no longer than a cache.
-    let hidden = within(options.deadline, move || {
+    let hidden = within(options.deadline, "the engine", "", move || {
         Ok(mounting::hidden_from_engine(&bound))
     });
     if let Ok(Some(why)) = hidden {
         warn(&why);
     }
-    let names: Vec<String> = job.volumes.iter().map(with_parent).collect();
     output::note(&format!(
-        "job {} has {}: {} hit, trust {}, {:.0} ms",
+        "job {} {}: {} hit, trust {}, {:.0} ms",
         job.job,
-        names.join(", "),
+        what_it_has(&job),
         job.hit(),
         job.trust(),
         begun.elapsed().as_secs_f64() * 1e3
     ));
     tell(context, &options, &job)
+}
+
+/// Fails if a job that was attached before goes without one of these volumes.
+fn whole(job: Job, plans: &[Plan]) -> Result<Job, Failure> {
+    let is_asked = |volume: &&Volume| plans.iter().any(|p| p.wish.volume == volume.volume);
+    for volume in job.volumes.iter().filter(is_asked) {
+        if let Some(why) = &volume.degraded {
+            let message = format!("job {} goes without {}: {why}", job.job, volume.volume);
+            return Err(Failure::new(Code::Failed, message)
+                .hint(format!("forkvol finish --job {} ends it", job.job)));
+        }
+    }
+    Ok(job)
+}
+
+/// The volumes that a job has, and those that it goes without.
+fn what_it_has(job: &Job) -> String {
+    let volumes = job.volumes.iter();
+    let (gone, had): (Vec<&Volume>, Vec<_>) = volumes.partition(|v| v.degraded.is_some());
+    let had: Vec<String> = had.into_iter().map(with_parent).collect();
+    let gone: Vec<&str> = gone.into_iter().map(|v| v.volume.as_str()).collect();
+    match (had.join(", "), gone.join(", ")) {
+        (had, gone) if gone.is_empty() => format!("has {had}"),
+        (had, gone) if had.is_empty() => format!("goes without {gone}"),
+        (had, gone) => format!("has {had}, goes without {gone}"),
+    }
 }
 
 /// A volume, and which parent it was begun from where it has nothing of its own.
@@ -200,12 +240,13 @@ fn tell(context: &Context, options: &Attach, job: &Job) -> Result<(), Failure> {
 }
 
 /// A job whose cache cannot be had at all: empty folders, and why.
-fn without_cache(plans: &[Plan], name: &str, failure: &Failure) -> Job {
+fn without_cache(context: &Context, plans: &[Plan], name: &str, failure: &Failure) -> Job {
     let agents = Vec::new();
     let mut job = Job::new(name.into(), When::Never, false, agents);
     for plan in plans {
         let mut volume = empty(plan);
         volume.degraded = Some(exit::line(failure));
+        volume.trust = unjudged(context);
         for path in &plan.wish.paths {
             make_plain(path);
             let path = paths::absolute(path);
@@ -214,6 +255,12 @@ fn without_cache(plans: &[Plan], name: &str, failure: &Failure) -> Job {
         job.volumes.push(volume);
     }
     job
+}
+
+/// What is said of a job's trust where no daemon judges it: where jobs are judged, doubt means untrusted.
+fn unjudged(context: &Context) -> String {
+    let trust = context.config.trust();
+    trust.map_or("off", |_| "untrusted").into()
 }
 
 /// Makes the folder that a job has where its cache cannot be had.
@@ -235,7 +282,9 @@ pub(super) fn empty(plan: &Plan) -> Volume {
         paths: Vec::new(),
         degraded: None,
         refused: None,
-        trust: "off".into(),
+        never_commits: plan.fork.read_only || plan.fork.ephemeral,
+        has_version: false,
+        trust: String::new(),
         shared: false,
         took: 0.0,
     }
@@ -433,6 +482,8 @@ impl<'a> Work<'a> {
         volume.hit = fork.hit.clone();
         volume.refused = fork.refused.clone();
         volume.trust = fork.trust.clone();
+        volume.has_version =
+            plan.commit == When::IfMissing && forks::has_version(client, &fork.volume);
         self.jobs.save(job)?;
 
         let manner = fork.manner(self.by);
@@ -627,6 +678,10 @@ impl<'a> Work<'a> {
         volume.folder = None;
         volume.hit = "empty".into();
         volume.base = None;
+        if volume.trust.is_empty() {
+            let judged = forks::trust(client, &plan.fork);
+            volume.trust = judged.unwrap_or_else(|| unjudged(self.context));
+        }
         self.jobs.save(job)
     }
 }

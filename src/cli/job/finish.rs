@@ -8,6 +8,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::state::{Job, Jobs, Spot, Volume};
+use super::variables::HAS_VERSION;
 use super::{Finish, Link, job_name, join, live_forks, within};
 use crate::cli::client::Client;
 use crate::cli::ending::End;
@@ -19,22 +20,63 @@ use crate::cli::volumes::version_name;
 use crate::cli::{Context, exit};
 use crate::protocol::{self, Code, Failure, Mount, Request};
 
-/// For each volume of a job what became of it, and how many bytes were newly stored.
-type Outcomes = BTreeMap<String, (String, u64)>;
+/// What became of a volume of a job.
+#[derive(Default)]
+struct Outcome {
+    what: String,
+    /// Bytes newly stored.
+    stored: u64,
+    /// Why, where nothing else says so.
+    why: Option<String>,
+}
+
+impl Outcome {
+    fn of(what: impl Into<String>) -> Outcome {
+        let what = what.into();
+        Outcome {
+            what,
+            ..Outcome::default()
+        }
+    }
+
+    fn not_committed(why: &str) -> Outcome {
+        Outcome {
+            why: Some(why.into()),
+            ..Outcome::of("not committed")
+        }
+    }
+}
+
+/// What became of a job's volumes, and what a strict one fails for.
+#[derive(Default)]
+struct Settled {
+    outcomes: BTreeMap<String, Outcome>,
+    losses: Vec<String>,
+}
 
 pub fn finish(context: &Context, options: &Finish) -> Result<(), Failure> {
     let result = if options.stale {
         let (context, options) = (context.clone(), options.clone());
-        within(options.deadline, move || {
+        let remedy = "then finish --stale again";
+        let deadline = options.deadline;
+        within(deadline, "finish --stale", remedy, move || {
             drop_stale(&context, options.strict)
         })
     } else {
+        if options.status.is_none() && options.outcome.is_none() {
+            let message = "finish is not told how the job ended";
+            return Err(Failure::new(Code::Usage, message).hint(
+                "give --status N or --outcome success|failure|cancelled|unknown, with --job ID or --join NAME; or --stale",
+            ));
+        }
         let name = match &options.join {
             Some(workspace) => join::job_of(workspace),
             None => job_name(options.job.as_deref())?,
         };
         let (context, options) = (context.clone(), options.clone());
-        within(options.deadline, move || {
+        let job = format!("job {name}");
+        let remedy = "then finish again: it is attached still";
+        within(options.deadline, &job, remedy, move || {
             finish_job(&context, &options, &name)
         })
     };
@@ -185,9 +227,9 @@ fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, 
         job.end = Some(end);
         jobs.save(&job)?;
     }
-    let mut outcomes = Outcomes::new();
+    let mut settled = Settled::default();
     let traffic = traffic(&mut client, &job);
-    let result = settle(&mut client, &job, when, options.keep, &mut outcomes);
+    let result = settle(&mut client, &job, when, options.keep, &mut settled);
     if let Err(failure) = &result
         && failure.code == Code::Unreachable
     {
@@ -200,19 +242,26 @@ fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, 
         }
         jobs.remove(name)?;
     }
-    result?;
+    let Settled { outcomes, losses } = settled;
+    if result.is_ok() && options.strict && !losses.is_empty() {
+        let message = format!("job {name}: {}", losses.join(", "));
+        return Err(Failure::new(Code::Failed, message));
+    }
+    losses.iter().for_each(|loss| warn(loss));
+    result.map_err(|failure| refused(name, failure, options.keep))?;
     let said: Vec<String> = job
         .volumes
         .iter()
         .filter_map(|volume| {
-            let (what, stored) = outcomes.get(&volume.volume)?;
+            let Outcome { what, stored, why } = outcomes.get(&volume.volume)?;
             let stored = match stored {
                 0 => String::new(),
                 stored => format!(", {} newly stored", output::size(*stored)),
             };
+            let why = why.as_ref().map_or(String::new(), |why| format!(": {why}"));
             let traffic = traffic.get(&volume.volume).map_or("", String::as_str);
             Some(format!(
-                "{} ({} hit, forked in {:.0} ms{traffic}) {what}{stored}",
+                "{} ({} hit, forked in {:.0} ms{traffic}) {what}{stored}{why}",
                 volume.volume,
                 volume.hit,
                 volume.took * 1e3
@@ -220,9 +269,25 @@ fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, 
         })
         .collect();
     output::note(&format!("job {name}: {}", said.join(", ")));
-    let outcomes: BTreeMap<&String, &String> =
-        outcomes.iter().map(|(v, (what, _))| (v, what)).collect();
+    let outcomes: BTreeMap<&String, &String> = outcomes.iter().map(|(v, o)| (v, &o.what)).collect();
     Ok(json!({"finish": {"job": name, "outcome": end, "volumes": outcomes}}))
+}
+
+/// A commit that was refused, with a remedy that the end of a job leaves.
+fn refused(name: &str, failure: Failure, keep: bool) -> Failure {
+    let message = format!("job {name}: {}", failure.message);
+    match failure.code {
+        // Of the fork it says that it be abandoned, or committed by force.
+        Code::HeadMoved | Code::Damaged => Failure::new(failure.code, message).hint(match keep {
+            true => "forkvol commit --keep --force PATH commits it all the same",
+            false => "what it wrote is dropped; run the job again",
+        }),
+        code => Failure {
+            code,
+            message,
+            ..failure
+        },
+    }
 }
 
 /// What was read and written in each volume.
@@ -253,33 +318,43 @@ fn settle(
     job: &Job,
     mut when: Vec<Option<protocol::When>>,
     keep: bool,
-    outcomes: &mut Outcomes,
+    settled: &mut Settled,
 ) -> Result<(), Failure> {
     // All or none: what one path lost says that the job was not what it seemed.
     if when.iter().any(Option::is_some) {
         // The job was told that it goes without those that are degraded.
         for volume in job.volumes.iter().filter(|v| v.degraded.is_none()) {
             if let Some(why) = accident(client, volume)? {
-                warn(&format!("nothing is committed: {why}"));
+                settled.losses.push(format!("nothing is committed: {why}"));
                 when.fill(None);
             }
         }
     }
     let mut chosen: Vec<(&Volume, protocol::When)> = Vec::new();
     for (volume, when) in job.volumes.iter().zip(when) {
-        let why = volume.degraded.as_ref().or(volume.refused.as_ref());
-        match (why, when) {
-            (None, Some(when)) => chosen.push((volume, when)),
-            (Some(why), Some(_)) => {
-                warn(&format!("{} is not committed: {why}", volume.volume));
-                outcomes.insert(volume.volume.clone(), ("not committed".into(), 0));
+        let name = &volume.volume;
+        let outcome = match (&volume.degraded, &volume.refused, when) {
+            (None, None, Some(when)) => {
+                chosen.push((volume, when));
+                continue;
             }
-            (_, None) => {
-                outcomes.insert(volume.volume.clone(), ("abandoned".into(), 0));
+            (Some(why), _, Some(_)) => {
+                let loss = format!("{name} is not committed: {why}");
+                settled.losses.push(loss);
+                Outcome::of("not committed")
             }
-        }
+            // As it was asked for.
+            (_, Some(why), Some(_)) if volume.never_commits => Outcome::not_committed(why),
+            (_, Some(why), Some(_)) => {
+                warn(&format!("{name} is not committed: {why}"));
+                Outcome::of("not committed")
+            }
+            (_, _, None) if keep => Outcome::of("not committed"),
+            (_, _, None) => Outcome::of("abandoned"),
+        };
+        settled.outcomes.insert(name.clone(), outcome);
     }
-    let result = commit(client, &chosen, keep, outcomes);
+    let result = commit(client, &chosen, keep, &mut settled.outcomes);
     if !keep {
         for volume in &job.volumes {
             drop_fork(client, volume)?;
@@ -293,7 +368,7 @@ fn commit(
     client: &mut Client,
     chosen: &[(&Volume, protocol::When)],
     keep: bool,
-    outcomes: &mut Outcomes,
+    outcomes: &mut BTreeMap<String, Outcome>,
 ) -> Result<(), Failure> {
     let forks = chosen.iter();
     let forks = forks.filter_map(|(volume, when)| Some((volume.fork.clone()?, *when)));
@@ -307,6 +382,17 @@ fn commit(
     let volumes = chosen.iter().map(|(volume, _)| *volume);
     let mounts = volumes.clone().flat_map(|v| v.mounts());
     mounts.for_each(forks::write_back);
+    // What their volumes are called in the store, where an untrusted job has one of its own.
+    let mut if_missing = BTreeMap::new();
+    for (volume, when) in chosen {
+        if *when == protocol::When::IfMissing
+            && let Some(fork) = &volume.fork
+        {
+            let found = client.call(&Request::Find { fork: fork.clone() });
+            let found = found.and_then(|answer| take::<ForkFacts>(&answer, "/fork"));
+            if_missing.extend(found.map(|facts| (volume.volume.as_str(), facts.volume)));
+        }
+    }
     match forks::watched(client, request) {
         Ok(answer) => {
             let commits: Vec<Value> = take(&answer, "/commits")?;
@@ -316,14 +402,20 @@ fn commit(
                 if let Some(commit) = commit {
                     detach_unnoted(client, volume, take(commit, "/mounts")?);
                 }
-                let what = match commit.filter(|c| !c["version"].is_null()) {
-                    Some(commit) => (
-                        format!("committed as {}", version_name(commit).trim()),
-                        commit["version"]["new_bytes"].as_u64().unwrap_or_default(),
-                    ),
-                    None => ("unchanged".into(), 0),
+                let name = &volume.volume;
+                let outcome = match commit.filter(|c| !c["version"].is_null()) {
+                    Some(commit) => Outcome {
+                        stored: commit["version"]["new_bytes"].as_u64().unwrap_or_default(),
+                        ..Outcome::of(format!("committed as {}", version_name(commit).trim()))
+                    },
+                    None => match if_missing.get(name.as_str()) {
+                        Some(name) if forks::has_version(client, name) => {
+                            Outcome::not_committed(HAS_VERSION)
+                        }
+                        _ => Outcome::of("unchanged"),
+                    },
                 };
-                outcomes.insert(volume.volume.clone(), what);
+                outcomes.insert(name.clone(), outcome);
             }
         }
         // One batch: where one fork is over already, an earlier finish had got that far, or somebody has abandoned it.
@@ -337,7 +429,7 @@ fn commit(
                     None => "ended before",
                     Some(_) => "not committed",
                 };
-                outcomes.insert(volume.volume.clone(), (what.into(), 0));
+                outcomes.insert(volume.volume.clone(), Outcome::of(what));
             }
         }
         Err(failure) => return Err(failure),

@@ -41,21 +41,33 @@ pub fn plans(options: &Attach, matches: Option<&ArgMatches>) -> Result<Vec<Plan>
         plans.extend(beside(&plans, cache).map(|cache| of_cache(options, cache)));
     }
     caches::tell_environment(&options.preset);
+    plans.iter().try_for_each(refuse_read_only_seed)?;
     in_order(plans)
 }
 
-/// Puts outer paths before those in them, which they would cover.
+fn refuse_read_only_seed(plan: &Plan) -> Result<(), Failure> {
+    if plan.existing != Existing::Seed || !plan.fork.read_only {
+        return Ok(());
+    }
+    let message = format!(
+        "volume {} is read-only and cannot be seeded",
+        plan.wish.volume
+    );
+    Err(Failure::new(Code::Usage, message).hint("--existing hide covers what a path has"))
+}
+
+/// Puts volumes whose paths lie in another's behind it, which would cover them.
 ///
 /// # Errors
-/// A path that is named twice; two volumes that have paths in each other's.
-fn in_order(mut plans: Vec<Plan>) -> Result<Vec<Plan>, Failure> {
+/// A path that is named twice, or lies in another one of its volume; two volumes that have paths in each other's.
+fn in_order(plans: Vec<Plan>) -> Result<Vec<Plan>, Failure> {
     let usage = |message: String| Failure::new(Code::Usage, message);
     let is_in = |inner: &PathBuf, outer: &PathBuf| {
         let (inner, outer) = (paths::absolute(inner), paths::absolute(outer));
         inner != outer && inner.starts_with(outer)
     };
     let mut seen = HashSet::new();
-    for plan in &mut plans {
+    for plan in &plans {
         if let Some(path) = plan
             .wish
             .paths
@@ -64,9 +76,7 @@ fn in_order(mut plans: Vec<Plan>) -> Result<Vec<Plan>, Failure> {
         {
             return Err(usage(format!("{} is named twice", path.display())));
         }
-        let paths = std::mem::take(&mut plan.wish.paths);
-        // No two folders lie in each other.
-        plan.wish.paths = outer_first(paths, is_in).unwrap_or_default();
+        paths::refuse_nested(&plan.wish)?;
     }
     let has_in = |inner: &Plan, outer: &Plan| {
         let mut pairs = inner
@@ -237,24 +247,29 @@ mod tests {
                 .map(|plans| plans.into_iter().map(said).collect::<Vec<_>>())
                 .map_err(|f| f.code)
         };
-        let sorted = of(&[
-            ("a", &["z", "n/x/y", "n/x"]),
-            ("b", &["c"]),
-            ("d", &["n", "./z/w"]),
-        ]);
+        let sorted = of(&[("a", &["z", "n/x"]), ("b", &["c"]), ("d", &["n", "./z/w"])]);
         assert_eq!(sorted, Err(Code::Usage), "a and d lie in each other");
-        let sorted = of(&[
-            ("a", &["z", "n/x/y", "n/x"]),
-            ("b", &["c"]),
-            ("d", &["./n"]),
-        ]);
-        assert_eq!(sorted.unwrap(), ["b: c", "d: ./n", "a: z n/x n/x/y"]);
-        for twice in [
+        let sorted = of(&[("a", &["z", "n/x"]), ("b", &["c"]), ("d", &["./n"])]);
+        assert_eq!(sorted.unwrap(), ["b: c", "d: ./n", "a: z n/x"]);
+        for wrong in [
             &[("a", &["p", "./p"][..])][..],
             &[("a", &["p"]), ("b", &["p/"])],
+            &[("a", &["n/x/y", "n/x"])],
         ] {
-            assert_eq!(of(twice), Err(Code::Usage));
+            assert_eq!(of(wrong), Err(Code::Usage));
         }
+    }
+
+    #[test]
+    fn only_what_can_be_written_is_seeded() {
+        let plan = of_cache(&attach("attach"), cache());
+        assert_eq!(refuse_read_only_seed(&plan).unwrap_err().code, Code::Usage);
+        let writable = Cache {
+            read_only: None,
+            ..cache()
+        };
+        let plan = of_cache(&attach("attach"), writable);
+        assert!(refuse_read_only_seed(&plan).is_ok());
     }
 
     #[test]

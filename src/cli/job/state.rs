@@ -78,7 +78,13 @@ pub struct Volume {
     pub degraded: Option<String>,
     /// Why it will not be committed, if that is known already.
     pub refused: Option<String>,
-    /// What the daemon judged of the job: off, trusted or untrusted.
+    /// It was asked for in a way that is never committed: read-only, or ephemeral.
+    #[serde(default)]
+    pub never_commits: bool,
+    /// It had a version of its own when it was attached.
+    #[serde(default)]
+    pub has_version: bool,
+    /// What the daemon judged of the job: off, trusted or untrusted; empty where it could not be asked.
     #[serde(default)]
     pub trust: String,
     /// How long it took to attach it, in seconds.
@@ -510,6 +516,8 @@ mod tests {
             paths: Vec::new(),
             degraded: None,
             refused: None,
+            never_commits: false,
+            has_version: false,
         }
     }
 

@@ -1,17 +1,22 @@
 //! What a job's later steps are told, as variables.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use super::state::{Job, Volume};
+use crate::cli::ending::When;
 use crate::cli::mounting;
 use crate::protocol::{Code, Failure};
 use crate::sys;
+
+/// Why a volume is not committed that is to be committed if it has no version.
+pub const HAS_VERSION: &str = "there is a version already";
 
 /// The part of a variable's name that stands for a volume.
 pub fn suffix(volume: &str) -> String {
@@ -57,7 +62,7 @@ pub fn of(job: &Job, document: &Value) -> Vec<Variable> {
         put("HIT", volume.hit.clone().into());
         put("FORK", volume.fork.clone().unwrap_or_default().into());
         put("VERSION", volume.base.clone().unwrap_or_default().into());
-        put("DIR", folder(volume).as_os_str().as_bytes().to_vec());
+        put("DIR", folder(job, volume).as_os_str().as_bytes().to_vec());
         put(
             "COMMIT",
             match not_committed(job, volume) {
@@ -69,19 +74,42 @@ pub fn of(job: &Job, document: &Value) -> Vec<Variable> {
     out
 }
 
-/// Where a volume is: its mount, or the empty folder instead of it.
-fn folder(volume: &Volume) -> &Path {
-    match (&volume.mount, volume.paths.first()) {
-        (Some(mount), _) => mounting::mount_path(mount),
-        (None, Some(spot)) => &spot.path,
-        (None, None) => Path::new(""),
+/// Where a volume is, for who binds it elsewhere: what is at its only path, or its mount with a folder for each of several. Empty
+/// where neither is there, unless the path is an empty folder: what else it holds is not the job's to hand on.
+fn folder(job: &Job, volume: &Volume) -> PathBuf {
+    let mount = volume.mount.as_ref().map(mounting::mount_path);
+    match (mount, volume.paths.as_slice()) {
+        (Some(mount), [only]) if only.link.is_some() => match &only.inner {
+            Some(folder) => mount.join(folder),
+            None => mount.into(),
+        },
+        (Some(mount), [] | [_, _, ..]) => mount.into(),
+        (None, [first, ..]) if first.mount.is_some() => first.path.clone(),
+        (_, [first, ..]) if is_empty_folder(job, &first.path) => first.path.clone(),
+        _ => PathBuf::new(),
     }
+}
+
+/// Whether a path is a folder without anything in it, and in no fork but the job's.
+fn is_empty_folder(job: &Job, path: &Path) -> bool {
+    // First, for another fork's daemon may not answer.
+    let may_be_read = match mounting::fork_mount_of(path) {
+        Ok(found) => {
+            let mut mounts = job.volumes.iter().flat_map(Volume::mounts);
+            mounts.any(|mount| mounting::is_of(&found, mount))
+        }
+        Err(failure) => failure.code == Code::NotFound,
+    };
+    may_be_read && fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none())
 }
 
 /// Why a volume will not be committed, as far as that is known while the job runs.
 fn not_committed<'a>(job: &'a Job, volume: &'a Volume) -> Option<&'a str> {
-    let when = volume.commit.unwrap_or(job.commit);
-    let never = (when == crate::cli::ending::When::Never).then_some("it is never committed");
+    let never = match volume.commit.unwrap_or(job.commit) {
+        When::Never => Some("it is never committed"),
+        When::IfMissing if volume.has_version => Some(HAS_VERSION),
+        _ => None,
+    };
     volume
         .degraded
         .as_deref()
@@ -122,32 +150,54 @@ fn for_github(variables: &[Variable]) -> io::Result<Vec<u8>> {
 
 /// Writes the variables into a file: added to what GitHub's runner reads, else in place of what is there.
 pub fn write(path: &Path, variables: &[Variable]) -> Result<(), Failure> {
-    let is_github = std::env::var_os("GITHUB_ENV").is_some_and(|github| github == path.as_os_str());
-    let write = || match is_github {
-        true => File::options()
-            .append(true)
-            .open(path)?
-            .write_all(&for_github(variables)?),
+    let write = || match is_github(path) {
+        true => open_github(path)?.write_all(&for_github(variables)?),
         false => {
-            // New, and this process's own: the folder may be one that everybody writes to. No other process has had the name,
-            // as one of the same number in another container may have.
-            let mut bits = [0; 8];
-            sys::random(&mut bits)?;
-            let mut aside = path.as_os_str().to_owned();
-            aside.push(format!(".forkvol-{:016x}", u64::from_ne_bytes(bits)));
-            File::options()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(&aside)?
-                .write_all(&for_shell(variables))?;
+            let (mut file, aside) = open_aside(path)?;
+            file.write_all(&for_shell(variables))?;
             fs::rename(aside, path)
         }
     };
-    write().map_err(|e| {
-        let message = format!("cannot write the variables to {}: {e}", path.display());
-        Failure::new(Code::Failed, message)
-    })
+    write().map_err(|e| cannot_write(path, &e))
+}
+
+/// Fails if the variables cannot be written into a file, of which nothing is changed.
+pub fn check(path: &Path) -> Result<(), Failure> {
+    let check = || match is_github(path) {
+        true => open_github(path).map(drop),
+        false if path.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
+        false => fs::remove_file(open_aside(path)?.1),
+    };
+    check().map_err(|e| cannot_write(path, &e))
+}
+
+fn is_github(path: &Path) -> bool {
+    std::env::var_os("GITHUB_ENV").is_some_and(|github| github == path.as_os_str())
+}
+
+fn open_github(path: &Path) -> io::Result<File> {
+    File::options().append(true).open(path)
+}
+
+/// A file beside, to take the place of this one: new, and this process's own, for the folder may be one that everybody writes to.
+/// No other process has had the name, as one of the same number in another container may have.
+fn open_aside(path: &Path) -> io::Result<(File, OsString)> {
+    let mut bits = [0; 8];
+    sys::random(&mut bits)?;
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(format!(".forkvol-{:016x}", u64::from_ne_bytes(bits)));
+    let mut options = File::options();
+    let file = options
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&aside)?;
+    Ok((file, aside))
+}
+
+fn cannot_write(path: &Path, error: &io::Error) -> Failure {
+    let message = format!("cannot write the variables to {}: {error}", path.display());
+    Failure::new(Code::Failed, message)
 }
 
 #[cfg(test)]
