@@ -38,6 +38,14 @@ pub fn size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("{text:?} is too large"))
 }
 
+/// Room for new data: a size that is not nothing.
+pub fn room(text: &str) -> Result<u64, String> {
+    match size(text)? {
+        0 => Err("nothing could be written with a size of 0; --read-only says so".into()),
+        size => Ok(size),
+    }
+}
+
 /// A time span: a number, which may have a fraction, with ms, s, m, h or d after it; seconds without.
 pub fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is not a duration such as 500ms, 30s or 10m");
@@ -169,6 +177,12 @@ mod tests {
         ] {
             assert!(size(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn room_is_more_than_nothing() {
+        assert_eq!(room("1k"), Ok(1024));
+        assert!(room("0").is_err() && room("0g").is_err() && room("x").is_err());
     }
 
     #[test]

@@ -212,7 +212,12 @@ fn distinct(paths: impl Iterator<Item = Result<PathBuf, Fault>>) -> Result<Vec<P
 }
 
 fn size(node: &Node, notes: &mut Vec<Fault>) -> Result<u64, Fault> {
-    let wrong = || node.fault(format!("a size is such as 20g, and this is {}", node.is_a()));
+    let wrong = || {
+        node.fault(format!(
+            "a size is such as 20g, and this is {}",
+            node.is_a()
+        ))
+    };
     let text = node.word().ok_or_else(wrong)?;
     let size = values::size(text).map_err(|what| node.fault(what))?;
     if size < LEAST_SIZE {
@@ -411,11 +416,17 @@ mod tests {
             ("paths: 3", "1:8: a path is a text, and this is a number"),
             ("- a\n- 1.5", "2:3: a path is a text, and this is a number"),
             ("paths: {a: b}", "1:8: a path is a text, and this is a map"),
-            ("paths: a\nname: 0x1f", "2:7: a name is a text, and this is a number"),
-            ("paths: a\nparents: [x, 7]", "2:13: a parent is a text"),
+            (
+                "paths: a\nname: 0x1f",
+                "2:7: a name is a text, and this is a number",
+            ),
+            ("paths: a\nparents: [x, 7]", "2:14: a parent is a text"),
             ("paths: a\nlock-file: 7", "2:12: a path is a text"),
             ("paths: a\nsize: [20g]", "2:7: a size is such as 20g"),
-            ("paths: a\nsize: on", "2:7: a size is such as 20g, and this is true"),
+            (
+                "paths: a\nsize: on",
+                "2:7: a size is such as 20g, and this is true",
+            ),
             (
                 "paths: a\nname: a b",
                 "2:7: \"shop/a b\" is not a volume's name",

@@ -68,7 +68,10 @@ pub fn caches(
 fn refuse_other_kinds(root: &Node) -> Result<(), Fault> {
     match &root.kind {
         Kind::Text { .. } if !root.is_null() => {
-            let what = format!("a pipeline is a map or a list of steps, and this is {}", root.is_a());
+            let what = format!(
+                "a pipeline is a map or a list of steps, and this is {}",
+                root.is_a()
+            );
             Err(root.fault(what))
         }
         Kind::Map(_) if root.get("steps").is_none() => Ok(()),
@@ -119,7 +122,10 @@ fn steps(root: &Node) -> Result<Vec<Rc<Node>>, Fault> {
     let is_step = |item: &Rc<Node>| match item.entries().is_some() || item.text().is_some() {
         true => Ok(()),
         false => {
-            let what = format!("a step is a map, or a word such as wait, and this is {}", item.is_a());
+            let what = format!(
+                "a step is a map, or a word such as wait, and this is {}",
+                item.is_a()
+            );
             Err(item.fault(what))
         }
     };
@@ -498,7 +504,10 @@ steps:
     fn what_is_of_another_kind_is_refused_whichever_step_is_meant() {
         for (text, start) in [
             ("steps: foo", "1:8: steps are a list, and this is a text"),
-            ("cache: a\nsteps: {a: b}", "2:8: steps are a list, and this is a map"),
+            (
+                "cache: a\nsteps: {a: b}",
+                "2:8: steps are a list, and this is a map",
+            ),
             ("steps: [wait, 3]", "1:15: a step is a map, or a word"),
             ("- [a]", "1:3: a step is a map, or a word"),
             ("{steps: [{group: g, steps: [~]}]}", "1:29: a step is a map"),
