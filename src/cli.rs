@@ -218,7 +218,7 @@ enum VolumeCommand {
     Rm {
         #[arg(value_parser = values::volume)]
         name: String,
-        /// Even with live forks, which are abandoned
+        /// Even with live forks, which are abandoned, and pinned versions
         #[arg(long)]
         force: bool,
     },
@@ -328,7 +328,7 @@ struct CommitOptions {
 struct AbandonOptions {
     /// An id (f-...) or a path inside the mount
     fork: Option<OsString>,
-    /// Those of jobs whose mounts are gone, and those of an earlier boot; a fork made by hand stays
+    /// Those that were made for jobs and are mounted nowhere; what was forked by hand stays
     #[arg(long)]
     orphans: bool,
     /// All of the store
@@ -601,6 +601,12 @@ fn settings(context: &Context, command: Option<&ConfigCommand>) -> Result<(), Fa
         .collect();
     let document = json!({"file": config.file.as_deref().map(output::path), "settings": rows});
     output::show(context.json, &document, |_| {
+        let written = |row: &serde_json::Value| {
+            let name = row["name"].as_str().unwrap_or_default();
+            let value = config::as_written(name, &row["value"]);
+            json!({"name": name, "value": value, "origin": row["origin"]})
+        };
+        let rows: Vec<_> = rows.iter().map(written).collect();
         output::table(
             &rows,
             &[

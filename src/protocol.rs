@@ -294,6 +294,9 @@ pub struct Failure {
     pub code: Code,
     pub message: String,
     pub hint: Option<String>,
+    /// Whether the daemon of a store says so.
+    #[serde(skip)]
+    pub of_store: bool,
 }
 
 impl Failure {
@@ -302,6 +305,7 @@ impl Failure {
             code,
             message: message.into(),
             hint: None,
+            of_store: false,
         }
     }
 
@@ -342,7 +346,7 @@ pub struct Mount {
     #[serde(default)]
     pub created: bool,
     /// The mount namespace in which it was mounted, by its inode number, while it is served.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub namespace: Option<u64>,
 }
 
