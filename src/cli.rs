@@ -20,16 +20,19 @@ mod run;
 mod values;
 mod volumes;
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
+use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::json;
 
 use client::Client;
 use config::Config;
+use ending::When;
 use place::Place;
 use values::Busy;
 
@@ -215,7 +218,7 @@ enum VolumeCommand {
     Rm {
         #[arg(value_parser = values::volume)]
         name: String,
-        /// Even with live forks, which are abandoned
+        /// Even with live forks, which are abandoned, and pinned versions
         #[arg(long)]
         force: bool,
     },
@@ -241,7 +244,7 @@ struct ForkOptions {
     #[arg(long, value_name = "VERSION")]
     from: Option<String>,
     /// Fork this where the volume has no version; may be repeated, the first that exists is taken
-    #[arg(long, value_name = "VERSION")]
+    #[arg(long, value_name = "VERSION", conflicts_with = "from")]
     parent: Vec<String>,
     /// Refuse all writes
     #[arg(long)]
@@ -250,7 +253,7 @@ struct ForkOptions {
     #[arg(long)]
     ephemeral: bool,
     /// Room for new data (default: 20g)
-    #[arg(long, value_parser = values::size)]
+    #[arg(long, value_parser = values::room)]
     size: Option<u64>,
     /// Recorded at commit
     #[arg(long, value_name = "K=V", value_parser = values::label)]
@@ -325,7 +328,7 @@ struct CommitOptions {
 struct AbandonOptions {
     /// An id (f-...) or a path inside the mount
     fork: Option<OsString>,
-    /// All that nothing uses any more
+    /// Those that were made for jobs and are mounted nowhere; what was forked by hand stays
     #[arg(long)]
     orphans: bool,
     /// All of the store
@@ -358,13 +361,7 @@ pub fn main() -> u8 {
     // Before the command's own arguments begin.
     let own = arguments.iter().skip(1).take_while(|a| *a != "--");
     let json = own.clone().any(|a| a == "--json");
-    let parsed = Cli::command()
-        .try_get_matches_from(&arguments)
-        .and_then(|matches| {
-            let cli = Cli::from_arg_matches(&matches)?;
-            Ok((cli, matches))
-        });
-    match parsed {
+    match parse(&arguments) {
         Ok((cli, matches)) => dispatch(cli, &matches),
         Err(error) => {
             let is_run = own
@@ -373,6 +370,72 @@ pub fn main() -> u8 {
             misused(&error, is_run, json)
         }
     }
+}
+
+fn parse(arguments: &[OsString]) -> Result<(Cli, ArgMatches), clap::Error> {
+    // Help of help is help.
+    let is_help = arguments.get(1).is_some_and(|word| word == "help");
+    let wanted = |word: &&OsString| !is_help || (*word != "--help" && *word != "-h");
+    let matches = Cli::command().try_get_matches_from(arguments.iter().filter(wanted))?;
+    let cli = Cli::from_arg_matches(&matches)?;
+    refuse_contradictions(&cli, &matches)
+        .map_err(|what| Cli::command().error(ErrorKind::ArgumentConflict, what))?;
+    Ok((cli, matches))
+}
+
+/// Refuses options of which one would be ignored, where that depends on more than which of them are there.
+fn refuse_contradictions(cli: &Cli, matches: &ArgMatches) -> Result<(), String> {
+    let of_command = matches.subcommand().map(|(_, matches)| matches);
+    let is_given =
+        |id: &str| of_command.and_then(|m| m.value_source(id)) == Some(ValueSource::CommandLine);
+    match &cli.command {
+        Command::Run(_) if !is_given("volume") => {
+            let own = ForkOptions::augment_args(clap::Command::new("run"));
+            let own = own.get_arguments().map(|option| option.get_id().as_str());
+            match own.chain(["commit", "success"]).find(|id| is_given(id)) {
+                Some(id) => Err(format!("{} needs a volume (-v)", option(id))),
+                None => Ok(()),
+            }
+        }
+        Command::Run(_) | Command::Attach(_) => {
+            let commits = is_given("commit") && !chosen(of_command, When::Never);
+            let view = ["read_only", "ephemeral"]
+                .into_iter()
+                .find(|id| is_given(id));
+            match view.filter(|_| commits) {
+                Some(id) => Err(format!("--commit commits nothing with {}", option(id))),
+                None => Ok(()),
+            }
+        }
+        Command::Stats { prometheus: true } if cli.json => {
+            Err("--prometheus is another format than --json".into())
+        }
+        _ => Ok(()),
+    }?;
+    let labels = match &cli.command {
+        Command::Run(_) | Command::Attach(_) | Command::Fork { .. } | Command::Commit(_) => {
+            of_command.and_then(|matches| matches.get_many::<(String, String)>("label"))
+        }
+        _ => None,
+    };
+    let mut keys = HashSet::new();
+    match labels
+        .into_iter()
+        .flatten()
+        .find(|(key, _)| !keys.insert(key))
+    {
+        Some((key, _)) => Err(format!("--label {key} is there twice")),
+        None => Ok(()),
+    }
+}
+
+/// An option as it is written.
+fn option(id: &str) -> String {
+    format!("--{}", id.replace('_', "-"))
+}
+
+fn chosen(matches: Option<&ArgMatches>, when: When) -> bool {
+    matches.and_then(|matches| matches.get_one::<When>("commit")) == Some(&when)
 }
 
 /// Help and version go to standard output; a mistake is one line like every other error.
@@ -538,6 +601,12 @@ fn settings(context: &Context, command: Option<&ConfigCommand>) -> Result<(), Fa
         .collect();
     let document = json!({"file": config.file.as_deref().map(output::path), "settings": rows});
     output::show(context.json, &document, |_| {
+        let written = |row: &serde_json::Value| {
+            let name = row["name"].as_str().unwrap_or_default();
+            let value = config::as_written(name, &row["value"]);
+            json!({"name": name, "value": value, "origin": row["origin"]})
+        };
+        let rows: Vec<_> = rows.iter().map(written).collect();
         output::table(
             &rows,
             &[

@@ -303,10 +303,19 @@ impl Shared {
         if self.engine.live_forks() > 0 && !stop.force {
             self.closing.store(false, Ordering::Release);
             let live = calls::live_fork_names(&self.engine).join(", ");
-            return Err(
-                Failure::new(Code::Busy, format!("the daemon serves live forks: {live}"))
-                    .hint("commit or abandon them, or stop with --drain or --force"),
-            );
+            let (message, hint) = match stop.drain {
+                None => (
+                    format!("the daemon serves live forks: {live}"),
+                    "commit or abandon them, or stop with --drain or --force",
+                ),
+                Some(seconds) => (
+                    format!(
+                        "forks are live still after {seconds} s, and the daemon goes on: {live}"
+                    ),
+                    "commit or abandon them, wait longer with --drain=DURATION, or stop with --force",
+                ),
+            };
+            return Err(Failure::new(Code::Busy, message).hint(hint));
         }
         self.shut_down(stop.force)?;
         Ok(json!({"stopped": std::process::id()}))
@@ -423,6 +432,7 @@ fn failure(error: EngineError) -> Failure {
         engine::Code::NoSpace => Code::NoSpace,
     };
     Failure {
+        of_store: false,
         code,
         message: error.message,
         hint: error.hint,

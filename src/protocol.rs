@@ -298,6 +298,9 @@ pub struct Failure {
     pub code: Code,
     pub message: String,
     pub hint: Option<String>,
+    /// Whether the daemon of a store says so.
+    #[serde(skip)]
+    pub of_store: bool,
 }
 
 impl Failure {
@@ -306,6 +309,7 @@ impl Failure {
             code,
             message: message.into(),
             hint: None,
+            of_store: false,
         }
     }
 
@@ -346,7 +350,7 @@ pub struct Mount {
     #[serde(default)]
     pub created: bool,
     /// The mount namespace in which it was mounted, by its inode number, while it is served.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub namespace: Option<u64>,
     /// The fork; None if an older version wrote this.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -316,7 +316,13 @@ fn read_file<T>(path: &Path, read: impl FnOnce(&Node) -> Result<T, Fault>) -> Re
         File::open(path)?.take(most).read_to_string(&mut text)?;
         Ok(text)
     })();
-    let text = text.map_err(|error| usage(format!("cannot read {}: {error}", path.display())))?;
+    let text = text.map_err(|error| {
+        usage(format!(
+            "cannot read {}: {}",
+            path.display(),
+            output::reason(&error)
+        ))
+    })?;
     let node = yaml::parse(&text);
     node.and_then(|node| read(&node))
         .map_err(|fault| usage(format!("{}:{fault}", path.display())))
@@ -338,11 +344,19 @@ pub fn tell_environment(presets: &[String]) {
     }
 }
 
+fn no_folder(path: &Path, why: &str) -> Failure {
+    let message = format!("cannot look into {}: {why}", path.display());
+    Failure::new(Code::Failed, message)
+}
+
 /// `detect`: what `--preset auto` would take in a folder, and why.
 pub fn detect(json: bool, folder: &Path) -> Result<(), Failure> {
     let path = std::path::absolute(folder)
         .and_then(std::fs::canonicalize)
-        .map_err(|error| Failure::new(Code::Failed, format!("{}: {error}", folder.display())))?;
+        .map_err(|error| no_folder(folder, &output::reason(&error)))?;
+    if !path.is_dir() {
+        return Err(no_folder(folder, "it is a file").hint("name the folder that it is in"));
+    }
     let document = detected(&path, &slug_of(&path));
     if presets::found(&path).is_empty() {
         output::note(&format!(

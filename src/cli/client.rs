@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::output::warn;
+use super::output::{self, warn};
 use super::place::{Place, SERVICE_SOCKET};
 use crate::daemon::make_store_folder;
 use crate::protocol::{
@@ -127,8 +127,12 @@ impl Client {
             Answer::Content => {}
             other => return self.last(other),
         }
-        io::copy(&mut Incoming::new(&mut self.connection), out)
-            .map_err(|e| Failure::new(Code::Failed, format!("cannot copy the content: {e}")))?;
+        io::copy(&mut Incoming::new(&mut self.connection), out).map_err(|e| {
+            Failure::new(
+                Code::Failed,
+                format!("cannot copy the content: {}", output::reason(&e)),
+            )
+        })?;
         self.answer()
     }
 
@@ -146,8 +150,12 @@ impl Client {
             other => return self.last(other),
         }
         let mut out = Outgoing::new(&mut self.connection);
-        io::copy(content, &mut out)
-            .map_err(|e| Failure::new(Code::Failed, format!("cannot send the content: {e}")))?;
+        io::copy(content, &mut out).map_err(|e| {
+            Failure::new(
+                Code::Failed,
+                format!("cannot send the content: {}", output::reason(&e)),
+            )
+        })?;
         out.finish().map_err(|e| lost(&self.socket, &e))?;
         self.answer()
     }
@@ -209,7 +217,10 @@ impl Client {
     fn last(&self, answer: Answer) -> Result<Value, Failure> {
         match answer {
             Answer::Done(value) => Ok(value),
-            Answer::Error(failure) => Err(failure),
+            Answer::Error(failure) => Err(Failure {
+                of_store: true,
+                ..failure
+            }),
             Answer::Hello(_) | Answer::Content | Answer::Send => {
                 let message = format!(
                     "the daemon on {} answered out of turn",

@@ -24,7 +24,13 @@ struct File {
     group: Option<String>,
     #[serde(default, deserialize_with = "duration")]
     idle: Option<Duration>,
-    #[serde(default, deserialize_with = "duration")]
+    // As it was spelled before.
+    #[serde(
+        default,
+        rename = "orphan-after",
+        alias = "orphan_after",
+        deserialize_with = "duration"
+    )]
     orphan_after: Option<Duration>,
     #[serde(default, deserialize_with = "size")]
     cache: Option<u64>,
@@ -149,6 +155,39 @@ fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Er
     values::size(&text)
         .map(Some)
         .map_err(serde::de::Error::custom)
+}
+
+/// A value of [`Config::table`] as a file has it; what has no value, and no word for that, is a dash.
+pub fn as_written(name: &str, value: &Value) -> String {
+    const DURATIONS: [&str; 4] = ["idle", "orphan-after", "keep-for", "unused-for"];
+    const SIZES: [&str; 5] = ["cache", "reserve", "size", "limit", "min-free"];
+    match value {
+        Value::Null => "-".into(),
+        // A file that says nothing of trust.
+        Value::String(off) if name == "trust" => off.clone(),
+        Value::Number(number) if DURATIONS.contains(&name) => {
+            let seconds = number.as_f64().unwrap_or_default();
+            format!("{:?}", values::duration_text(seconds))
+        }
+        Value::Number(number) if SIZES.contains(&name) => {
+            format!(
+                "{:?}",
+                values::size_text(number.as_u64().unwrap_or_default())
+            )
+        }
+        Value::Array(items) => {
+            let items: Vec<String> = items.iter().map(|item| as_written(name, item)).collect();
+            format!("[{}]", items.join(", "))
+        }
+        Value::Object(entries) => {
+            let entry =
+                |(name, value): (&String, &Value)| format!("{name} = {}", as_written(name, value));
+            let entries: Vec<String> = entries.iter().map(entry).collect();
+            format!("{{ {} }}", entries.join(", "))
+        }
+        Value::String(text) => toml::Value::from(text.as_str()).to_string(),
+        other => other.to_string(),
+    }
 }
 
 /// The settings in force.
@@ -298,7 +337,7 @@ impl Config {
                 origin(s.idle.is_some()),
             ),
             (
-                "orphan_after",
+                "orphan-after",
                 json!(self.orphan_after().as_secs_f64()),
                 origin(s.orphan_after.is_some()),
             ),
@@ -454,7 +493,7 @@ mod tests {
 store = "/s"
 group = "ci"
 idle = "30s"
-orphan_after = "1h"
+orphan-after = "1h"
 cache = "1g"
 reserve = "10g"
 size = "20g"
@@ -489,6 +528,63 @@ limit = "1g"
                     assert!(line.starts_with("/c.toml:") && !line.contains(char::is_control), "{line}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn what_is_shown_can_be_written_into_a_file() {
+        for text in [
+            "",
+            ALL,
+            "idle = \"90s\"\nreserve = \"1000\"\nstore = \"/a \\\"b\"\n",
+        ] {
+            let config = parse(text).unwrap();
+            let line = |(name, value, _): (&str, Value, String)| match as_written(name, &value) {
+                none if none == "-" || value == json!("off") => String::new(),
+                written => format!("{name} = {written}\n"),
+            };
+            let shown: String = config.table().into_iter().map(line).collect();
+            let again = parse(&shown).unwrap_or_else(|why| panic!("{shown}: {why}"));
+            let values = |config: &Config| -> Vec<Value> {
+                let rows = config.table().into_iter();
+                rows.filter(|(name, ..)| *name != "retention")
+                    .map(|(_, value, _)| value)
+                    .collect()
+            };
+            assert_eq!(values(&again), values(&config), "{shown}");
+        }
+        assert_eq!(as_written("idle", &json!(600.0)), "\"10m\"");
+        assert_eq!(as_written("cache", &json!(128 << 20)), "\"128m\"");
+    }
+
+    #[test]
+    fn the_manual_has_every_key_and_its_default() {
+        let manual = include_str!("../../docs/operations.md");
+        let (_, rows) = manual.split_once("| key | default |").unwrap();
+        let default = parse("").unwrap().table();
+        for (name, value, _) in default
+            .iter()
+            .filter(|(name, ..)| !["retention", "trust"].contains(name))
+        {
+            let row = rows
+                .lines()
+                .find(|row| row.starts_with(&format!("| `{name}` |")));
+            let row = row.unwrap_or_else(|| panic!("{name} is not there"));
+            if !value.is_null() {
+                let written = format!("| `{}` |", as_written(name, value));
+                assert!(row.contains(&written), "{row}: {written}");
+            }
+        }
+        for name in ["[[retention]]", "[trust]"] {
+            assert!(rows.contains(&format!("| `{name}` |")), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_key_is_known_by_its_old_spelling_too() {
+        for name in ["orphan-after", "orphan_after"] {
+            let config = parse(&format!("{name} = \"2h\"\n")).unwrap();
+            assert_eq!(config.orphan_after(), Duration::from_secs(7200), "{name}");
         }
     }
 

@@ -18,8 +18,34 @@ use crate::protocol::{Bytes, Code, Failure, Request};
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 const ZSTD_LEVEL: i32 = 3;
 
-fn file_error(path: &Path, error: &io::Error) -> Failure {
-    Failure::new(Code::Failed, format!("{}: {error}", path.display()))
+fn cannot_read(path: &Path, error: &io::Error) -> Failure {
+    let message = format!("cannot read {}: {}", path.display(), output::reason(error));
+    Failure::new(Code::Failed, message)
+}
+
+/// Why a file could not be written, in a folder that may be missing.
+fn cannot_write(path: &Path, error: &io::Error) -> Failure {
+    let folder = path.parent().filter(|f| !f.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new(".")).display();
+    let (why, hint) = match error.kind() {
+        io::ErrorKind::NotFound => (
+            format!("there is no folder {folder}"),
+            Some("make it, or name another file"),
+        ),
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => (
+            format!("the folder {folder} may not be written to"),
+            Some("name a file in a folder of your own"),
+        ),
+        _ => (output::reason(error), None),
+    };
+    let failure = Failure::new(
+        Code::Failed,
+        format!("cannot write {}: {why}", path.display()),
+    );
+    Failure {
+        hint: hint.map(str::to_owned),
+        ..failure
+    }
 }
 
 /// `VERSION:PATH`; a version has no colon in it.
@@ -118,10 +144,14 @@ pub fn export(context: &Context, version: String, output: &Path) -> Result<(), F
         out.flush().map_err(|e| output::cannot_print(&e))?;
         return tell(&answer);
     }
+    if output.is_dir() {
+        let message = format!("cannot write {}: it is a folder", output.display());
+        return Err(Failure::new(Code::Failed, message).hint("name a file in it"));
+    }
     // Under its name only when it is whole.
     let partial = beside(output);
     let written = (|| {
-        let failed = |e: &io::Error| file_error(&partial, e);
+        let failed = |e: &io::Error| cannot_write(output, e);
         let mut file = File::create(&partial).map_err(|e| failed(&e))?;
         let is_compressed = output
             .extension()
@@ -138,11 +168,11 @@ pub fn export(context: &Context, version: String, output: &Path) -> Result<(), F
             client.fetch(&request, &mut counted)?
         };
         file.sync_all().map_err(|e| failed(&e))?;
-        fs::rename(&partial, output).map_err(|e| file_error(output, &e))?;
+        fs::rename(&partial, output).map_err(|e| failed(&e))?;
         Ok(answer)
     })();
     if written.is_err() && partial.exists() {
-        fs::remove_file(&partial).map_err(|e| file_error(&partial, &e))?;
+        fs::remove_file(&partial).map_err(|e| cannot_write(&partial, &e))?;
     }
     tell(&written?)
 }
@@ -161,8 +191,23 @@ fn tell(answer: &Value) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Names the file in what the daemon says of its content.
+fn of_file(file: &Path, failure: Failure) -> Failure {
+    let unnamed = ["the tar file:", "cannot send the content:"];
+    match unnamed
+        .iter()
+        .find_map(|start| failure.message.strip_prefix(start))
+    {
+        Some(what) if file != Path::new("-") => Failure {
+            message: format!("cannot import {}:{what}", file.display()),
+            ..failure
+        },
+        _ => failure,
+    }
+}
+
 pub fn import(context: &Context, volume: String, file: &Path) -> Result<(), Failure> {
-    let failed = |e: io::Error| file_error(file, &e);
+    let failed = |e: io::Error| cannot_read(file, &e);
     let input: Box<dyn Read> = match file == Path::new("-") {
         true => Box::new(output::progress(None).wrap_read(io::stdin().lock())),
         false => {
@@ -186,7 +231,8 @@ pub fn import(context: &Context, volume: String, file: &Path) -> Result<(), Fail
     };
     let answer = context
         .connect()?
-        .send(&Request::Import { volume }, &mut content)?;
+        .send(&Request::Import { volume }, &mut content)
+        .map_err(|failure| of_file(file, failure))?;
     tell(&answer)?;
     output::show(context.json, &answer, version_name)
 }

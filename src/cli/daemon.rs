@@ -55,9 +55,12 @@ pub fn daemon(context: &Context, command: DaemonCommand) -> Result<(), Failure> 
             embedded,
         } => run(context, socket, group, embedded),
         DaemonCommand::Start => status(context, context.connect()?),
-        DaemonCommand::Status => status(context, running(context)?),
+        DaemonCommand::Status => {
+            let client = running(context, "forkvol daemon start starts one")?;
+            status(context, client)
+        }
         DaemonCommand::Stop { drain, force } => {
-            running(context)?.stop(Stop {
+            running(context, "there is nothing to stop")?.stop(Stop {
                 force,
                 drain: as_seconds(drain),
             })?;
@@ -67,13 +70,13 @@ pub fn daemon(context: &Context, command: DaemonCommand) -> Result<(), Failure> 
 }
 
 /// The daemon that is there; none is started.
-fn running(context: &Context) -> Result<Client, Failure> {
+fn running(context: &Context, hint: &str) -> Result<Client, Failure> {
     Client::connect(&context.place)?.ok_or_else(|| {
         Failure::new(
             Code::Unreachable,
             format!("no daemon serves {}", context.place),
         )
-        .hint("any other command starts one")
+        .hint(hint)
     })
 }
 

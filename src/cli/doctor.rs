@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::Context;
 use super::client::{Client, ends_with_its_cgroup};
 use super::mounting;
-use super::output;
+use super::output::{self, warn};
 use super::place::Place;
 use crate::protocol::{Code, Failure, VERSION};
 use crate::sys::mount as kernel;
@@ -90,10 +90,14 @@ pub fn doctor(context: &Context, fix: Option<Option<String>>) -> Result<(), Fail
     let errors = findings.iter().filter(|f| f.grade == Grade::Error).count();
     match errors {
         0 => Ok(()),
-        n => Err(Failure::new(
-            Code::Failed,
-            format!("{n} findings stand in the way"),
-        )),
+        n => Err(Failure::new(Code::Failed, standing(n))),
+    }
+}
+
+fn standing(errors: usize) -> String {
+    match errors {
+        1 => "1 finding stands in the way".into(),
+        n => format!("{n} findings stand in the way"),
     }
 }
 
@@ -428,12 +432,26 @@ fn mend(context: &Context, what: Option<&str>) -> Result<(), Failure> {
     }
     if wanted("mounts") {
         for mount in kernel::mounts().unwrap_or_default() {
-            if mount.kind == kernel::FS_TYPE && is_dead(&mount.path) {
-                unmount_dead(&mount.path)?;
+            if mount.kind != kernel::FS_TYPE || !is_dead(&mount.path) {
+                continue;
+            }
+            let user = process::euid();
+            match owner(&mount.super_options) {
+                Some(owner) if user != 0 && owner != user => warn(&format!(
+                    "{} is not yours but user {owner}'s: root unmounts it, or that user",
+                    mount.path.display()
+                )),
+                _ => unmount_dead(&mount.path)?,
             }
         }
     }
     Ok(())
+}
+
+/// Who has mounted a fork, by the options that the kernel shows of it.
+fn owner(options: &str) -> Option<u32> {
+    let mut options = options.split(',');
+    options.find_map(|option| option.strip_prefix("user_id=")?.parse().ok())
 }
 
 fn unmount_dead(path: &Path) -> Result<(), Failure> {
@@ -448,9 +466,14 @@ fn unmount_dead(path: &Path) -> Result<(), Failure> {
     }
     let mut command = Command::new("fusermount3");
     command.args(["-u", "-z", "--"]).arg(path);
-    match command.status() {
-        Ok(status) if status.success() => Ok(()),
-        Ok(_) => Err(failed("fusermount3 refused".into())),
+    match command.output() {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => {
+            let words = String::from_utf8_lossy(&output.stderr);
+            Err(failed(
+                words.lines().next().unwrap_or("fusermount3 refused").into(),
+            ))
+        }
         Err(e) => Err(failed(format!("fusermount3: {e}"))),
     }
 }
@@ -458,6 +481,21 @@ fn unmount_dead(path: &Path) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_finding_is_one() {
+        assert_eq!(standing(1), "1 finding stands in the way");
+        assert_eq!(standing(2), "2 findings stand in the way");
+    }
+
+    #[test]
+    fn whose_a_mount_is_stands_in_its_options() {
+        assert_eq!(
+            owner("rw,user_id=1000,group_id=7,default_permissions"),
+            Some(1000)
+        );
+        assert_eq!(owner("rw,group_id=7"), None);
+    }
 
     #[test]
     fn cores_that_halt_at_once_are_found_in_virtual_machines_alone() {

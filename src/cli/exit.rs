@@ -38,8 +38,9 @@ pub fn status(code: Code) -> u8 {
 /// Says on standard error what failed, and in which store if one was found; returns the status to end with.
 pub fn report(failure: &Failure, status: u8, json: bool, place: Option<&Place>) -> u8 {
     let line = line(failure);
-    // A mistake of the caller's is one in any store.
-    match place.filter(|place| failure.code != Code::Usage && !place.is_named_in(&line)) {
+    // A mistake in the arguments alone is one in any store.
+    let of_store = failure.of_store || failure.code != Code::Usage;
+    match place.filter(|place| of_store && !place.is_named_in(&line)) {
         Some(place) => eprintln!("forkvol: {line}; store: {place}"),
         None => eprintln!("forkvol: {line}"),
     }

@@ -160,7 +160,7 @@ fn labels(options: &ForkOptions) -> Result<BTreeMap<String, String>, Failure> {
     let mut labels = BTreeMap::new();
     for path in &options.label_file {
         let wrong = |why: String| Failure::new(Code::Usage, format!("{}: {why}", path.display()));
-        let text = fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
+        let text = fs::read_to_string(path).map_err(|e| cannot_read("--label-file", path, &e))?;
         for line in text
             .lines()
             .map(str::trim)
@@ -175,12 +175,18 @@ fn labels(options: &ForkOptions) -> Result<BTreeMap<String, String>, Failure> {
             hasher.update_reader(File::open(path)?)?;
             Ok(hasher.finalize().to_hex()[..16].to_owned())
         };
-        let wrong = |e| Failure::new(Code::Usage, format!("{}: {e}", path.display()));
         let name = path.to_string_lossy().replace('=', "-");
-        labels.insert(name, hash().map_err(wrong)?);
+        let hash = hash().map_err(|e| cannot_read("--lock-file", path, &e))?;
+        labels.insert(name, hash);
     }
     labels.extend(options.label.iter().cloned());
     Ok(labels)
+}
+
+/// That a file which an option names cannot be read.
+fn cannot_read(option: &str, path: &Path, error: &std::io::Error) -> Failure {
+    let why = output::reason(error);
+    Failure::new(Code::Usage, format!("{option} {}: {why}", path.display()))
 }
 
 impl ForkFacts {
@@ -226,7 +232,7 @@ pub fn fork(
     });
     let (fork, mount) = made.inspect_err(|_| at.remove_if_created())?;
     let document = json!({"fork": {
-        "id": fork.id, "volume": fork.volume, "base": fork.base, "mount": mount
+        "id": fork.id, "volume": fork.volume, "base": fork.base, "mount": mount, "mounts": [mount]
     }});
     output::show(context.json, &document, |_| format!("{}\n", fork.id))
 }

@@ -45,7 +45,7 @@ pub struct Attach {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["volume", "path"], value_parser = values::path())]
     pipeline: Option<PathBuf>,
     /// The pipeline's step: its key, its label, or #N (default: from the variables of the CI host)
-    #[arg(long, value_name = "KEY|LABEL|#N", requires = "pipeline")]
+    #[arg(long, value_name = "KEY|LABEL|#N", requires = "pipeline", conflicts_with_all = ["volume", "path", "config"])]
     step: Option<String>,
     /// The caches of a tool, or auto for those that the folder tells of; may be repeated
     #[arg(long, value_name = "NAME|auto")]
@@ -62,7 +62,7 @@ pub struct Attach {
     #[arg(long, value_name = "NAME", value_parser = values::name)]
     join: Option<String>,
     /// When the workspace ends (default: build): all but pipeline are thrown away then
-    #[arg(long, value_enum, requires = "join")]
+    #[arg(long, value_enum, requires = "join", conflicts_with = "add")]
     lifetime: Option<Lifetime>,
     /// A process without which the job is over, beside BUILDKITE_AGENT_PID; may be repeated
     #[arg(long, value_name = "PID")]
@@ -99,13 +99,14 @@ pub struct Finish {
     #[arg(long, value_name = "N", conflicts_with_all = ["outcome", "stale"])]
     status: Option<i32>,
     /// Exit statuses that are a success, beside 0
-    #[arg(long, value_name = "STATUS", value_delimiter = ',')]
+    #[arg(long, value_name = "STATUS", value_delimiter = ',', conflicts_with_all = ["outcome", "stale"],
+          value_parser = clap::value_parser!(i32).range(0..=255))]
     success: Vec<i32>,
     /// How the job ended
     #[arg(long, value_enum, conflicts_with = "stale")]
     outcome: Option<End>,
     /// When to commit (default: as attach was told)
-    #[arg(long, value_enum, value_name = "WHEN")]
+    #[arg(long, value_enum, value_name = "WHEN", conflicts_with = "stale")]
     commit: Option<When>,
     /// Commit the state as of now; the job stays attached
     #[arg(long, conflicts_with = "stale")]

@@ -75,22 +75,27 @@ pub struct Mountpoint {
 
 /// Refuses a path that would take something vital away. `path` has no links.
 pub fn refuse_dangerous(path: &Path, place: &Place) -> Result<(), Failure> {
-    let refuse = |why: &str| {
+    let refuse = |why: &str, hint: &str| {
         Err(Failure::new(
             Code::Policy,
             format!("{} may not be covered: {why}", path.display()),
         )
-        .hint("choose a folder below it"))
+        .hint(hint))
     };
-    if SACRED.iter().any(|s| path == Path::new(s)) {
-        return refuse("the system needs it");
-    }
+    let below = "choose a folder below it";
     if SACRED_TREES.iter().any(|s| path.starts_with(s)) && !path.starts_with("/dev/shm/") {
-        return refuse("it belongs to the kernel");
+        let hint = match path == Path::new("/dev/shm") {
+            true => below,
+            false => "choose a folder elsewhere, as below your home",
+        };
+        return refuse("it belongs to the kernel", hint);
+    }
+    if SACRED.iter().any(|s| path == Path::new(s)) {
+        return refuse("the system needs it", below);
     }
     let home = std::env::home_dir().and_then(|home| fs::canonicalize(home).ok());
     if home.is_some_and(|home| home.starts_with(path)) {
-        return refuse("your home lies in it");
+        return refuse("your home lies in it", below);
     }
     if let Place::Embedded { store, .. } = place
         && (store.starts_with(path) || path.starts_with(store))
@@ -638,6 +643,10 @@ mod tests {
         ] {
             let failure = refuse_dangerous(Path::new(path), &place()).unwrap_err();
             assert_eq!(failure.code, Code::Policy, "{path}");
+            let is_kernel_s =
+                SACRED_TREES.iter().any(|tree| path.starts_with(tree)) && path != "/dev/shm";
+            let elsewhere = failure.hint.is_some_and(|hint| hint.contains("elsewhere"));
+            assert_eq!(elsewhere, is_kernel_s, "{path}");
         }
         assert!(refuse_dangerous(&home, &place()).is_err());
         for path in [

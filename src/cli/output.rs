@@ -22,6 +22,23 @@ pub fn one_line(message: &str) -> String {
     message.replace(char::is_control, " ")
 }
 
+/// What the system answered, in words and without its number.
+pub fn reason(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => "there is no such file or folder".into(),
+        io::ErrorKind::PermissionDenied => "it is not open to you".into(),
+        io::ErrorKind::IsADirectory => "it is a folder".into(),
+        io::ErrorKind::NotADirectory => "the path goes through what is no folder".into(),
+        _ => {
+            let text = error.to_string();
+            match text.rsplit_once(" (os error ") {
+                Some((words, _)) => words.to_lowercase(),
+                None => text,
+            }
+        }
+    }
+}
+
 /// Says something that is no failure, in one line.
 pub fn warn(message: &str) {
     if !QUIET.load(Ordering::Relaxed) {
@@ -255,6 +272,19 @@ mod tests {
             "NAME        SIZE\nnpm      2.0 KiB\ncargo/x        -\n"
         );
         assert_eq!(table(&[], &columns), "");
+    }
+
+    #[test]
+    fn what_the_system_answered_is_said_in_words() {
+        for (number, words) in [
+            (2, "there is no such file or folder"),
+            (13, "it is not open to you"),
+            (21, "it is a folder"),
+            (28, "no space left on device"),
+        ] {
+            assert_eq!(reason(&io::Error::from_raw_os_error(number)), words);
+        }
+        assert_eq!(reason(&io::Error::other("Own words")), "Own words");
     }
 
     #[test]

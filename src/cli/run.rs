@@ -39,7 +39,7 @@ pub struct Run {
     #[arg(long, value_enum, value_name = "WHEN", default_value = "on-success")]
     commit: When,
     /// Exit statuses that are a success, beside 0
-    #[arg(long, value_name = "STATUS", value_delimiter = ',')]
+    #[arg(long, value_name = "STATUS", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(0..=255))]
     success: Vec<i32>,
     /// Write what happened into this file, as JSON
     #[arg(long, value_name = "FILE")]

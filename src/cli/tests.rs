@@ -3,7 +3,11 @@
 use super::*;
 
 fn parse(arguments: &[&str]) -> Result<Cli, clap::Error> {
-    Cli::try_parse_from(std::iter::once(&"forkvol").chain(arguments))
+    let words: Vec<OsString> = std::iter::once(&"forkvol")
+        .chain(arguments)
+        .map(OsString::from)
+        .collect();
+    super::parse(&words).map(|(cli, _)| cli)
 }
 
 #[test]
@@ -21,7 +25,13 @@ fn every_command_of_the_contract_is_there() {
         "attach -v npm -p ~/.npm --preset cargo",
         "detect",
         "detect dir --json",
-        "fork npm /mnt/x --from npm@3 --parent a --parent b --read-only --ephemeral --size 20g --label a=b --acl",
+        "fork npm /mnt/x --parent a --parent b --read-only --ephemeral --size 20g --label a=b --acl",
+        "fork npm /mnt/x --from npm@3",
+        "run -v npm --read-only --commit never -- true",
+        "run --report r.json -- true",
+        "finish --status 3 --success 3,255",
+        "finish --stale --deadline 5s --strict",
+        "commit f-000000000001 --label a=1 --label b=1",
         "fork npm /mnt/x --exclude *.o --no-default-exclude --owner 1:2 --suid --dev --strict --label-file f",
         "commit f-000000000001 --keep --label k=v -m hello --if-head npm@3",
         "commit /mnt/x --if-base --force --busy wait=10s",
@@ -86,6 +96,34 @@ fn what_makes_no_sense_is_refused() {
         "attach -v npm -p x --pipeline p.yml",
         "attach --config c.yml --pipeline p.yml",
         "attach --step x",
+        "attach --step x -v a -p b",
+        "attach --step x --config c.yml",
+        "attach --lifetime step",
+        "attach --lifetime step --add",
+        "fork npm /mnt/x --from npm@1 --parent npm@2",
+        "fork npm /mnt/x --size 0",
+        "fork npm /mnt/x --label a=1 --label a=2",
+        "commit f-1 --label a=1 --label a=2",
+        "run -v npm --label a=1 --label a=2 -- true",
+        "run --label a=b -- true",
+        "run --strict -- true",
+        "run --read-only -- true",
+        "run --commit always -- true",
+        "run -v npm --read-only --commit always -- true",
+        "run -v npm --ephemeral --commit on-change -- true",
+        "run -v npm --success 256 -- true",
+        "attach -v npm --ephemeral --commit always",
+        "finish --stale --commit always",
+        "finish --stale --success 3",
+        "finish --stale --keep",
+        "finish --stale --job 1",
+        "finish --stale --status 1",
+        "finish --stale --outcome failure",
+        "finish --outcome failure --success 3",
+        "finish --status 3 --success 300",
+        "finish --status 3 --success=-1",
+        "stats --prometheus --json",
+        "--json stats --prometheus",
         "abandon",
         "abandon f-1 --all",
         "run -v npm true",
@@ -97,6 +135,21 @@ fn what_makes_no_sense_is_refused() {
     ] {
         let words: Vec<&str> = line.split(' ').filter(|w| !w.is_empty()).collect();
         assert!(parse(&words).is_err(), "{line}");
+    }
+}
+
+#[test]
+fn help_of_help_is_help() {
+    for line in [
+        "help",
+        "help help",
+        "help --help",
+        "help fork -h",
+        "help volume rm --help",
+    ] {
+        let words: Vec<&str> = line.split(' ').collect();
+        let kind = parse(&words).unwrap_err().kind();
+        assert_eq!(kind, ErrorKind::DisplayHelp, "{line}");
     }
 }
 

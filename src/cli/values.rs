@@ -38,6 +38,34 @@ pub fn size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("{text:?} is too large"))
 }
 
+/// A number of bytes as [`size`] reads it.
+pub fn size_text(bytes: u64) -> String {
+    let units = [(40, "t"), (30, "g"), (20, "m"), (10, "k")];
+    let whole = |(shift, _): &(u32, &str)| bytes > 0 && bytes.trailing_zeros() >= *shift;
+    match units.into_iter().find(whole) {
+        Some((shift, unit)) => format!("{}{unit}", bytes >> shift),
+        None => bytes.to_string(),
+    }
+}
+
+/// A time span as [`duration`] reads it.
+pub fn duration_text(seconds: f64) -> String {
+    let units = [(86400.0, "d"), (3600.0, "h"), (60.0, "m"), (1.0, "s")];
+    let whole = |(unit, _): &(f64, &str)| seconds > 0.0 && seconds % unit == 0.0;
+    match units.into_iter().find(whole) {
+        Some((unit, name)) => format!("{}{name}", seconds / unit),
+        None => format!("{seconds}s"),
+    }
+}
+
+/// Room for new data: a size that is not nothing.
+pub fn room(text: &str) -> Result<u64, String> {
+    match size(text)? {
+        0 => Err("nothing could be written with a size of 0; --read-only says so".into()),
+        size => Ok(size),
+    }
+}
+
 /// A time span: a number, which may have a fraction, with ms, s, m, h or d after it; seconds without.
 pub fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is not a duration such as 500ms, 30s or 10m");
@@ -180,6 +208,12 @@ mod tests {
     }
 
     #[test]
+    fn room_is_more_than_nothing() {
+        assert_eq!(room("1k"), Ok(1024));
+        assert!(room("0").is_err() && room("0g").is_err() && room("x").is_err());
+    }
+
+    #[test]
     fn durations() {
         for (text, millis) in [
             ("10", 10_000),
@@ -223,6 +257,14 @@ mod tests {
             if let Ok((key, value)) = label(&text) {
                 assert_eq!(format!("{key}={value}"), text);
             }
+        }
+
+        #[test]
+        fn what_is_written_is_read_as_it_was(bytes: u64, millis in 0_u64..1 << 40) {
+            assert_eq!(size(&size_text(bytes)), Ok(bytes));
+            let span = Duration::from_millis(millis);
+            let read = duration(&duration_text(span.as_secs_f64())).unwrap();
+            assert!(read.abs_diff(span) < Duration::from_micros(100), "{span:?}: {read:?}");
         }
 
         #[test]

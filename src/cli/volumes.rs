@@ -60,6 +60,7 @@ pub fn log(context: &Context, volume: String) -> Result<(), Failure> {
                     .and_then(|id| id.get(..13))
                     .map(str::to_owned);
                 version["id"] = json!(id);
+                version["state"] = json!(state(&version));
                 version
             })
             .collect();
@@ -67,9 +68,11 @@ pub fn log(context: &Context, volume: String) -> Result<(), Failure> {
             &short,
             &[
                 ("NUMBER", "/number", Shown::Plain),
+                ("STATE", "/state", Shown::Plain),
                 ("ID", "/id", Shown::Plain),
                 ("TIME", "/time", Shown::Time),
                 ("BASE", "/base", Shown::Plain),
+                ("BEFORE", "/previous", Shown::Plain),
                 ("FILES", "/files", Shown::Plain),
                 ("BYTES", "/logical_bytes", Shown::Size),
                 ("NEW", "/new_bytes", Shown::Size),
@@ -81,6 +84,19 @@ pub fn log(context: &Context, volume: String) -> Result<(), Failure> {
     })
 }
 
+/// What sets a version apart from others: head, pinned, damaged; nothing for most.
+fn state(version: &Value) -> Option<String> {
+    let is = |name: &&str| match &version[*name] {
+        Value::Bool(is) => *is,
+        why => !why.is_null(),
+    };
+    let words: Vec<&str> = ["head", "pinned", "damaged"]
+        .into_iter()
+        .filter(is)
+        .collect();
+    (!words.is_empty()).then(|| words.join(","))
+}
+
 pub fn diff(context: &Context, a: &OsStr, b: &OsStr, stat: bool) -> Result<(), Failure> {
     let mut client = context.connect()?;
     let mut side = |text: &OsStr| match forks::is_path(text) {
@@ -88,10 +104,7 @@ pub fn diff(context: &Context, a: &OsStr, b: &OsStr, stat: bool) -> Result<(), F
         false => Ok(text.to_string_lossy().into_owned()),
     };
     let (a, b) = (side(a)?, side(b)?);
-    let answer = client.call(&Request::Diff {
-        a: a.clone(),
-        b: b.clone(),
-    })?;
+    let answer = client.call(&Request::Diff { a, b })?;
     let changes: Vec<Value> = take(&answer, "/changes")?;
     if !stat {
         return output::show(context.json, &answer, |_| {
@@ -106,7 +119,7 @@ pub fn diff(context: &Context, a: &OsStr, b: &OsStr, stat: bool) -> Result<(), F
             .sum::<u64>()
     };
     let document = json!({
-        "a": a, "b": b,
+        "a": answer["a"], "b": answer["b"],
         "added": count("added"), "removed": count("removed"),
         "changed": count("changed"), "renamed": count("renamed"),
         "old_bytes": sum("old_size"), "new_bytes": sum("new_size"),
@@ -125,7 +138,10 @@ pub fn diff(context: &Context, a: &OsStr, b: &OsStr, stat: bool) -> Result<(), F
 }
 
 fn change_line(change: &Value) -> String {
-    let path = output::path_text(&change["path"]);
+    let path = match output::path_text(&change["path"]) {
+        root if root.is_empty() => "/".into(),
+        path => path,
+    };
     match change["kind"].as_str() {
         Some("added") => format!("+ {path}\n"),
         Some("removed") => format!("- {path}\n"),
@@ -350,8 +366,25 @@ mod tests {
     }
 
     #[test]
+    fn a_version_that_is_head_pinned_or_damaged_says_so() {
+        let of = |head: bool, pinned: bool, damaged: Value| {
+            state(&json!({"head": head, "pinned": pinned, "damaged": damaged}))
+        };
+        assert_eq!(of(false, false, Value::Null), None);
+        assert_eq!(of(true, true, Value::Null).unwrap(), "head,pinned");
+        assert_eq!(
+            of(false, false, json!("a chunk is gone")).unwrap(),
+            "damaged"
+        );
+    }
+
+    #[test]
     fn changes_are_one_line_each() {
         assert_eq!(change_line(&json!({"kind": "added", "path": "a"})), "+ a\n");
+        assert_eq!(
+            change_line(&json!({"kind": "changed", "path": ""})),
+            "M /\n"
+        );
         assert_eq!(
             change_line(&json!({"kind": "renamed", "path": "b", "from": "a"})),
             "> a -> b\n"

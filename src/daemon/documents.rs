@@ -145,10 +145,12 @@ pub fn change(change: &DiffEntry) -> Value {
         DiffKind::Changed => "changed",
         DiffKind::Renamed => "renamed",
     };
+    // As in all documents, a path begins at the root of its volume and has no slash there.
+    let below = |path: &[u8]| bytes(path.strip_prefix(b"/").unwrap_or(path));
     json!({
         "kind": kind,
-        "path": bytes(&change.path),
-        "from": change.from.as_deref().map(bytes),
+        "path": below(&change.path),
+        "from": change.from.as_deref().map(below),
         "old_size": change.old_size,
         "new_size": change.new_size,
     })
@@ -306,8 +308,8 @@ mod tests {
     fn paths_may_be_any_bytes() {
         let entry = DiffEntry {
             kind: DiffKind::Renamed,
-            path: b"a/\xff".to_vec(),
-            from: Some(b"b".to_vec()),
+            path: b"/a/\xff".to_vec(),
+            from: Some(b"/b".to_vec()),
             old_size: 1,
             new_size: 2,
         };

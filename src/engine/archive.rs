@@ -45,7 +45,7 @@ fn output(error: std::io::Error) -> EngineError {
 }
 
 fn bad(what: impl std::fmt::Display) -> EngineError {
-    EngineError::new(Code::Usage, format!("{PREFIX}{what}"))
+    EngineError::new(Code::Failed, format!("{PREFIX}{what}"))
 }
 
 impl Engine {
@@ -219,7 +219,7 @@ impl Engine {
     /// Makes the next version of a volume of a tar file.
     ///
     /// # Errors
-    /// `Usage` for what is no tar file; the volume is then as it was.
+    /// `Failed` for what is no tar file; the volume is then as it was.
     pub fn import(
         &self,
         volume: &str,

@@ -66,6 +66,12 @@ impl Engine {
         })
     }
 
+    /// The version that a text names, by its volume and number.
+    pub fn version_name(&self, text: &str) -> Result<String> {
+        let (volume, version) = self.find_version(text)?;
+        Ok(format!("{}@{}", volume.name, version.number))
+    }
+
     /// The root of a version, or of a fork as it is now.
     fn hold_any(&self, text: &str) -> Result<Held> {
         if !text.starts_with("f-") {

@@ -337,6 +337,25 @@ fn an_abandoned_fork_leaves_the_head_as_it_was() {
     bench.engine().abandon(doomed).unwrap();
 }
 
+/// > What a volume does not have yet is new to it: an untouched fork of a parent makes its first version, and an import makes one
+/// > whatever it holds.
+#[test]
+fn what_a_volume_did_not_have_makes_a_version_though_nothing_was_changed() {
+    let bench = Bench::new();
+    let first = bench.fork("v");
+    put(&bench.fs(first), "f", b"1");
+    bench.commit(first, false);
+    let of_parent = bench.fork_with("w", |request| request.parents = vec!["v".into()]);
+    assert_eq!(bench.commit(of_parent, false), Some(1));
+    assert_eq!(bench.commit(bench.fork("w"), false), None);
+    let mut tar = Vec::new();
+    bench.engine().export("w", &mut tar).unwrap();
+    for number in [2, 3] {
+        let imported = bench.engine().import("w", &mut &tar[..], (0, 0)).unwrap();
+        assert_eq!(imported.version.map(|v| v.number), Some(number));
+    }
+}
+
 /// > A commit of what has not changed makes no version; the times of a folder alone are no change.
 #[test]
 fn a_commit_of_an_unchanged_fork_makes_no_version() {

@@ -73,7 +73,7 @@ impl Engine {
     /// Removes a volume with its versions.
     ///
     /// # Errors
-    /// `Busy` while it has forks, unless `force`, which abandons them.
+    /// `Busy` while it has forks and `Policy` while a version is pinned, unless `force`, which abandons and removes all the same.
     pub fn remove_volume(&self, name: &str, force: bool) -> Result<Vec<MountInfo>> {
         let volume = self.volume_record(name)?;
         let mut mounts = Vec::new();
@@ -82,6 +82,9 @@ impl Engine {
             let alone = self.bases.write();
             let forks = self.forks_of(volume.id);
             if forks.is_empty() {
+                if !force {
+                    self.refuse_pinned(&volume)?;
+                }
                 self.store.remove_volume(&volume)?;
                 log::info!("volume {name} removed");
                 return Ok(mounts);
@@ -104,6 +107,22 @@ impl Engine {
                 }
             }
         }
+    }
+
+    fn refuse_pinned(&self, volume: &store::Volume) -> Result<()> {
+        for version in self.store.versions(volume.id)? {
+            let at = VersionRef {
+                volume: volume.id,
+                number: version.number,
+            };
+            if self.store.is_pinned(at)? {
+                let name = format!("{}@{}", volume.name, version.number);
+                let message = format!("{name} is pinned, so {} stays", volume.name);
+                return Err(EngineError::new(Code::Policy, message)
+                    .hint(format!("forkvol unpin {name}, or use --force")));
+            }
+        }
+        Ok(())
     }
 
     /// The forks of a volume, and those of others that were made from it.

@@ -105,6 +105,37 @@ fn what_is_not_there_is_named_with_what_lists_it() {
 }
 
 #[test]
+fn a_file_that_cannot_be_read_or_written_is_named_in_words() {
+    let cli = Cli::new();
+    cli.run("v", &cli.path("cache"), "echo 1 > cache/f");
+    fs::write(cli.path("junk"), "no tar").unwrap();
+    fs::write(cli.path("long"), "no tar\n".repeat(1000)).unwrap();
+    fs::write(cli.path("package-lock.json"), "{}").unwrap();
+    let none = "there is no such file or folder";
+    for (line, says) in [
+        (
+            "export v -o nodir/x",
+            "cannot write nodir/x: there is no folder nodir; make it",
+        ),
+        (
+            "export v -o cache",
+            "cannot write cache: it is a folder; name a file in it",
+        ),
+        ("import w nofile", &format!("cannot read nofile: {none}")),
+        ("import w cache", "cannot read cache: it is a folder"),
+        ("import w junk", "cannot import junk: it is no tar file"),
+        ("import w long", "cannot import long: it is no tar file"),
+        ("detect nodir", &format!("cannot look into nodir: {none}")),
+        ("detect package-lock.json", "it is a file; name the folder"),
+    ] {
+        let (code, text) = cli.fails(&line.split(' ').collect::<Vec<_>>());
+        assert!(code == 1 && text.contains(says), "{line}: {code} {text}");
+        assert!(!text.contains("os error"), "{text}");
+    }
+    assert!(!cli.path("cache.partial").exists());
+}
+
+#[test]
 fn what_is_no_value_is_a_mistake_of_the_caller() {
     let cli = Cli::new();
     for (line, says) in [
@@ -115,7 +146,14 @@ fn what_is_no_value_is_a_mistake_of_the_caller() {
         ("fork v m --size 3q", "\"3q\" is not a size"),
         ("fork v m --label =x", "\"=x\" is not a label"),
         ("fork v m --owner bob", "\"bob\" is not an owner"),
-        ("fork v m --label-file nothing", "nothing: No such file"),
+        (
+            "fork v m --label-file nothing",
+            "--label-file nothing: there is no such file",
+        ),
+        (
+            "fork v m --lock-file nothing",
+            "--lock-file nothing: there is no such file",
+        ),
         ("commit f-1 --busy wait=3x", "\"3x\" is not a duration"),
         ("daemon stop --drain=3q", "\"3q\" is not a duration"),
         ("attach --job 1 -p c", "-p c has no -v before it"),
@@ -131,6 +169,22 @@ fn what_is_no_value_is_a_mistake_of_the_caller() {
         assert!(code == 2 && text.contains(says), "{line}: {code} {text}");
         assert!(!text.contains("For more") && !text.contains("::"), "{text}");
     }
+    // What the store itself refuses says which one it is.
+    cli.run("v", &cli.path("cache"), "echo 1 > cache/f");
+    cli.run("w", &cli.path("cache"), "echo 1 > cache/f");
+    let store = cli.path("store");
+    for line in [
+        "volume rename v w",
+        "ls v@x12",
+        "fork v m --exclude {{{",
+        "rollback v w@1",
+    ] {
+        let (code, text) = cli.fails(&line.split(' ').collect::<Vec<_>>());
+        assert_eq!(code, 2, "{line}: {text}");
+        assert_eq!(text.matches(store.to_str().unwrap()).count(), 1, "{text}");
+    }
+    let (_, text) = cli.fails(&["attach", "--job", "1", "-p", "c"]);
+    assert!(!text.contains(store.to_str().unwrap()), "{text}");
     for line in [
         "run -v ../x -- true",
         "run -v v --size 3q -- true",

@@ -463,7 +463,9 @@ fn help_can_be_asked_for_in_two_ways_and_says_the_exit_statuses() {
 fn a_version_is_compared_with_a_fork_by_its_id_or_a_path_inside_its_mount() {
     let cli = Cli::new();
     cli.run("v", &cli.path("cache"), "echo 1 > cache/f");
-    let fork = cli.ok(&["fork", "v", "m"]);
+    let made = cli.json(&["fork", "v", "m"])["fork"].clone();
+    assert_eq!(made["mounts"], serde_json::json!([made["mount"]]));
+    let fork = made["id"].as_str().unwrap().to_owned();
     fs::create_dir(cli.path("m/d")).unwrap();
     fs::write(cli.path("m/d/g"), "2").unwrap();
     for side in [
@@ -475,15 +477,19 @@ fn a_version_is_compared_with_a_fork_by_its_id_or_a_path_inside_its_mount() {
         let side = side
             .strip_prefix("m/")
             .map_or(side.to_owned(), |rest| format!("./m/{rest}"));
-        assert_eq!(cli.ok(&["diff", "v", &side]), "+ /d\n+ /d/g", "{side}");
+        assert_eq!(cli.ok(&["diff", "v", &side]), "+ d\n+ d/g", "{side}");
     }
-    assert_eq!(cli.ok(&["diff", "./m", "v@1"]), "- /d\n- /d/g");
+    assert_eq!(cli.ok(&["diff", "./m", "v@1"]), "- d\n- d/g");
+    let stat = cli.json(&["diff", "v", "./m", "--stat"]);
     assert_eq!(
-        cli.json(&["diff", "v", "./m", "--stat"])["b"],
-        fork.as_str()
+        (stat["a"].as_str(), stat["b"].as_str()),
+        (Some("v@1"), Some(&*fork))
     );
+    assert_eq!(cli.json(&["ls", "v"])["version"], "v@1");
     assert_eq!(cli.fails(&["diff", "v", "/"]).0, 10);
-    cli.ok(&["abandon", &fork]);
+    let abandoned = cli.json(&["abandon", &fork])["abandoned"][0].clone();
+    let gone = abandoned["mounts"][0].as_object().unwrap();
+    assert_eq!(gone.get("namespace"), Some(&serde_json::Value::Null));
 }
 
 #[test]

@@ -213,7 +213,7 @@ fn an_embedded_daemon_ends_when_it_is_idle() {
     assert!(!cli.path("store/forkvol.sock").exists());
     let (code, line) = cli.fails(&["daemon", "status"]);
     assert!(
-        code == 12 && line.contains("any other command starts one"),
+        code == 12 && line.contains("forkvol daemon start starts one"),
         "{line}"
     );
 }

@@ -290,3 +290,59 @@ fn a_database_is_seeded_once_and_each_of_four_shards_changes_its_own() {
     assert_eq!(bash(&format!("sql last '{sum}'")), "20000|20000|1\n");
     cli.ok(&["finish", "--job", "last", "--status", "0"]);
 }
+
+#[test]
+fn a_workspace_that_is_there_has_its_own_lifetime_and_size() {
+    let cli = Cli::new();
+    let first = [
+        "-v",
+        "work",
+        "-p",
+        "a",
+        "--lifetime",
+        "stage",
+        "--size",
+        "1g",
+    ];
+    join(&cli, "a", &first);
+    let joins = |more: &[&str]| {
+        let root = cli.path("mounts");
+        let line = ["attach", "--join", "build-7", "--job", "b", "--mount-root"];
+        let line = [
+            &line[..],
+            &[root.to_str().unwrap(), "-v", "work", "-p", "b"],
+            more,
+        ]
+        .concat();
+        cli.fails(&line)
+    };
+    for (more, says) in [
+        (
+            &["--lifetime", "pipeline"][..],
+            "has the lifetime stage already",
+        ),
+        (&["--size", "2g"], "has work with a size of 1.0 GiB already"),
+    ] {
+        let (code, text) = joins(more);
+        assert!(code == 2 && text.contains(says), "{code} {text}");
+        assert!(!cli.path("b").exists());
+    }
+    join(
+        &cli,
+        "b",
+        &[
+            "-v",
+            "work",
+            "-p",
+            "b",
+            "--lifetime",
+            "stage",
+            "--size",
+            "1g",
+        ],
+    );
+    for job in ["a", "b"] {
+        cli.ok(&["finish", "--job", job, "--status", "0"]);
+    }
+    cli.ok(&["finish", "--join", "build-7", "--status", "0"]);
+}

@@ -258,7 +258,7 @@ fn prefix(store: &TestStore, version: u64, bytes: &[u8]) -> usize {
     found.len()
 }
 
-/// > A commit with `--keep` in its midst may hold a prefix, too.
+/// > The kernel hands it on in requests of at most 1 MiB: a commit with `--keep` in its midst may hold a beginning, too.
 #[test]
 fn a_commit_amid_a_long_write_holds_a_prefix_of_it() {
     let store = TestStore::new();

@@ -129,8 +129,10 @@ forkvol_volume_options() {
 }
 
 forkvol_read_plugin() {
-  local prefix=BUILDKITE_PLUGIN_${BUILDKITE_PLUGIN_NAME:-FORKVOL} at=0 common='' key name value volume options wish group
-  for key in COMMIT:--commit LINK:--link EXISTING:--existing MOUNT_ROOT:--mount-root DEADLINE:--deadline; do
+  local prefix=BUILDKITE_PLUGIN_${BUILDKITE_PLUGIN_NAME:-FORKVOL} at=0 common='' when='' key name value volume options wish group
+  name=${prefix}_COMMIT
+  [[ -z ${!name:-} ]] || when=$(printf -- '--commit %q ' "${!name}")
+  for key in LINK:--link EXISTING:--existing MOUNT_ROOT:--mount-root DEADLINE:--deadline; do
     name=${prefix}_${key%%:*}
     [[ -z ${!name:-} ]] || common+=$(printf '%q %q ' "${key#*:}" "${!name}")
   done
@@ -154,6 +156,8 @@ forkvol_read_plugin() {
       forkvol_paths+=("${value/#\~\//$HOME/}")
     done < <(forkvol_values "${volume}_PATHS")
     options=$common$(forkvol_volume_options "$volume")
+    # Of what is only read or thrown away there is no commit.
+    [[ " $options" =~ ' --read-only '|' --ephemeral ' ]] || options+=$when
     for group in "${!forkvol_options[@]}"; do
       if [[ ${forkvol_options[group]} == "$options" ]]; then
         forkvol_wishes[group]+=$wish

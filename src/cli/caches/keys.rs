@@ -212,7 +212,13 @@ fn distinct(paths: impl Iterator<Item = Result<PathBuf, Fault>>) -> Result<Vec<P
 }
 
 fn size(node: &Node, notes: &mut Vec<Fault>) -> Result<u64, Fault> {
-    let text = text(node, "a size")?;
+    let wrong = || {
+        node.fault(format!(
+            "a size is such as 20g, and this is {}",
+            node.is_a()
+        ))
+    };
+    let text = node.word().ok_or_else(wrong)?;
     let size = values::size(text).map_err(|what| node.fault(what))?;
     if size < LEAST_SIZE {
         let what = format!("the size {text} is raised to 20g, the least there is");
@@ -301,6 +307,7 @@ mod tests {
             ("[a/, ./b, a]", vec![cache("shop", &["a", "b"])]),
             ("{paths: [/x, y]}", vec![cache("shop", &["/x", "y"])]),
             ("{paths: y, name: n}", vec![cache("shop/n", &["y"])]),
+            ("{paths: '3', name: \"4\"}", vec![cache("shop/4", &["3"])]),
             (
                 "[a, {paths: y, name: n}, b, {paths: 'v-$V', name: 'v-${V}', scope: global}]",
                 vec![
@@ -341,11 +348,13 @@ mod tests {
             notes,
             ["2:7: the size 5g is raised to 20g, the least there is"]
         );
-        let (caches, notes) = said("{paths: a, size: 100g}").unwrap();
-        let Said::Caches(caches) = caches else {
-            panic!("{caches:?}");
-        };
-        assert_eq!((caches[0].size, notes.len()), (Some(100 << 30), 0));
+        for size in ["100g", "107374182400"] {
+            let (caches, notes) = said(&format!("{{paths: a, size: {size}}}")).unwrap();
+            let Said::Caches(caches) = caches else {
+                panic!("{caches:?}");
+            };
+            assert_eq!((caches[0].size, notes.len()), (Some(100 << 30), 0));
+        }
     }
 
     #[test]
@@ -403,6 +412,21 @@ mod tests {
                 "2:3: a path is a text, and this is true or false",
             ),
             ("paths: a\nname: [x]", "2:7: a name is a text"),
+            ("3", "1:1: a path is a text, and this is a number"),
+            ("paths: 3", "1:8: a path is a text, and this is a number"),
+            ("- a\n- 1.5", "2:3: a path is a text, and this is a number"),
+            ("paths: {a: b}", "1:8: a path is a text, and this is a map"),
+            (
+                "paths: a\nname: 0x1f",
+                "2:7: a name is a text, and this is a number",
+            ),
+            ("paths: a\nparents: [x, 7]", "2:14: a parent is a text"),
+            ("paths: a\nlock-file: 7", "2:12: a path is a text"),
+            ("paths: a\nsize: [20g]", "2:7: a size is such as 20g"),
+            (
+                "paths: a\nsize: on",
+                "2:7: a size is such as 20g, and this is true",
+            ),
             (
                 "paths: a\nname: a b",
                 "2:7: \"shop/a b\" is not a volume's name",

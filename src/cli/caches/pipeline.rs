@@ -30,6 +30,7 @@ pub fn caches(
     scope: &Scope,
     notes: &mut Vec<Fault>,
 ) -> Result<Vec<Cache>, Fault> {
+    refuse_other_kinds(root)?;
     let own = variables(root);
     let variable = |name: &str| (scope.variable)(name).or_else(|| own.get(name).cloned());
     let scope = &Scope {
@@ -61,6 +62,22 @@ pub fn caches(
         Said::Nothing => of_root,
         Said::Caches(caches) => merge(of_root, caches),
     })
+}
+
+/// Refuses what is no pipeline, whichever of its steps is meant.
+fn refuse_other_kinds(root: &Node) -> Result<(), Fault> {
+    match &root.kind {
+        Kind::Text { .. } if !root.is_null() => {
+            let what = format!(
+                "a pipeline is a map or a list of steps, and this is {}",
+                root.is_a()
+            );
+            Err(root.fault(what))
+        }
+        Kind::Map(_) if root.get("steps").is_none() => Ok(()),
+        Kind::Text { .. } => Ok(()),
+        Kind::Map(_) | Kind::List(_) => steps(root).map(drop),
+    }
 }
 
 /// Why a pipeline has no such step, or cannot say which one it is.
@@ -95,12 +112,26 @@ fn steps(root: &Node) -> Result<Vec<Rc<Node>>, Fault> {
         Kind::List(items) => items,
         _ => match root.get("steps").map(|steps| (steps, &steps.kind)) {
             Some((_, Kind::List(items))) => items,
-            Some((steps, _)) => return Err(steps.fault("steps are a list")),
+            Some((steps, _)) => {
+                let what = format!("steps are a list, and this is {}", steps.is_a());
+                return Err(steps.fault(what));
+            }
             None => return Err(root.fault("the pipeline has no steps")),
         },
     };
+    let is_step = |item: &Rc<Node>| match item.entries().is_some() || item.text().is_some() {
+        true => Ok(()),
+        false => {
+            let what = format!(
+                "a step is a map, or a word such as wait, and this is {}",
+                item.is_a()
+            );
+            Err(item.fault(what))
+        }
+    };
     let mut out = Vec::new();
     for item in list {
+        is_step(item)?;
         if item.get("group").is_none() {
             out.push(command_of(item));
             continue;
@@ -111,6 +142,7 @@ fn steps(root: &Node) -> Result<Vec<Rc<Node>>, Fault> {
         if let Some(group) = within.iter().find(|step| step.get("group").is_some()) {
             return Err(group.fault("a group may not lie in another"));
         }
+        within.iter().try_for_each(is_step)?;
         out.extend(within.iter().map(command_of));
     }
     Ok(out)
@@ -466,6 +498,31 @@ steps:
         let many = many.join(",");
         let text = format!("[{{key: a, matrix: {{setup: {{x: [{many}], y: [{many}]}}}}}}]");
         assert!(fault(&text, "a").contains("more than 10000 jobs"));
+    }
+
+    #[test]
+    fn what_is_of_another_kind_is_refused_whichever_step_is_meant() {
+        for (text, start) in [
+            ("steps: foo", "1:8: steps are a list, and this is a text"),
+            (
+                "cache: a\nsteps: {a: b}",
+                "2:8: steps are a list, and this is a map",
+            ),
+            ("steps: [wait, 3]", "1:15: a step is a map, or a word"),
+            ("- [a]", "1:3: a step is a map, or a word"),
+            ("{steps: [{group: g, steps: [~]}]}", "1:29: a step is a map"),
+            ("foo", "1:1: a pipeline is a map or a list of steps"),
+            ("cache: 3", "1:8: a path is a text, and this is a number"),
+            ("steps: [{key: x, cache: 3}]", "1:25: a path is a text"),
+        ] {
+            let of = |step| volumes_of(text, step).err().unwrap_or_default();
+            let named = fault(text, "x");
+            assert!(named.starts_with(start), "{text}: {named}");
+            if !text.contains("key: x") {
+                assert!(of(None).starts_with(start), "{text}: {}", of(None));
+            }
+        }
+        assert_eq!(volumes_of("", None).unwrap(), [""; 0]);
     }
 
     #[test]

@@ -94,6 +94,7 @@ impl Node {
         match &self.kind {
             _ if self.is_null() => "nothing",
             _ if self.as_bool().is_some() => "true or false",
+            _ if self.is_number() => "a number",
             Kind::Text { .. } => "a text",
             Kind::List(_) => "a list",
             Kind::Map(_) => "a map",
@@ -121,12 +122,19 @@ impl Node {
         }
     }
 
+    /// Whether it is a plain word that YAML's core schema takes for a number.
+    fn is_number(&self) -> bool {
+        self.plain().is_some_and(is_number)
+    }
+
     /// Its text, if it is one and means nothing else.
     pub fn text(&self) -> Option<&str> {
-        match &self.kind {
-            Kind::Text { text, .. } if !self.is_null() && self.as_bool().is_none() => Some(text),
-            _ => None,
-        }
+        self.word().filter(|_| !self.is_number())
+    }
+
+    /// Its text, if it is one or a number.
+    pub fn word(&self) -> Option<&str> {
+        self.scalar().filter(|_| self.as_bool().is_none())
     }
 
     /// Its text as it was written, if it is a scalar.
@@ -150,6 +158,33 @@ impl Node {
         let entries = self.entries()?;
         entries.iter().find(|e| e.key == key).map(|e| &e.value)
     }
+}
+
+/// An integer or a float of YAML's core schema.
+fn is_number(text: &str) -> bool {
+    let all = |text: &str, of: fn(&u8) -> bool| !text.is_empty() && text.bytes().all(|b| of(&b));
+    if let Some(digits) = text.strip_prefix("0x") {
+        return all(digits, u8::is_ascii_hexdigit);
+    }
+    if let Some(digits) = text.strip_prefix("0o") {
+        return all(digits, |b| matches!(b, b'0'..=b'7'));
+    }
+    let unsigned = text.strip_prefix(['-', '+']).unwrap_or(text);
+    if matches!(unsigned, ".inf" | ".Inf" | ".INF") || matches!(text, ".nan" | ".NaN" | ".NAN") {
+        return true;
+    }
+    let (mantissa, exponent) = match unsigned.split_once(['e', 'E']) {
+        Some((mantissa, exponent)) => (mantissa, Some(exponent)),
+        None => (unsigned, None),
+    };
+    let exponent = exponent.map(|e| e.strip_prefix(['-', '+']).unwrap_or(e));
+    let (whole, part) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+    let digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
+    // A point needs a digit on one of its sides.
+    !(whole.is_empty() && part.is_empty())
+        && digits(whole)
+        && digits(part)
+        && exponent.is_none_or(|e| all(e, u8::is_ascii_digit))
 }
 
 /// Reads a text that holds one document; an empty one is an empty map.
@@ -207,7 +242,11 @@ impl Builder {
         let place = Place::from(&span.start);
         match event {
             Event::Scalar(text, style, anchor, tag) => {
-                let plain = style == ScalarStyle::Plain && tag.is_none();
+                let plain = match &tag {
+                    None => style == ScalarStyle::Plain,
+                    // What is said to be something else than a text is none, with quotes too.
+                    Some(tag) => tag.is_yaml_core_schema() && tag.suffix != "str",
+                };
                 let text = text.into_owned();
                 let kind = Kind::Text { text, plain };
                 self.done(anchor, Node { place, kind })
@@ -400,7 +439,26 @@ mod tests {
         assert_eq!(is("\"off\""), (false, None, true));
         assert_eq!(is("!!str off"), (false, None, true));
         assert_eq!(is("yes"), (false, Some(true), false));
-        assert_eq!(is("20"), (false, None, true));
+        assert_eq!(is("20"), (false, None, false));
+        assert_eq!(is("'20'"), (false, None, true));
+        assert_eq!(is("!!str 20"), (false, None, true));
+        assert_eq!(is("!!int '20'"), (false, None, false));
+    }
+
+    #[test]
+    fn numbers_are_those_of_the_core_schema() {
+        for text in [
+            "0", "3", "-3", "+12", "0o17", "0xfF", "1.5", "1.", ".5", "-1e3", "1E-3", "1.5e+3",
+            ".inf", "-.INF", ".nan",
+        ] {
+            assert!(is_number(text), "{text}");
+        }
+        for text in [
+            "", "-", ".", "+.", "e3", "1e", "1e+", "0o8", "0x", "1.2.3", "20g", "1_000", "a1",
+            "-.nan", "..", "./3", "0b1", "1:30", "\u{661}",
+        ] {
+            assert!(!is_number(text), "{text}");
+        }
     }
 
     #[test]

@@ -14,10 +14,12 @@ use super::{Attach, Link, finish};
 use crate::cli::Context;
 use crate::cli::client::Client;
 use crate::cli::ending::When;
+use crate::cli::forks::take;
 use crate::cli::mounting::{self, By};
-use crate::cli::output::warn;
+
+use crate::cli::output::{self, warn};
 use crate::cli::paths;
-use crate::protocol::{Code, Failure};
+use crate::protocol::{Code, Failure, Request};
 use crate::sys::mount as kernel;
 
 /// A workspace that nobody has joined for so many seconds is over.
@@ -88,7 +90,10 @@ pub fn make(
     let _nobody_else = jobs.lock(&shared)?;
     let mut work = Work::new(context, options, &jobs, &live, by, waiter)?;
     let mut common = match jobs.load(&shared)? {
-        Some(job) if !job.is_stale(&live) && job.end.is_none() => job,
+        Some(job) if !job.is_stale(&live) && job.end.is_none() => {
+            refuse_other(&mut client, options, workspace, &job, plans)?;
+            job
+        }
         left => {
             if let Some(left) = left {
                 finish::drop_job(&mut client, &jobs, &left)?;
@@ -132,6 +137,45 @@ pub fn make(
     jobs.save(&job)?;
     touch(&jobs, &mut common)?;
     Ok(job)
+}
+
+/// Refuses what a workspace that is there already cannot have any more.
+fn refuse_other(
+    client: &mut Client,
+    options: &Attach,
+    name: &str,
+    common: &Job,
+    plans: &[Plan],
+) -> Result<(), Failure> {
+    let refuse = |what: String, option: &str| {
+        let message = format!("the workspace {name} has {what} already");
+        Err(Failure::new(Code::Usage, message).hint(format!(
+            "join it without {option}, or end it with forkvol finish --join {name}"
+        )))
+    };
+    let has = common.shared.map(|shared| shared.lifetime);
+    if let (Some(has), Some(wanted)) = (has, options.lifetime)
+        && has != wanted
+    {
+        let value = has.to_possible_value();
+        let value = value.map_or_else(String::new, |value| value.get_name().to_owned());
+        return refuse(format!("the lifetime {value}"), "--lifetime");
+    }
+    let Some(wanted) = options.options.size else {
+        return Ok(());
+    };
+    let is_wanted = |volume: &&Volume| plans.iter().any(|p| p.wish.volume == volume.volume);
+    for volume in common.volumes.iter().filter(is_wanted) {
+        let Some(fork) = volume.fork.clone() else {
+            continue;
+        };
+        let size: u64 = take(&client.call(&Request::Find { fork })?, "/fork/size")?;
+        if size != wanted {
+            let what = format!("{} with a size of {}", volume.volume, output::size(size));
+            return refuse(what, "--size");
+        }
+    }
+    Ok(())
 }
 
 /// Gives a workspace the volumes that it does not have yet.

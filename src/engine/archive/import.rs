@@ -52,10 +52,19 @@ impl Import {
         let input = Input::new(input);
         let mut archive = Archive::new(&input);
         let mut entries = archive.entries().map_err(bad)?;
+        let mut is_first = true;
         loop {
             input.begin_head();
             let Some(entry) = entries.next() else { break };
-            let mut entry = entry.map_err(bad)?;
+            let mut entry = entry.map_err(|error| match (is_first, error.kind()) {
+                // What the crate says of its blocks and fields helps nobody there.
+                (true, io::ErrorKind::Other | io::ErrorKind::UnexpectedEof) => {
+                    bad("it is no tar file, or compressed otherwise than with zstd")
+                }
+                (false, io::ErrorKind::UnexpectedEof) => bad("it is cut off"),
+                _ => bad(error),
+            })?;
+            is_first = false;
             let head = Head::parse(&input.take_head()).map_err(bad)?;
             let path = head.path();
             self.entry(&head, &path, &mut entry)

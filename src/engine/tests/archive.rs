@@ -69,7 +69,7 @@ fn import(bench: &Bench, tar: &[u8]) -> Result<Imported> {
 fn refused(bench: &Bench, tar: &[u8], why: &str) {
     let before = bench.engine().log("v").map(|log| log.len()).unwrap_or(0);
     let error = import(bench, tar).unwrap_err();
-    assert_eq!(error.code, Code::Usage, "{error}");
+    assert_eq!(error.code, Code::Failed, "{error}");
     assert!(error.message.contains(why), "{error}");
     assert!(error.message.starts_with("the tar file: "), "{error}");
     assert_eq!(
@@ -158,7 +158,7 @@ fn a_tar_file_that_is_cut_off_anywhere_is_refused() {
         .chain([1, tar.len() - 1025])
     {
         let error = import(&bench, &tar[..end]).unwrap_err();
-        assert_eq!(error.code, Code::Usage, "{end} bytes: {error}");
+        assert_eq!(error.code, Code::Failed, "{end} bytes: {error}");
     }
     refused(&bench, b"", "it has no end mark");
     assert!(import(&bench, &tar).unwrap().version.is_some());
@@ -190,7 +190,7 @@ fn numbers_that_make_no_sense_are_refused_and_never_believed() {
     for size in [u64::MAX, u64::MAX - 511, 1 << 62, 1 << 40] {
         let tar = Tar::new().raw(&header(EntryType::Regular, "f", size), &[1; 512]);
         let error = import(&bench, &tar.done()).unwrap_err();
-        assert_eq!(error.code, Code::Usage, "{size}: {error}");
+        assert_eq!(error.code, Code::Failed, "{size}: {error}");
     }
     let mut device = header(EntryType::Char, "dev", 0);
     device.set_device_major(0o7_777_777).unwrap();
@@ -231,7 +231,7 @@ fn a_sparse_file_takes_no_more_time_or_room_than_its_data() {
         "s: its sparse files have holes of more than 1 TiB",
     );
     let lying = sparse(10_000, &[(0, 512), (100, 512)], &[1; 1024]);
-    assert_eq!(import(&bench, &lying).unwrap_err().code, Code::Usage);
+    assert_eq!(import(&bench, &lying).unwrap_err().code, Code::Failed);
     let end = 64 << 20;
     import(
         &bench,

@@ -92,6 +92,34 @@ fn a_rollback_is_a_new_version_and_what_it_took_back_commits_only_by_force() {
     assert!(bench.engine().commit(vec![late], forced).is_ok());
 }
 
+/// > `forkvol volume rm` is refused for a volume with a pinned version, or with forks; with `--force` both go with it.
+#[test]
+fn a_volume_with_a_pinned_version_or_a_fork_is_removed_by_force_alone() {
+    let bench = Bench::new();
+    for volume in ["v", "w"] {
+        for text in [b"1", b"2"] {
+            let id = bench.fork(volume);
+            put(&bench.fs(id), std::str::from_utf8(text).unwrap(), text);
+            bench.commit(id, false);
+        }
+        bench.engine().pin(&format!("{volume}@1"), true).unwrap();
+    }
+    let refused = bench.engine().remove_volume("v", false).unwrap_err();
+    assert_eq!(refused.code, Code::Policy, "{refused}");
+    assert!(refused.message.contains("v@1 is pinned"), "{refused}");
+    assert_eq!(bench.engine().volume("v").unwrap().versions, 2);
+    bench.engine().pin("v@1", false).unwrap();
+    let fork = bench.fork("v");
+    let refused = bench.engine().remove_volume("v", false).unwrap_err();
+    assert_eq!(refused.code, Code::Busy, "{refused}");
+    bench.engine().abandon(fork).unwrap();
+    bench.engine().remove_volume("v", false).unwrap();
+    bench.fork("w");
+    bench.engine().remove_volume("w", true).unwrap();
+    assert!(bench.engine().volumes().unwrap().is_empty());
+    assert!(bench.engine().forks().unwrap().is_empty());
+}
+
 #[test]
 fn a_diff_names_paths_that_were_added_removed_changed_and_renamed() {
     let bench = Bench::new();
