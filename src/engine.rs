@@ -367,6 +367,9 @@ impl Engine {
     fn drop_fork(&self, id: ForkId) -> Result<Vec<MountInfo>> {
         let live = self.live(id)?;
         let _one = live.alone();
+        if live.over.load(Ordering::Acquire) {
+            return Err(no_fork(&id.to_string()));
+        }
         match self.store.remove_fork(id) {
             Ok(()) => {}
             // What it wrote may be all that fills the disk, so that goes first; the record follows when there is room. Until then

@@ -228,7 +228,12 @@ fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, 
         jobs.save(&job)?;
     }
     let mut settled = Settled::default();
-    let traffic = traffic(&mut client, &job);
+    let mut traffic = BTreeMap::new();
+    for volume in &job.volumes {
+        let fork = volume.fork.as_deref();
+        let moved = fork.and_then(|fork| forks::traffic(&mut client, fork));
+        traffic.extend(moved.map(|moved| (volume.volume.as_str(), moved)));
+    }
     let result = settle(&mut client, &job, when, options.keep, &mut settled);
     if let Err(failure) = &result
         && failure.code == Code::Unreachable
@@ -254,18 +259,16 @@ fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, 
         .iter()
         .filter_map(|volume| {
             let Outcome { what, stored, why } = outcomes.get(&volume.volume)?;
-            let stored = match stored {
-                0 => String::new(),
-                stored => format!(", {} newly stored", output::size(*stored)),
-            };
             let why = why.as_ref().map_or(String::new(), |why| format!(": {why}"));
-            let traffic = traffic.get(&volume.volume).map_or("", String::as_str);
-            Some(format!(
-                "{} ({} hit, forked in {:.0} ms{traffic}) {what}{stored}{why}",
-                volume.volume,
-                volume.hit,
-                volume.took * 1e3
-            ))
+            let ended = forks::Ended {
+                volume: &volume.volume,
+                hit: &volume.hit,
+                took: volume.took,
+                traffic: traffic.get(volume.volume.as_str()).copied(),
+                what: &format!("{what}{why}"),
+                stored: *stored,
+            };
+            Some(ended.line())
         })
         .collect();
     output::note(&format!("job {name}: {}", said.join(", ")));
@@ -288,27 +291,6 @@ fn refused(name: &str, failure: Failure, keep: bool) -> Failure {
             ..failure
         },
     }
-}
-
-/// What was read and written in each volume.
-fn traffic(client: &mut Client, job: &Job) -> BTreeMap<String, String> {
-    let mut out = BTreeMap::new();
-    for volume in &job.volumes {
-        let Some(fork) = volume.fork.clone() else {
-            continue;
-        };
-        // It only adorns a line: what cannot be had is not said.
-        let found = client.call(&Request::Find { fork });
-        if let Ok(facts) = found.and_then(|answer| take::<ForkFacts>(&answer, "/fork")) {
-            let text = format!(
-                ", {} read, {} written",
-                output::size(facts.read),
-                output::size(facts.bytes)
-            );
-            out.insert(volume.volume.clone(), text);
-        }
-    }
-    out
 }
 
 /// Commits what is to be committed, all or none, and drops the rest. `when` is told for each volume of the job; nothing is committed
