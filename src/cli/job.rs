@@ -7,6 +7,7 @@ mod as_bytes;
 mod attach;
 mod finish;
 mod join;
+mod placing;
 mod plan;
 mod state;
 mod variables;

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use clap::ValueEnum;
 
-use super::attach::{self, Waiter, Work};
+use super::attach;
+use super::placing::{self, Waiter, Work};
 use super::plan::Plan;
 use super::state::{self, Job, Jobs, Spot, Volume};
 use super::{Attach, Link, finish};
@@ -206,7 +207,7 @@ fn fill(
         plan.fork.ephemeral |= !commits;
         // That concerns the member, not the workspace.
         plan.fork.read_only = false;
-        common.volumes.push(attach::empty(&plan));
+        common.volumes.push(placing::empty(&plan));
         if let Err(failure) = work.volume(client, common, &plan) {
             if let Some(volume) = common.volumes.pop() {
                 finish::drop_volume(client, &volume)?;
@@ -268,7 +269,7 @@ fn bind(
         });
         jobs.save(job)?;
         drop(alone);
-        let piece = attach::piece(&job.volumes[at], job.volumes[at].paths.len() - 1);
+        let piece = placing::piece(&job.volumes[at], job.volumes[at].paths.len() - 1);
         work.put_in_place(Link::Bind, &inside, &target.path, piece)?;
         if plan.fork.read_only {
             kernel::make_bind_read_only(&target.path).map_err(|e| {
