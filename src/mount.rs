@@ -431,7 +431,6 @@ impl Filesystem for Mount {
             reply.error(self.fail("readdirplus", &error));
             return;
         }
-        let ends = entries.is_empty();
         let mut small = Vec::new();
         for entry in entries {
             let found = match self.fs.listed(entry.ino) {
@@ -463,10 +462,7 @@ impl Filesystem for Mount {
             small.extend(push::small(&found));
         }
         if let Some(readers) = &self.readers {
-            match ends {
-                true => readers.ended(self.ino(ino)),
-                false => readers.listed(self.ino(ino), offset == 0, small),
-            }
+            readers.listed(self.ino(ino), offset == 0, small);
         }
         reply.ok();
     }

@@ -75,19 +75,10 @@ impl Readers {
         self.plan.lock().listed(dir, starts, files);
     }
 
-    /// Notes that a listing was read to its end: the kernel knows the files by now.
-    pub fn ended(&self, dir: Ino) {
-        self.push(|plan, room| plan.ended(dir, room));
-    }
-
     /// Notes that a file is read from its start.
     pub fn read(&self, ino: Ino) {
-        self.push(|plan, room| plan.read(ino, room));
-    }
-
-    fn push(&self, wanted: impl FnOnce(&mut Plan, u64) -> Vec<File>) {
         let room = MOST.saturating_sub(self.waiting.load(Ordering::Relaxed));
-        let files = wanted(&mut self.plan.lock(), room);
+        let files = self.plan.lock().read(ino, room);
         if files.is_empty() {
             return;
         }

@@ -73,30 +73,6 @@ fn what_was_pushed_is_the_whole_file_and_is_not_asked_for() {
     assert_eq!(refused.raw_os_error(), Some(30), "read-only filesystem");
 }
 
-#[test]
-fn behind_a_reader_small_files_are_there_as_soon_as_their_folder_was_listed() {
-    let files = (0..10).map(|n| (PathBuf::from(format!("d{}/{n}", n / 5)), vec![n; 100]));
-    let tree: Tree = files.collect();
-    let bench = bench(&tree);
-    let mount = bench.fork_with("v", |request| request.read_only = true);
-    let list = |folder: &str| {
-        let entries = fs::read_dir(mount.path.join(folder)).unwrap();
-        entries.map(|e| e.unwrap().path()).collect::<Vec<_>>()
-    };
-    for path in &list("d0")[..2] {
-        fs::read(path).unwrap();
-    }
-    wait_for_pushes(&bench, &mount, 3);
-    let next = list("d1");
-    wait_for_pushes(&bench, &mount, 3 + 5);
-    let asked = count(&bench, &mount, "read");
-    for path in next {
-        let expected = &tree[path.strip_prefix(&mount.path).unwrap()];
-        assert_eq!(fs::read(&path).unwrap(), *expected);
-    }
-    assert_eq!(count(&bench, &mount, "read"), asked);
-}
-
 /// Reads everything in the order of listings, the folders from some point on; returns how many files were as they should be.
 fn compare(root: &Path, tree: &Tree, from: usize) -> usize {
     let list = |path: &Path| -> Vec<PathBuf> {

@@ -1,7 +1,7 @@
 //! Which files a reader will want next. Pure: told of listings and reads, it answers what to push.
 //!
 //! Reads of what was pushed are never seen. So one sign is worth one window, and only a read just behind its end makes the next
-//! one larger. A reader who has gone through a folder is trusted with a few more: they are pushed as soon as they are listed.
+//! one larger.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
@@ -14,7 +14,7 @@ pub const SMALL: u64 = 128 << 10;
 pub const FIRST: u64 = 256 << 10;
 /// What is pushed on one sign at most.
 pub const MOST: u64 = 4 << 20;
-/// So many folders are taken to be read in full from the end of their listing on, after one that was.
+/// So many folders are taken to be read in full from their first read on, after one that was.
 pub const TRUST: u32 = 8;
 /// Files of listings that are remembered: some 2 MiB.
 pub const KEPT: usize = 32_768;
@@ -45,24 +45,6 @@ impl Folder {
         let is_left = |(_, done): &(File, bool)| !done;
         let found = behind.iter().position(is_left).map(|n| at + n);
         found.or_else(|| before.iter().position(is_left))
-    }
-
-    /// Takes the next window from where the last one ended: `room` bytes at most.
-    fn push(&mut self, room: u64) -> Vec<File> {
-        self.window = (self.window * 2).clamp(FIRST, MOST);
-        let mut left = self.window.min(room);
-        let mut pushed = Vec::new();
-        while let Some(at) = self.left(self.end) {
-            let (file, done) = &mut self.files[at];
-            let Some(rest) = left.checked_sub(u64::from(file.size)) else {
-                break;
-            };
-            left = rest;
-            *done = true;
-            pushed.push(*file);
-            self.end = at + 1;
-        }
-        pushed
     }
 }
 
@@ -123,7 +105,7 @@ impl Plan {
         if folder.files[at].1 {
             return Vec::new();
         }
-        let is_first = !std::mem::replace(&mut folder.was_read, true) && folder.window == 0;
+        let is_first = !std::mem::replace(&mut folder.was_read, true);
         let goes_on = folder.window == 0 || folder.left(folder.end) == Some(at);
         folder.files[at].1 = true;
         if is_first {
@@ -136,21 +118,21 @@ impl Plan {
         } else {
             return Vec::new();
         }
+        folder.window = (folder.window * 2).clamp(FIRST, MOST);
         folder.end = at;
-        folder.push(room)
-    }
-
-    /// Notes that a listing was read to its end, and returns what to push: `room` bytes at most.
-    pub fn ended(&mut self, dir: Ino, room: u64) -> Vec<File> {
-        let folder = self.folders.get_mut(&dir);
-        let Some(folder) = folder.filter(|folder| !folder.was_read && folder.window == 0) else {
-            return Vec::new();
-        };
-        if self.trust == 0 {
-            return Vec::new();
+        let mut left = folder.window.min(room);
+        let mut pushed = Vec::new();
+        while let Some(at) = folder.left(folder.end) {
+            let (file, done) = &mut folder.files[at];
+            let Some(rest) = left.checked_sub(u64::from(file.size)) else {
+                break;
+            };
+            left = rest;
+            *done = true;
+            pushed.push(*file);
+            folder.end = at + 1;
         }
-        self.trust -= 1;
-        folder.push(room)
+        pushed
     }
 
     #[cfg(test)]

@@ -27,7 +27,6 @@ fn a_walk_pushes_nothing_nor_does_one_read_in_each_folder() {
     let mut plan = Plan::default();
     for dir in 1..100 {
         plan.listed(Ino(dir), true, files(dir * 1000, 10, 1));
-        assert_eq!(plan.ended(Ino(dir), MOST), []);
     }
     for dir in 1..100 {
         assert_eq!(read(&mut plan, dir * 1000 + 5), [0; 0]);
@@ -63,31 +62,6 @@ fn a_trusted_reader_gets_so_many_folders_from_their_first_read_on_and_no_more() 
     assert_eq!(read(&mut plan, 1901), [1902]);
     plan.listed(Ino(20), true, files(2000, 3, 1));
     assert_eq!(read(&mut plan, 2000), [2001, 2002], "it is trusted again");
-}
-
-#[test]
-fn a_trusted_reader_gets_the_beginning_of_each_folder_that_was_listed_to_its_end() {
-    let size = u32::try_from(FIRST / 2).unwrap();
-    let mut plan = trusting();
-    plan.listed(Ino(2), true, files(200, 9, size));
-    assert_eq!(plan.ended(Ino(2), MOST), files(200, 2, size));
-    assert_eq!(plan.ended(Ino(2), MOST), [], "once");
-    assert_eq!(
-        read(&mut plan, 202),
-        [203, 204, 205, 206],
-        "it goes on from there"
-    );
-    assert_eq!(read(&mut plan, 208), [0; 0], "not where the window ended");
-    // Trusted again by what it read; a walk behind it that reads nothing gets no more than a reader could.
-    for dir in 3..20 {
-        plan.listed(Ino(dir), true, files(dir * 1000, 1, size));
-        let pushed = plan.ended(Ino(dir), MOST).len();
-        assert_eq!(
-            pushed,
-            usize::from(dir < 3 + u64::from(TRUST)),
-            "folder {dir}"
-        );
-    }
 }
 
 #[test]
