@@ -4,6 +4,7 @@ mod caches;
 mod client;
 mod config;
 mod content;
+mod contradictions;
 mod daemon;
 mod doctor;
 mod ending;
@@ -20,19 +21,16 @@ mod run;
 mod values;
 mod volumes;
 
-use std::collections::HashSet;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
-use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::json;
 
 use client::Client;
 use config::Config;
-use ending::When;
 use place::Place;
 use values::Busy;
 
@@ -378,64 +376,9 @@ fn parse(arguments: &[OsString]) -> Result<(Cli, ArgMatches), clap::Error> {
     let wanted = |word: &&OsString| !is_help || (*word != "--help" && *word != "-h");
     let matches = Cli::command().try_get_matches_from(arguments.iter().filter(wanted))?;
     let cli = Cli::from_arg_matches(&matches)?;
-    refuse_contradictions(&cli, &matches)
+    contradictions::refuse(&cli, &matches)
         .map_err(|what| Cli::command().error(ErrorKind::ArgumentConflict, what))?;
     Ok((cli, matches))
-}
-
-/// Refuses options of which one would be ignored, where that depends on more than which of them are there.
-fn refuse_contradictions(cli: &Cli, matches: &ArgMatches) -> Result<(), String> {
-    let of_command = matches.subcommand().map(|(_, matches)| matches);
-    let is_given =
-        |id: &str| of_command.and_then(|m| m.value_source(id)) == Some(ValueSource::CommandLine);
-    match &cli.command {
-        Command::Run(_) if !is_given("volume") => {
-            let own = ForkOptions::augment_args(clap::Command::new("run"));
-            let own = own.get_arguments().map(|option| option.get_id().as_str());
-            match own.chain(["commit", "success"]).find(|id| is_given(id)) {
-                Some(id) => Err(format!("{} needs a volume (-v)", option(id))),
-                None => Ok(()),
-            }
-        }
-        Command::Run(_) | Command::Attach(_) => {
-            let commits = is_given("commit") && !chosen(of_command, When::Never);
-            let view = ["read_only", "ephemeral"]
-                .into_iter()
-                .find(|id| is_given(id));
-            match view.filter(|_| commits) {
-                Some(id) => Err(format!("--commit commits nothing with {}", option(id))),
-                None => Ok(()),
-            }
-        }
-        Command::Stats { prometheus: true } if cli.json => {
-            Err("--prometheus is another format than --json".into())
-        }
-        _ => Ok(()),
-    }?;
-    let labels = match &cli.command {
-        Command::Run(_) | Command::Attach(_) | Command::Fork { .. } | Command::Commit(_) => {
-            of_command.and_then(|matches| matches.get_many::<(String, String)>("label"))
-        }
-        _ => None,
-    };
-    let mut keys = HashSet::new();
-    match labels
-        .into_iter()
-        .flatten()
-        .find(|(key, _)| !keys.insert(key))
-    {
-        Some((key, _)) => Err(format!("--label {key} is there twice")),
-        None => Ok(()),
-    }
-}
-
-/// An option as it is written.
-fn option(id: &str) -> String {
-    format!("--{}", id.replace('_', "-"))
-}
-
-fn chosen(matches: Option<&ArgMatches>, when: When) -> bool {
-    matches.and_then(|matches| matches.get_one::<When>("commit")) == Some(&when)
 }
 
 /// Help and version go to standard output; a mistake is one line like every other error.

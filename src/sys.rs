@@ -175,8 +175,9 @@ pub fn boot_id() -> io::Result<&'static str> {
     Ok(ID.get_or_init(|| id.trim().to_owned()))
 }
 
-/// Fills `buffer` from the kernel's random number generator.
-pub fn random(buffer: &mut [u8]) -> io::Result<()> {
+/// Bytes of the kernel's random number generator.
+pub fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut buffer = [0; N];
     let mut done = 0;
     while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
         // SAFETY: `rest` is writable for its length.
@@ -191,7 +192,7 @@ pub fn random(buffer: &mut [u8]) -> io::Result<()> {
             }
         }
     }
-    Ok(())
+    Ok(buffer)
 }
 
 /// Lets the calling thread give way to others that want its core: whoever waits for a request goes before a commit's work. Nothing is
@@ -311,9 +312,7 @@ mod tests {
         assert!(room(Path::new("/")).unwrap().total > 0);
         assert_eq!(fs_kind(Path::new("/proc")).unwrap(), FsKind::Other);
         assert!(room(Path::new("/nowhere/at/all")).is_err());
-        let mut bytes = [0; 32];
-        random(&mut bytes).unwrap();
-        assert_ne!(bytes, [0; 32]);
+        assert_ne!(random().unwrap(), [0; 32]);
     }
 
     #[test]

@@ -50,14 +50,16 @@ pub struct ForkFacts {
     pub dev: bool,
 }
 
+/// Bytes that were read and written in a fork; None: nobody knows.
+pub type Traffic = Option<(u64, u64)>;
+
 /// What became of a volume of a job, for the line at its end.
 pub struct Ended<'a> {
     pub volume: &'a str,
     pub hit: &'a str,
     /// Seconds until the fork was there.
     pub took: f64,
-    /// Bytes read and written; None: nobody knows.
-    pub traffic: Option<(u64, u64)>,
+    pub traffic: Traffic,
     pub what: &'a str,
     /// Bytes newly stored.
     pub stored: u64,
@@ -81,8 +83,8 @@ impl Ended<'_> {
     }
 }
 
-/// Bytes that were read and written in a fork. It only adorns a line: what cannot be had is not said.
-pub fn traffic(client: &mut Client, fork: &str) -> Option<(u64, u64)> {
+/// What was read and written in a fork so far. It only adorns a line: what cannot be had is not said.
+pub fn traffic(client: &mut Client, fork: &str) -> Traffic {
     let found = client.call(&Request::Find { fork: fork.into() }).ok()?;
     let facts = take::<ForkFacts>(&found, "/fork").ok()?;
     Some((facts.read, facts.bytes))

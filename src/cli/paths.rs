@@ -21,6 +21,12 @@ pub fn absolute(path: impl AsRef<Path>) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
+/// Whether one path lies in another, which it is not.
+pub fn lies_in(inner: &Path, outer: &Path) -> bool {
+    let (inner, outer) = (absolute(inner), absolute(outer));
+    inner != outer && inner.starts_with(outer)
+}
+
 /// A volume and the paths that it is wanted at.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wish {
@@ -110,11 +116,7 @@ fn pair(volumes: Vec<(usize, String)>, paths: Vec<(usize, PathBuf)>) -> Result<V
 /// hidden by the outer.
 pub fn refuse_nested(wish: &Wish) -> Result<(), Failure> {
     for inner in &wish.paths {
-        let is_in = |outer: &&PathBuf| {
-            let (inner, outer) = (absolute(inner), absolute(outer));
-            inner != outer && inner.starts_with(outer)
-        };
-        if let Some(outer) = wish.paths.iter().find(is_in) {
+        if let Some(outer) = wish.paths.iter().find(|outer| lies_in(inner, outer)) {
             let (inner, outer) = (inner.display(), outer.display());
             let message = format!("volume {} has {inner} within {outer}", wish.volume);
             return Err(Failure::new(Code::Usage, message).hint(format!(

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::client::Client;
 use super::ending::When;
 use super::exit;
-use super::forks::{self, ForkFacts, take};
+use super::forks::{self, ForkFacts, Traffic, take};
 use super::job::suffix;
 use super::mounting::{self, By, Mountpoint};
 use super::output::{self, warn};
@@ -352,11 +352,10 @@ impl<'a> Job<'a> {
         if self.forks.is_empty() {
             return (Vec::new(), false);
         }
-        let traffic = self.traffic();
         let result = self.settle(outcome);
         self.clean_up();
         match result {
-            Ok(commits) => {
+            Ok((commits, traffic)) => {
                 let volumes = self.documents(&commits, None);
                 self.tell(&volumes, &traffic);
                 (volumes, false)
@@ -368,22 +367,11 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// Bytes read and written in each fork.
-    fn traffic(&self) -> Vec<Option<(u64, u64)>> {
-        let Ok(mut client) = self.context.connect() else {
-            return Vec::new();
-        };
-        let forks = self.forks.iter();
-        forks
-            .map(|used| forks::traffic(&mut client, &used.fork.id))
-            .collect()
-    }
-
     /// Says in a line what became of all.
-    fn tell(&self, volumes: &[Value], traffic: &[Option<(u64, u64)>]) {
-        let each = self.forks.iter().zip(volumes).enumerate();
+    fn tell(&self, volumes: &[Value], traffic: &[Traffic]) {
+        let each = self.forks.iter().zip(volumes).zip(traffic);
         let lines: Vec<String> = each
-            .map(|(at, (used, volume))| {
+            .map(|((used, volume), traffic)| {
                 let what = match volume["version"].as_object() {
                     Some(_) => format!("committed as {}", version_name(volume).trim()),
                     None => volume["outcome"].as_str().unwrap_or_default().to_owned(),
@@ -392,7 +380,7 @@ impl<'a> Job<'a> {
                     volume: &used.fork.volume,
                     hit: &used.fork.hit,
                     took: used.took,
-                    traffic: traffic.get(at).copied().flatten(),
+                    traffic: *traffic,
                     what: &what,
                     stored: volume["version"]["new_bytes"].as_u64().unwrap_or_default(),
                 };
@@ -402,8 +390,8 @@ impl<'a> Job<'a> {
         output::note(&lines.join(", "));
     }
 
-    /// Returns the commits that were made.
-    fn settle(&self, outcome: Outcome) -> Result<Vec<Value>, Failure> {
+    /// Returns the commits that were made, and what was read and written in each fork until then.
+    fn settle(&self, outcome: Outcome) -> Result<(Vec<Value>, Vec<Traffic>), Failure> {
         // The daemon does not wait for a client as long as a command may take.
         let mut client = self.context.connect()?;
         let ids: Vec<String> = self.forks.iter().map(|used| used.fork.id.clone()).collect();
@@ -415,6 +403,8 @@ impl<'a> Job<'a> {
                 return Err(Failure::new(Code::Failed, message));
             }
         }
+        let traffic = ids.iter().map(|id| forks::traffic(&mut client, id));
+        let traffic: Vec<Traffic> = traffic.collect();
         let wanted = !options.read_only && !options.ephemeral;
         let Some(when) = self
             .run
@@ -423,7 +413,7 @@ impl<'a> Job<'a> {
             .filter(|_| wanted)
         else {
             client.call(&Request::Abandon { forks: ids })?;
-            return Ok(Vec::new());
+            return Ok((Vec::new(), traffic));
         };
         self.forks
             .iter()
@@ -436,7 +426,7 @@ impl<'a> Job<'a> {
         })?;
         let commits: Vec<Value> = take(&answer, "/commits")?;
         commits.iter().for_each(forks::note_excluded);
-        Ok(commits)
+        Ok((commits, traffic))
     }
 
     fn documents(&self, commits: &[Value], failure: Option<&Failure>) -> Vec<Value> {

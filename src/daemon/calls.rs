@@ -167,13 +167,14 @@ impl Call<'_> {
             Request::Diff { a, b } => {
                 self.may_read(&a)?;
                 self.may_read(&b)?;
-                let (a, b) = (self.whole_name(a)?, self.whole_name(b)?);
+                let a = engine.whole_name(a).map_err(failure)?;
+                let b = engine.whole_name(b).map_err(failure)?;
                 let changes = engine.diff(&a, &b).map_err(failure)?;
                 json!({"a": a, "b": b, "changes": documents::list(&changes, documents::change)})
             }
             Request::List { version, path } => {
                 self.may_read(&version)?;
-                let version = self.whole_name(version)?;
+                let version = engine.whole_name(version).map_err(failure)?;
                 let entries = engine.ls(&version, &path.0).map_err(failure)?;
                 json!({"version": version, "path": path, "entries": documents::list(&entries, documents::entry)})
             }
@@ -208,14 +209,6 @@ impl Call<'_> {
             }
         };
         Ok(value)
-    }
-
-    /// A version by its volume and number; a fork as it is.
-    fn whole_name(&self, text: String) -> Result<String, Failure> {
-        match text.starts_with("f-") {
-            true => Ok(text),
-            false => self.engine.version_name(&text).map_err(failure),
-        }
     }
 
     fn administer(&self) -> Result<(), Failure> {

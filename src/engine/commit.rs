@@ -65,8 +65,8 @@ pub(super) fn never_commits(options: &ForkOptions) -> Option<&'static str> {
 }
 
 /// What a version of this fork is labelled with: what the fork was wanted with, and what the commit says.
-fn labels(live: &Live, request: &CommitRequest) -> BTreeMap<String, String> {
-    let mut labels = live.record.lock().options.labels.clone();
+fn labels(options: &ForkOptions, request: &CommitRequest) -> BTreeMap<String, String> {
+    let mut labels = options.labels.clone();
     labels.extend(request.labels.clone());
     labels
 }
@@ -307,7 +307,8 @@ impl Engine {
 
     /// Whether a commit of this fork makes a version.
     fn is_new(&self, live: &Live, request: &CommitRequest, done: &Ingested) -> Result<bool> {
-        let volume = live.record.lock().volume;
+        let record = live.record.lock().clone();
+        let (volume, base) = (record.volume, record.base);
         let head = self
             .store
             .volume_by_id(volume)?
@@ -317,7 +318,6 @@ impl Engine {
             return Ok(false);
         }
         // Of another volume's version, or of one that is not the head's volume yet: the first version of its own.
-        let base = live.record.lock().base;
         if base.is_none_or(|base| base.volume != volume) && head == 0 && base.is_some() {
             return Ok(true);
         }
@@ -335,17 +335,12 @@ impl Engine {
             volume,
             number: head,
         };
-        Ok(base == Some(head) && self.relabels(head, &labels(live, request))?)
-    }
-
-    /// Whether some of these labels are not those of a version.
-    fn relabels(&self, at: VersionRef, labels: &BTreeMap<String, String>) -> Result<bool> {
-        let version = self.store.version(at)?;
-        let is_new = |version: store::Version| {
-            let lacks = |(key, value): (&String, &String)| version.labels.get(key) != Some(value);
-            labels.iter().any(lacks)
-        };
-        Ok(version.is_some_and(is_new))
+        if base != Some(head) {
+            return Ok(false);
+        }
+        let labels = labels(&record.options, request);
+        let version = self.store.version(head)?;
+        Ok(version.is_some_and(|version| !version.has_labels(&labels)))
     }
 
     /// The root of a version, the empty one for none.
@@ -382,7 +377,7 @@ impl Engine {
             previous: 0,
             time: now(),
             job: record.options.job.clone(),
-            labels: labels(live, request),
+            labels: labels(&record.options, request),
             message: request.message.clone(),
             files: add(|v| v.files, change.files),
             logical_bytes: add(|v| v.logical_bytes, change.logical_bytes),

@@ -132,8 +132,7 @@ impl Engine {
             .map_or_else(|| crate::tree::empty().0, |(_, version)| version.root);
         // Kept from gc until the fork's own record and lease do it.
         let _lease = self.store.lease(root);
-        let mut bits = [0; 8];
-        crate::sys::random(&mut bits)
+        let bits = crate::sys::random()
             .map_err(|e| EngineError::new(Code::Failed, format!("random numbers: {e}")))?;
         let id = ForkId(u64::from_le_bytes(bits) >> 16);
         let has_acl = base.as_ref().is_some_and(|(_, version)| version.has_acl);
@@ -144,14 +143,8 @@ impl Engine {
         let hit = match &base {
             None => Hit::Empty,
             Some((of, _)) if of.id != volume.id => Hit::Fallback,
-            Some((_, version)) => {
-                let has = |(key, value)| version.labels.get(key) == Some(value);
-                if request.labels.iter().all(has) {
-                    Hit::Exact
-                } else {
-                    Hit::Stale
-                }
-            }
+            Some((_, version)) if version.has_labels(&request.labels) => Hit::Exact,
+            Some(_) => Hit::Stale,
         };
         let record = store::Fork {
             id,

@@ -55,6 +55,11 @@ pub(super) struct Held {
     _lease: Lease,
 }
 
+/// Whether a text is meant for the id of a fork.
+fn names_fork(text: &str) -> bool {
+    text.starts_with("f-")
+}
+
 impl Engine {
     /// The root of a version.
     pub(super) fn hold(&self, text: &str) -> Result<Held> {
@@ -66,15 +71,18 @@ impl Engine {
         })
     }
 
-    /// The version that a text names, by its volume and number.
-    pub fn version_name(&self, text: &str) -> Result<String> {
-        let (volume, version) = self.find_version(text)?;
+    /// What a text names: a version by its volume and number, a fork by its id.
+    pub fn whole_name(&self, text: String) -> Result<String> {
+        if names_fork(&text) {
+            return Ok(text);
+        }
+        let (volume, version) = self.find_version(&text)?;
         Ok(format!("{}@{}", volume.name, version.number))
     }
 
     /// The root of a version, or of a fork as it is now.
     fn hold_any(&self, text: &str) -> Result<Held> {
-        if !text.starts_with("f-") {
+        if !names_fork(text) {
             return self.hold(text);
         }
         let id = text.parse().map_err(|()| super::no_fork(text))?;

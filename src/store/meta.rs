@@ -122,6 +122,14 @@ pub struct Version {
     pub excluded: LeftOut,
 }
 
+impl Version {
+    /// Whether it has all of these labels.
+    pub fn has_labels(&self, labels: &BTreeMap<String, String>) -> bool {
+        let has = |(key, value)| self.labels.get(key) == Some(value);
+        labels.iter().all(has)
+    }
+}
+
 /// Paths that a commit left out of its version.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct LeftOut {

@@ -518,18 +518,14 @@ fn put_back(spot: &Spot) {
     if spot.made.contains(&spot.path) {
         return;
     }
-    match fs::create_dir(&spot.path) {
-        Ok(()) => {}
-        Err(e)
-            if matches!(
-                e.kind(),
-                // The job has put something there, or has removed what it was in.
-                io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound
-                // It lies in a fork that is over.
-                | io::ErrorKind::ReadOnlyFilesystem
-            ) => {}
-        Err(error) => warn(&format!("cannot make {}: {error}", spot.path.display())),
-    }
+    let fine = [
+        // The job has put something there, or has removed what it was in.
+        io::ErrorKind::AlreadyExists,
+        io::ErrorKind::NotFound,
+        // It lies in a fork that is over.
+        io::ErrorKind::ReadOnlyFilesystem,
+    ];
+    warn_unless(&fine, fs::create_dir(&spot.path), "make", &spot.path);
 }
 
 fn remove_folders(volume: &Volume, with_paths: bool) {
@@ -553,17 +549,22 @@ fn remove_folders(volume: &Volume, with_paths: bool) {
 }
 
 fn remove_if_empty(folder: &Path) {
-    match fs::remove_dir(folder) {
-        Ok(()) => {}
-        Err(e)
-            if matches!(
-                e.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty
-                // Another job has it now.
-                | io::ErrorKind::ResourceBusy
-                // It lies in a fork that is over.
-                | io::ErrorKind::ReadOnlyFilesystem
-            ) => {}
-        Err(error) => warn(&format!("cannot remove {}: {error}", folder.display())),
+    let fine = [
+        io::ErrorKind::NotFound,
+        io::ErrorKind::DirectoryNotEmpty,
+        // Another job has it now.
+        io::ErrorKind::ResourceBusy,
+        // It lies in a fork that is over.
+        io::ErrorKind::ReadOnlyFilesystem,
+    ];
+    warn_unless(&fine, fs::remove_dir(folder), "remove", folder);
+}
+
+/// Warns of what could not be done to a path, but for these kinds of errors.
+fn warn_unless(fine: &[io::ErrorKind], done: io::Result<()>, what: &str, path: &Path) {
+    if let Err(error) = done
+        && !fine.contains(&error.kind())
+    {
+        warn(&format!("cannot {what} {}: {error}", path.display()));
     }
 }

@@ -17,7 +17,6 @@ use crate::cli::client::Client;
 use crate::cli::ending::When;
 use crate::cli::forks::take;
 use crate::cli::mounting::{self, By};
-
 use crate::cli::output::{self, warn};
 use crate::cli::paths;
 use crate::protocol::{Code, Failure, Request};

@@ -62,10 +62,6 @@ fn refuse_read_only_seed(plan: &Plan) -> Result<(), Failure> {
 /// A path that is named twice, or lies in another one of its volume; two volumes that have paths in each other's.
 fn in_order(plans: Vec<Plan>) -> Result<Vec<Plan>, Failure> {
     let usage = |message: String| Failure::new(Code::Usage, message);
-    let is_in = |inner: &PathBuf, outer: &PathBuf| {
-        let (inner, outer) = (paths::absolute(inner), paths::absolute(outer));
-        inner != outer && inner.starts_with(outer)
-    };
     let mut seen = HashSet::new();
     for plan in &plans {
         if let Some(path) = plan
@@ -84,7 +80,7 @@ fn in_order(plans: Vec<Plan>) -> Result<Vec<Plan>, Failure> {
             .paths
             .iter()
             .flat_map(|p| outer.wish.paths.iter().map(move |q| (p, q)));
-        inner.wish.volume != outer.wish.volume && pairs.any(|(p, q)| is_in(p, q))
+        inner.wish.volume != outer.wish.volume && pairs.any(|(p, q)| paths::lies_in(p, q))
     };
     outer_first(plans, has_in).ok_or_else(|| {
         usage("two volumes have paths that lie in each other's".into())

@@ -136,9 +136,7 @@ pub fn for_shell(variables: &[Variable]) -> Vec<u8> {
 
 /// The variables as a file that GitHub's runner reads: the end of a value is a line that no value can hold.
 fn for_github(variables: &[Variable]) -> io::Result<Vec<u8>> {
-    let mut bits = [0; 16];
-    sys::random(&mut bits)?;
-    let end = format!("forkvol-{:032x}", u128::from_ne_bytes(bits));
+    let end = format!("forkvol-{:032x}", u128::from_ne_bytes(sys::random()?));
     let mut out = Vec::new();
     for (name, value) in variables {
         out.extend_from_slice(format!("{name}<<{end}\n").as_bytes());
@@ -182,10 +180,9 @@ fn open_github(path: &Path) -> io::Result<File> {
 /// A file beside, to take the place of this one: new, and this process's own, for the folder may be one that everybody writes to.
 /// No other process has had the name, as one of the same number in another container may have.
 fn open_aside(path: &Path) -> io::Result<(File, OsString)> {
-    let mut bits = [0; 8];
-    sys::random(&mut bits)?;
+    let bits = u64::from_ne_bytes(sys::random()?);
     let mut aside = path.as_os_str().to_owned();
-    aside.push(format!(".forkvol-{:016x}", u64::from_ne_bytes(bits)));
+    aside.push(format!(".forkvol-{bits:016x}"));
     let mut options = File::options();
     let file = options
         .write(true)

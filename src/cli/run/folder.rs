@@ -25,8 +25,7 @@ pub struct Folder {
 
 impl Folder {
     pub fn make() -> Result<Folder, Failure> {
-        let mut name = [0; 8];
-        sys::random(&mut name)
+        let name = sys::random()
             .map_err(|e| Failure::new(Code::Failed, format!("no random numbers: {e}")))?;
         let name = format!("{RUN_FOLDER}{:016x}", u64::from_ne_bytes(name));
         let path = std::env::temp_dir().join(name);
