@@ -417,10 +417,7 @@ impl Engine {
                 record.root = version.root;
                 record.moved = None;
                 record.first_segment = done.sealed.segment.unwrap_or(record.first_segment);
-                record.base = Some(VersionRef {
-                    volume: version.volume,
-                    number: version.number,
-                });
+                record.base = Some(version.at());
                 records.push((held, record, done.fork.numbers_left()));
             }
             let changes = records.iter();

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{Code, Engine, EngineError, ForkInfo, Live, Result, boot_id, now, trust, usage};
 use crate::fork::error::FsError;
 use crate::fork::{Excludes, Fork, Origin, Private};
-use crate::store::{self, ForkId, ForkOptions, Hit, Step, Store, StoreError, Verdict, VersionRef};
+use crate::store::{self, ForkId, ForkOptions, Hit, Step, Store, StoreError, Verdict};
 use crate::volume;
 
 /// Whose the files of a fork appear to be.
@@ -103,10 +103,7 @@ impl Engine {
         let _stays = self.bases.read();
         loop {
             let base = self.choose_base(&request)?;
-            let at = base.as_ref().map(|(volume, version)| VersionRef {
-                volume: volume.id,
-                number: version.number,
-            });
+            let at = base.as_ref().map(|(_, version)| version.at());
             match (self.fork_of(&request, base), at) {
                 // The next one that is whole is taken instead, unless this one was asked for.
                 (Err(error), Some(at)) if error.code == Code::Damaged && request.from.is_none() => {
@@ -151,10 +148,7 @@ impl Engine {
             volume: volume.id,
             hit,
             verdict: request.verdict,
-            base: base.map(|(volume, version)| VersionRef {
-                volume: volume.id,
-                number: version.number,
-            }),
+            base: base.map(|(_, version)| version.at()),
             root,
             moved: None,
             first_segment: 1,

@@ -173,10 +173,7 @@ impl Engine {
         volume: &store::Volume,
         version: &store::Version,
     ) -> Result<VersionInfo> {
-        let at = VersionRef {
-            volume: volume.id,
-            number: version.number,
-        };
+        let at = version.at();
         Ok(VersionInfo {
             volume: volume.name.clone(),
             number: version.number,

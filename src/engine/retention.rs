@@ -375,10 +375,7 @@ impl Engine {
         }
         let mut versions = Vec::new();
         for version in self.store.versions(volume.id)? {
-            let at = VersionRef {
-                volume: volume.id,
-                number: version.number,
-            };
+            let at = version.at();
             if self.store.is_pinned(at)? {
                 held.insert(version.number);
             }

@@ -22,10 +22,7 @@ impl Engine {
                 format!("{text} is not a version of {name}"),
             ));
         }
-        let at = VersionRef {
-            volume: volume.id,
-            number: version.number,
-        };
+        let at = version.at();
         if let Some(why) = self.store.damage(at)? {
             let message = format!("{text} was set aside: {why}");
             return Err(EngineError::new(Code::Damaged, message).hint(format!(
@@ -111,10 +108,7 @@ impl Engine {
 
     fn refuse_pinned(&self, volume: &store::Volume) -> Result<()> {
         for version in self.store.versions(volume.id)? {
-            let at = VersionRef {
-                volume: volume.id,
-                number: version.number,
-            };
+            let at = version.at();
             if self.store.is_pinned(at)? {
                 let name = format!("{}@{}", volume.name, version.number);
                 let message = format!("{name} is pinned, so {} stays", volume.name);
@@ -152,13 +146,7 @@ impl Engine {
     pub fn pin(&self, text: &str, pinned: bool) -> Result<VersionInfo> {
         let _stays = self.bases.read();
         let (volume, version) = self.find_version(text)?;
-        self.store.set_pin(
-            VersionRef {
-                volume: volume.id,
-                number: version.number,
-            },
-            pinned,
-        )?;
+        self.store.set_pin(version.at(), pinned)?;
         self.version_info(&volume, &version)
     }
 
@@ -185,10 +173,7 @@ impl Engine {
                 repaired.heads.push((volume.name.clone(), number));
             }
             for version in self.store.versions(volume.id)? {
-                let at = VersionRef {
-                    volume: volume.id,
-                    number: version.number,
-                };
+                let at = version.at();
                 if self.store.damage(at)?.is_none() {
                     continue;
                 }

@@ -289,6 +289,9 @@ fn compare(extent: Extent, below: &ExtentMap, limit: u64) -> Vec<(Extent, bool)>
 
 impl Table {
     /// Puts this table, which lay on top of `lower`, and `lower` into one. Returns the extents of inodes that both had.
+    ///
+    /// A publish that failed may turn out to have been done: after a restart `lower` is then part of the root, and only what was
+    /// logged since the seal comes on top. So nothing of its room may be written in place, which no edit says.
     pub fn absorb(&mut self, lower: Arc<Table>) -> Vec<Extent> {
         let mut gone = Vec::new();
         let dead = self.removed.clone();
@@ -304,6 +307,9 @@ impl Table {
                 gone.extend(inode.content.extents.iter());
                 upper.state.write().created = inode.created;
             } else {
+                let mut inode = cell.state.write();
+                inode.content.extents.disown(0, u64::MAX);
+                drop(inode);
                 self.inodes.insert(*ino, cell.clone());
             }
         }

@@ -124,10 +124,7 @@ impl Walk<'_> {
             number: self.version.number,
             what,
             paths,
-            at: Some(VersionRef {
-                volume: self.volume.id,
-                number: self.version.number,
-            }),
+            at: Some(self.version.at()),
         });
     }
 

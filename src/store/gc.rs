@@ -123,10 +123,7 @@ impl Store {
         let mut damaged = Vec::new();
         for volume in self.volumes()? {
             for version in self.versions(volume.id)? {
-                let at = super::VersionRef {
-                    volume: volume.id,
-                    number: version.number,
-                };
+                let at = version.at();
                 if self.damage(at)?.is_some() {
                     damaged.push(version.root);
                 } else {

@@ -415,8 +415,24 @@ impl Store {
             }
         }
         self.reach(Step::Publishing)?;
-        self.write_synced(batch)?;
+        let is_done = || self.is_published(&versions, &publish.forks);
+        self.write_certainly(batch, is_done)?;
         Ok(versions)
+    }
+
+    /// Whether a batch that makes versions and changes forks is in the database, all of it as any of it.
+    fn is_published(&self, versions: &[Version], forks: &[ForkChange]) -> Result<bool, StoreError> {
+        if let Some(version) = versions.first() {
+            let at = version.at();
+            return Ok(self.version(at)?.as_ref() == Some(version));
+        }
+        match forks.first() {
+            Some(ForkChange::Remove(id, _)) => Ok(self.fork(*id)?.is_none()),
+            Some(ForkChange::Put(fork) | ForkChange::Rebase(fork, _)) => {
+                Ok(self.fork(fork.id)?.as_ref() == Some(fork))
+            }
+            None => Ok(false),
+        }
     }
 
     fn put_items(&self, batch: &mut WriteBatch, items: &[Item]) -> Result<(), StoreError> {

@@ -123,6 +123,13 @@ pub struct Version {
 }
 
 impl Version {
+    pub fn at(&self) -> VersionRef {
+        VersionRef {
+            volume: self.volume,
+            number: self.number,
+        }
+    }
+
     /// Whether it has all of these labels.
     pub fn has_labels(&self, labels: &BTreeMap<String, String>) -> bool {
         let has = |(key, value)| self.labels.get(key) == Some(value);
@@ -471,6 +478,11 @@ impl Store {
     /// Returns all forks.
     pub fn forks(&self) -> Result<Vec<Fork>, StoreError> {
         self.records(&[keys::FORK])
+    }
+
+    /// Returns a fork.
+    pub(super) fn fork(&self, id: ForkId) -> Result<Option<Fork>, StoreError> {
+        self.record(&keys::one(keys::FORK, id.0))
     }
 
     /// Writes a fork's record, unsynced: a fork does not outlive a reboot.

@@ -112,6 +112,8 @@ mod watch {
         dead: AtomicBool,
         /// The disk is as good as full: every write fails.
         full: AtomicBool,
+        /// The next write that is done is answered with an error of the disk.
+        doubt: AtomicBool,
         state: Mutex<State>,
     }
 
@@ -144,6 +146,11 @@ mod watch {
         /// Lets every write fail as on a full disk, or no longer.
         pub fn fill(&self, full: bool) {
             self.full.store(full, Ordering::Release);
+        }
+
+        /// Lets the next write be done, and fail all the same.
+        pub fn doubt(&self) {
+            self.doubt.store(true, Ordering::Release);
         }
 
         /// Forgets what was asked for.
@@ -181,6 +188,10 @@ mod watch {
             }
             if let Some(meanwhile) = meanwhile {
                 meanwhile(step);
+            }
+            if step == Step::Written && self.doubt.swap(false, Ordering::AcqRel) {
+                let nowhere = rocksdb::DB::open_default("/dev/null/db");
+                return nowhere.map(drop).map_err(StoreError::Database);
             }
             match step == Step::Writing && self.full.load(Ordering::Acquire) {
                 true => Err(StoreError::NoSpace { wants: 0 }),

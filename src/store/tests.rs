@@ -332,10 +332,7 @@ fn gc_keeps_all_that_can_be_read_of_a_version_that_was_set_aside() {
         store.gc(false, Vec::new).is_err(),
         "nobody has set it aside"
     );
-    let at = VersionRef {
-        volume: version.volume,
-        number: version.number,
-    };
+    let at = version.at();
     store.set_aside(at, "a node is damaged").unwrap();
     store.gc(false, Vec::new).unwrap();
     for node in nodes {

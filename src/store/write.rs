@@ -61,8 +61,25 @@ impl Store {
         self.heal()?;
         self.reach(Step::Writing)?;
         let result = self.with(|db| Ok(db.write_opt(batch, options)?));
-        self.poison_on_error(result)?;
-        self.reach(Step::Written)
+        let result = result.and_then(|()| self.reach(Step::Written));
+        self.poison_on_error(result)
+    }
+
+    /// Writes a batch durably, and goes by what is there if that fails: a log that could not be synced may hold the batch all the
+    /// same, and the next opening would bring it to light. `is_there` tells it from the one before it.
+    pub(super) fn write_certainly(
+        &self,
+        batch: WriteBatch,
+        is_there: impl FnOnce() -> Result<bool, StoreError>,
+    ) -> Result<(), StoreError> {
+        let Err(error) = self.write_synced(batch) else {
+            return Ok(());
+        };
+        let in_doubt = *self.poisoned.lock();
+        match in_doubt && self.heal().is_ok() && is_there()? {
+            true => Ok(()),
+            false => Err(error),
+        }
     }
 
     pub(super) fn poison_on_error<T>(

@@ -7,6 +7,7 @@ use super::model::Random;
 use super::power::Until;
 use super::*;
 use crate::fs::Allocate;
+use crate::store::Step;
 
 /// Writes over and over into a few ranges that overlap, as long as it is let; returns the bytes of the file as acknowledged.
 fn rewrite(fs: &Fs, ino: Ino, mut bytes: Vec<u8>, seed: u64, over: &AtomicBool) -> Vec<u8> {
@@ -91,6 +92,65 @@ fn a_commit_with_keep_cut_off_at_any_step_amid_rewrites_of_the_same_ranges_loses
         [Some(1), Some(2)],
         "some cuts lie before the publish and some behind it"
     );
+}
+
+#[test]
+fn what_is_written_after_a_commit_with_keep_that_failed_is_there_whether_it_was_published_or_not() {
+    for (step, head) in [
+        (Step::Sealed, 1),
+        (Step::Publishing, 1),
+        (Step::Written, 2),
+        (Step::Synced, 2),
+    ] {
+        let mut bench = Bench::new();
+        let id = bench.fork("v");
+        let fs = bench.fs(id);
+        let changed = put(&fs, "changed", &noise(300_000, 1));
+        bench.commit(id, true);
+        let mut bytes = [noise(300_000, 1), noise(100_000, 2)];
+        let write = |ino, bytes: &mut Vec<u8>, at: usize, data: &[u8]| {
+            fs.write(ME, ino, at as u64, data, false).unwrap();
+            bytes[at..at + data.len()].copy_from_slice(data);
+        };
+        write(changed, &mut bytes[0], 100_000, &noise(20_000, 3));
+        let new = put(&fs, "new", &bytes[1]);
+        bench.engine().store.steps.cut(step, 1);
+        let failed = bench.engine().commit(vec![id], request(true));
+        assert!(failed.is_err(), "{step:?}");
+        // Over what the fork had changed before the commit.
+        write(changed, &mut bytes[0], 104_000, b"in place");
+        write(new, &mut bytes[1], 50_000, b"and here");
+        fs.fallocate(ME, new, 8_192, 8_192, Allocate::Punch)
+            .unwrap();
+        bytes[1][8_192..16_384].fill(0);
+        for size in [90_000, 100_000] {
+            let size = Some(size);
+            let to = SetAttr {
+                size,
+                ..SetAttr::default()
+            };
+            fs.setattr(ME, new, to).unwrap();
+        }
+        bytes[1][90_000..].fill(0);
+        drop(fs);
+        kill(&mut bench);
+        assert_eq!(bench.engine().volume("v").unwrap().head, Some(head));
+        for committed in [false, true] {
+            let id = match committed {
+                false => id,
+                true => bench.fork("v"),
+            };
+            let fs = bench.fs(id);
+            for (name, bytes) in ["changed", "new"].iter().zip(&bytes) {
+                assert!(get(&fs, name).unwrap() == *bytes, "{name} after {step:?}");
+            }
+            drop(fs);
+            if !committed {
+                bench.commit(id, false).unwrap();
+            }
+        }
+        check(&bench);
+    }
 }
 
 #[test]

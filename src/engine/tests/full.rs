@@ -75,6 +75,34 @@ fn a_commit_that_loses_its_content_again_and_again_is_refused_and_its_fork_goes_
 }
 
 #[test]
+fn a_commit_whose_write_was_done_and_answered_with_an_error_is_a_commit() {
+    for (keep, changed) in [(false, true), (true, true), (false, false)] {
+        println!("keep {keep}, changed {changed}");
+        let mut bench = Bench::new();
+        let first = bench.fork("v");
+        put(&bench.fs(first), "f", b"text");
+        bench.commit(first, false);
+        let id = bench.fork("v");
+        if changed {
+            put(&bench.fs(id), "more", b"text");
+        }
+        bench.engine().store.steps.doubt();
+        assert_eq!(bench.commit(id, keep), changed.then_some(2));
+        if keep {
+            put(&bench.fs(id), "later", b"text");
+            assert_eq!(bench.commit(id, false), Some(3));
+        }
+        assert!(bench.engine().forks().unwrap().is_empty());
+        let head = bench.engine().volume("v").unwrap().head;
+        kill(&mut bench);
+        assert_eq!(bench.engine().volume("v").unwrap().head, head);
+        assert!(bench.engine().forks().unwrap().is_empty());
+        no_strays(&bench);
+        check(&bench);
+    }
+}
+
+#[test]
 fn a_fork_abandoned_on_a_full_disk_is_over_for_every_later_daemon_too() {
     let mut bench = Bench::new();
     let ids = ["v", "w"].map(|volume| {
