@@ -3,6 +3,7 @@
 //! Content is verified against its BLAKE3 whenever it comes from the disk. A write that fails poisons the store: nothing is
 //! written until the database has been opened again, inside the process, which is tried when there is room.
 
+mod ahead;
 mod check;
 mod error;
 mod gc;
@@ -30,6 +31,7 @@ use serde::de::DeserializeOwned;
 
 use crate::chunk::{self, ChunkId, Dictionary};
 use crate::tree::{self, Node, NodeId};
+pub use ahead::ReadAhead;
 pub use check::{CheckReport, Problem};
 pub use error::StoreError;
 pub use gc::{GcReport, Stats, VolumeStats};
@@ -117,6 +119,7 @@ pub struct Store {
     /// The record of settling changes under this lock.
     settling: Mutex<()>,
     compacting: Mutex<()>,
+    misses: ahead::Misses,
     #[cfg(test)]
     pub(crate) steps: steps::Steps,
     _lock: File,
@@ -157,6 +160,11 @@ impl Store {
         &self.dir
     }
 
+    /// Who reads ahead in this store; for a thread that does nothing else.
+    pub fn read_ahead(&self) -> ReadAhead {
+        self.misses.reader(self.dir.join("db"))
+    }
+
     /// Keeps what lies below a root.
     pub fn lease(&self, root: NodeId) -> Lease {
         *self.leases.lock().entry(root).or_default() += 1;
@@ -174,7 +182,11 @@ impl Store {
         if let Some(bytes) = self.chunks.get(&id) {
             return Ok(bytes);
         }
+        let before = crate::sys::process::blocks_read();
         let bytes = Arc::new(self.load_chunk(id)?);
+        if crate::sys::process::blocks_read() != before {
+            self.misses.add();
+        }
         self.chunks.insert(id, bytes.clone());
         Ok(bytes)
     }

@@ -87,6 +87,46 @@ pub fn room(path: &Path) -> io::Result<Room> {
     })
 }
 
+/// Has a part of a file read into the page cache, without waiting for it.
+pub fn will_need(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    // SAFETY: it takes numbers alone.
+    let error = unsafe {
+        libc::posix_fadvise(
+            file.as_raw_fd(),
+            offset as libc::off_t,
+            len as libc::off_t,
+            libc::POSIX_FADV_WILLNEED,
+        )
+    };
+    match error {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+/// Returns how many pages of a file are in the page cache.
+///
+/// # Errors
+/// `Unsupported` before Linux 6.5.
+pub fn cached_pages(file: &File) -> io::Result<u64> {
+    /// The number of cachestat, which is the same for every architecture; the structures are those of linux/mman.h.
+    const CACHESTAT: libc::c_long = 451;
+    let all = [0_u64; 2];
+    let mut counts = [0_u64; 5];
+    // SAFETY: both arrays have the layout of the structures that the call takes, of u64 alone, and live through it.
+    let done = unsafe {
+        libc::syscall(
+            CACHESTAT,
+            file.as_raw_fd(),
+            all.as_ptr(),
+            counts.as_mut_ptr(),
+            0,
+        )
+    };
+    check(done as libc::c_int)?;
+    Ok(counts[0])
+}
+
 /// What kind of filesystem a folder lies on, as far as a store cares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FsKind {

@@ -12,7 +12,8 @@ from .machine import settle, sh, timed
 from .subjects import BIN
 
 TEN_FORKS = "ten forks at once: throughput ÷ that of one"
-P99_RATIO = "p99 of a small file's life beside a commit ÷ alone"
+P99_RATIO = "p99 of a request beside a commit ÷ alone"
+P99_LIFE_RATIO = "p99 of a small file's life beside a commit ÷ alone"
 ATTACH = "attach of 3 volumes at 6 paths"
 FINISH = "finish of an unchanged job"
 
@@ -52,25 +53,33 @@ def ten_forks(subject, material, record):
 
 
 def latencies(folder, seconds, until=None):
-    """Sorted times of creating, writing and removing a file, until the process has ended or the seconds have passed."""
-    times = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end and (until is None or until.poll() is None):
-        start = time.perf_counter()
-        handle = os.open(folder / "probe", os.O_CREAT | os.O_WRONLY, 0o644)
+    """Sorted times of single requests: a file is created, written and removed, until the process has ended or the seconds have passed.
+    Sorted times of the whole of it as well."""
+    requests, lives = [], []
+    now, probe = time.perf_counter, folder / "probe"
+    end = now() + seconds
+    while now() < end and (until is None or until.poll() is None):
+        start = now()
+        handle = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o644)
+        created = now()
         os.write(handle, b"x" * 4096)
+        written = now()
         os.close(handle)
-        os.unlink(folder / "probe")
-        times.append(time.perf_counter() - start)
-    return sorted(times)
+        closed = now()
+        os.unlink(probe)
+        removed = now()
+        requests += [created - start, written - created, removed - closed]
+        lives.append(removed - start)
+    return sorted(requests), sorted(lives)
 
 
 def beside_a_commit(own, megabytes, record):
-    """The 99th percentile of a small file's life in one fork, alone and while another fork commits new content."""
+    """The 99th percentile of a request of one fork, and of a small file's life there, alone and while another fork commits what it has
+    just written."""
     probe, busy = own.fork(), own.fork()
-    sh(f"for i in $(seq {megabytes}); do dd if=/dev/urandom of=big$i bs=1M count=1 status=none; done", busy)
     settle()
     alone = latencies(probe, 3)
+    sh(f"for i in $(seq {megabytes}); do dd if=/dev/urandom of=big$i bs=1M count=1 status=none; done; sync", busy)
     committing = subprocess.Popen([BIN, "commit", busy], env=own.env, stdout=subprocess.DEVNULL)
     try:
         beside = latencies(probe, 120, committing)
@@ -78,14 +87,15 @@ def beside_a_commit(own, megabytes, record):
         status = committing.wait()
     if status:
         raise RuntimeError("the commit beside the probe failed")
-    fewest = min(len(alone), len(beside))
-    if fewest < 100:
-        print(f"p99 beside a commit: left out: only {fewest} probes", file=sys.stderr)
+    fewest = min(len(alone[0]), len(beside[0]))
+    if fewest < 300:
+        print(f"p99 beside a commit: left out: only {fewest} requests", file=sys.stderr)
     else:
-        p99 = [times[len(times) * 99 // 100] for times in (alone, beside)]
-        record("p99 of a small file's life, alone", own.name, p99[0])
-        record("p99 of a small file's life, beside a commit", own.name, p99[1])
-        record(P99_RATIO, own.name, p99[1] / p99[0], "×")
+        for what, ratio, times in (("a request", P99_RATIO, 0), ("a small file's life", P99_LIFE_RATIO, 1)):
+            p99 = [sample[times][len(sample[times]) * 99 // 100] for sample in (alone, beside)]
+            record(f"p99 of {what}, alone", own.name, p99[0])
+            record(f"p99 of {what}, beside a commit", own.name, p99[1])
+            record(ratio, own.name, p99[1] / p99[0], "×")
     own.abandon(probe)
 
 

@@ -69,8 +69,8 @@ impl Default for Settling {
     }
 }
 
-/// Starts the threads that look after an engine until it stops: three for what can wait, at idle priority, and one that keeps
-/// the tables of forks small.
+/// Starts the threads that look after an engine until it stops: three for what can wait, at idle priority, one that keeps the
+/// tables of forks small, and one that reads ahead.
 pub fn start(engine: &Arc<Engine>) -> Result<Vec<thread::JoinHandle<()>>> {
     let idle = |engine: &Engine| engine.look_after();
     let tables = |engine: &Engine| engine.move_large_tables();
@@ -81,7 +81,18 @@ pub fn start(engine: &Arc<Engine>) -> Result<Vec<thread::JoinHandle<()>>> {
         repeat(engine, "tables", false, tables)?,
         repeat(engine, "retention", true, tend)?,
         repeat(engine, "settling", true, settle)?,
+        read_ahead(engine)?,
     ])
+}
+
+fn read_ahead(engine: &Engine) -> Result<thread::JoinHandle<()>> {
+    let ahead = engine.store.read_ahead();
+    spawn("ahead", move || ahead.run())
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<thread::JoinHandle<()>> {
+    let thread = thread::Builder::new().name(name.into()).spawn(run);
+    thread.map_err(|e| EngineError::new(Code::Failed, format!("a thread for background work: {e}")))
 }
 
 /// Does some work again and again until the engine stops, with a pause whenever there is no more to do at once.
@@ -108,8 +119,7 @@ fn repeat(
             }
         }
     };
-    let thread = thread::Builder::new().name(name.into()).spawn(run);
-    thread.map_err(|e| EngineError::new(Code::Failed, format!("a thread for background work: {e}")))
+    spawn(name, run)
 }
 
 impl Engine {

@@ -10,6 +10,7 @@ use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, Options, WriteBatch, WriteBufferManager,
 };
 
+use super::ahead::Misses;
 #[cfg(test)]
 use super::steps;
 use super::{
@@ -81,6 +82,7 @@ impl Store {
             dictionaries: Mutex::default(),
             settling: Mutex::default(),
             compacting: Mutex::default(),
+            misses: Misses::default(),
             #[cfg(test)]
             steps: steps::Steps::default(),
             _lock: lock,

@@ -160,6 +160,7 @@ impl Store {
 
     /// Ends what takes long, for the process is to end: what a gc has not done the next one does.
     pub fn end_soon(&self) {
+        self.misses.end();
         let mut course = self.course.lock();
         course.ending = true;
         if !course.compacting || course.cancelled {
