@@ -30,6 +30,7 @@ use rocksdb::{ColumnFamily, DB, IteratorMode};
 use serde::de::DeserializeOwned;
 
 use crate::chunk::{self, ChunkId, Dictionary};
+use crate::sys::process::blocks_read;
 use crate::tree::{self, Node, NodeId};
 pub use ahead::ReadAhead;
 pub use check::{CheckReport, Problem};
@@ -182,11 +183,7 @@ impl Store {
         if let Some(bytes) = self.chunks.get(&id) {
             return Ok(bytes);
         }
-        let before = crate::sys::process::blocks_read();
         let bytes = Arc::new(self.load_chunk(id)?);
-        if crate::sys::process::blocks_read() != before {
-            self.misses.add();
-        }
         self.chunks.insert(id, bytes.clone());
         Ok(bytes)
     }
@@ -222,7 +219,11 @@ impl Store {
         what: impl Fn() -> String,
     ) -> Result<Vec<u8>, StoreError> {
         self.with(|db| {
+            let before = blocks_read();
             let stored = db.get_pinned_cf(family(db, target)?, key)?;
+            if blocks_read() != before {
+                self.misses.add();
+            }
             let stored = stored.ok_or_else(|| StoreError::Missing { what: what() })?;
             let mut failed = None;
             let raw = chunk::unpack_with(&stored, max, |id| {

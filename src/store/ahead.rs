@@ -27,6 +27,8 @@ const FOR_EACH: u64 = 128 << 10;
 const AT_A_TIME: u64 = 128 << 10;
 /// How often files are looked at that nobody read from at the last look.
 const LOOK: Duration = Duration::from_millis(250);
+/// So many times as long as a look at all files took, none is taken.
+const PAUSE: u32 = 4;
 
 /// Counts the reads of a store that waited for the disk.
 pub(super) struct Misses {
@@ -92,7 +94,8 @@ pub struct ReadAhead {
     dir: PathBuf,
     misses: Receiver<u32>,
     files: HashMap<OsString, Known>,
-    looked: Option<Instant>,
+    /// When all files were last looked at, and how long that took.
+    looked: Option<(Instant, Duration)>,
 }
 
 impl ReadAhead {
@@ -108,11 +111,10 @@ impl ReadAhead {
 
     /// Looks where so many reads were, and reads ahead there. What one look has not seen, the next one may.
     fn follow(&mut self, misses: u32) -> io::Result<()> {
-        let all = !self.files.values().any(|known| known.read)
-            || self.looked.is_none_or(|looked| looked.elapsed() > LOOK);
+        let all = self.is_due();
+        let begun = Instant::now();
         if all {
             self.list()?;
-            self.looked = Some(Instant::now());
         }
         let mut most: Option<(u64, File, &mut Known)> = None;
         for (name, known) in &mut self.files {
@@ -131,6 +133,9 @@ impl ReadAhead {
                 most = Some((grown, file, known));
             }
         }
+        if all {
+            self.looked = Some((Instant::now(), begun.elapsed()));
+        }
         let Some((_, file, known)) = most else {
             return Ok(());
         };
@@ -145,6 +150,16 @@ impl ReadAhead {
         }
         known.cached = sys::cached_pages(&file)?;
         Ok(())
+    }
+
+    /// Whether all files are to be looked at: not for more than a part of the time, and less often while it is known which are read.
+    fn is_due(&self) -> bool {
+        let Some((when, took)) = self.looked else {
+            return true;
+        };
+        let known = self.files.values().any(|known| known.read);
+        let pause = if known { LOOK } else { Duration::ZERO };
+        when.elapsed() >= pause.max(took * PAUSE)
     }
 
     /// Takes up new files of the database that hold values, as they are now, and forgets those that are gone.
@@ -225,6 +240,7 @@ mod tests {
             let mut buffer = [0; 10];
             read.read_exact_at(&mut buffer, len - 2 * step * PAGE)
                 .unwrap();
+            ahead.looked = None;
             ahead.follow(MISSES).unwrap();
             let cached = sys::cached_pages(&read).unwrap() * PAGE;
             assert!(cached > before, "step {step}: {cached}");
