@@ -82,6 +82,9 @@ pub struct Layers {
     pub root: Arc<Root>,
     pub live: Table,
     pub frozen: Option<Arc<Table>>,
+    /// The root may be another one after a restart: what was frozen over this one is thawed, and perhaps in a version all the same.
+    /// A page of the base is then known only by the inode that has it there, and not by one that once shared it.
+    pub in_doubt: bool,
     /// What of the live table's weight the last seal carried over.
     carried: u64,
 }

@@ -30,7 +30,6 @@ use rocksdb::{ColumnFamily, DB, IteratorMode};
 use serde::de::DeserializeOwned;
 
 use crate::chunk::{self, ChunkId, Dictionary};
-use crate::sys::process::blocks_read;
 use crate::tree::{self, Node, NodeId};
 pub use ahead::ReadAhead;
 pub use check::{CheckReport, Problem};
@@ -183,7 +182,7 @@ impl Store {
         if let Some(bytes) = self.chunks.get(&id) {
             return Ok(bytes);
         }
-        let bytes = Arc::new(self.load_chunk(id)?);
+        let bytes = Arc::new(self.misses.count(|| self.load_chunk(id))?);
         self.chunks.insert(id, bytes.clone());
         Ok(bytes)
     }
@@ -219,11 +218,7 @@ impl Store {
         what: impl Fn() -> String,
     ) -> Result<Vec<u8>, StoreError> {
         self.with(|db| {
-            let before = blocks_read();
             let stored = db.get_pinned_cf(family(db, target)?, key)?;
-            if blocks_read() != before {
-                self.misses.add();
-            }
             let stored = stored.ok_or_else(|| StoreError::Missing { what: what() })?;
             let mut failed = None;
             let raw = chunk::unpack_with(&stored, max, |id| {
@@ -335,7 +330,7 @@ impl tree::Source for Store {
         if let Some(node) = self.nodes.get(&id) {
             return Ok(node);
         }
-        let node = Arc::new(self.load_node(id)?);
+        let node = Arc::new(self.misses.count(|| self.load_node(id))?);
         self.nodes.insert(id, node.clone());
         Ok(node)
     }

@@ -135,6 +135,7 @@ impl Fork {
             root,
             live: Table::default(),
             frozen: None,
+            in_doubt: false,
             carried: 0,
         };
         let numbers = Numbers {

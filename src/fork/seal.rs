@@ -185,16 +185,19 @@ impl Fork {
         Ok(edits)
     }
 
-    /// Opens the fork again after a commit that failed before it was published.
+    /// Opens the fork again, on the root that it has, after a seal that made no new root for it, as far as anybody knows.
     pub fn thaw(&self) {
         let mut gate = self.gate.write();
         let mut layers = self.layers.write();
         if let Some(frozen) = layers.frozen.take() {
             let gone = layers.live.absorb(frozen);
+            layers.in_doubt = true;
             drop(layers);
             self.spool.release(gone);
         }
         if *gate == Gate::Sealed {
+            // Should the commit turn out to have been done, it has given these back.
+            self.numbers.lock().left = 0..0;
             *gate = Gate::Open;
         }
     }
@@ -224,6 +227,7 @@ impl Fork {
             return;
         };
         layers.root = super::root(&self.store, root);
+        layers.in_doubt = false;
         *self.private.lock() = private;
         self.log.lock().begins_here();
         let mut gone = Vec::new();

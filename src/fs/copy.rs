@@ -60,10 +60,14 @@ impl Fs {
     ) -> Result<u64, FsError> {
         self.drop_capability(caller, target)?;
         let _gate = self.enter()?;
-        if self.fork.layers().frozen.is_some() {
-            // What the base's pages are called is about to change.
-            return Ok(0);
-        }
+        let in_doubt = {
+            let layers = self.fork.layers();
+            if layers.frozen.is_some() {
+                // What the base's pages are called is about to change.
+                return Ok(0);
+            }
+            layers.in_doubt
+        };
         let root = self.fork.root();
         let (a, b) = (self.fork.cell(source)?, self.fork.cell(target)?);
         let (Some(a), Some(b)) = (a, b) else {
@@ -93,6 +97,11 @@ impl Fs {
         let (first, last) = (from / PAGE, pages(from + len));
         let shift = |page: u64| page - first + to / PAGE;
         let (gain, kept) = shared_pieces(&inode, source, first, last, shift);
+        let of_another =
+            |extent: &Extent| matches!(extent.origin, Origin::Base { ino, .. } if ino != source);
+        if in_doubt && gain.iter().any(of_another) {
+            return Ok(0);
+        }
 
         let mut change = Change::new(self, &other, root.id, target);
         if to > other.attr.size {
@@ -130,8 +139,8 @@ impl Fs {
     }
 }
 
-/// Returns what the target gets for pages `[first, last)`, and what the source has there from now on, where that changes:
-/// room that two inodes have is neither's to write in place.
+/// Returns what the target gets for pages `[first, last)`, and what the source has of the spool there from now on: room that two
+/// inodes have is neither's to write in place. The log may say otherwise though memory does not, so all of that is logged again.
 fn shared_pieces(
     inode: &Inode,
     source: Ino,
@@ -146,11 +155,9 @@ fn shared_pieces(
             Piece::Base { page, pages } => (page, pages, Origin::Base { ino: source, page }),
             Piece::Extent(extent) => {
                 let mut origin = extent.origin;
-                if let Origin::Spool { at, owned } = origin {
+                if let Origin::Spool { at, .. } = origin {
                     origin = Origin::Spool { at, owned: false };
-                    if owned {
-                        kept.push(Extent { origin, ..extent });
-                    }
+                    kept.push(Extent { origin, ..extent });
                 }
                 (extent.page, extent.pages, origin)
             }

@@ -113,6 +113,10 @@ impl Store {
         dry_run: bool,
         roots: impl FnOnce() -> Vec<NodeId>,
     ) -> Result<GcReport, StoreError> {
+        if !dry_run {
+            // Before anything is marked: what a write that failed has done comes to light here.
+            self.heal()?;
+        }
         let (mut nodes, mut chunks) = (Prefixes::new(), Prefixes::new());
         let mut all = roots();
         all.extend(self.leases.lock().keys());

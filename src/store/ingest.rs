@@ -319,7 +319,8 @@ impl Store {
     /// Makes versions the heads of their volumes, all or none, durably; returns them with their numbers.
     ///
     /// # Errors
-    /// What the disk answered, or `Lost`; the heads are the old ones then.
+    /// What the disk answered, or `Lost`; the heads are the old ones then. Where the disk failed and the database cannot be opened
+    /// again, that is known only when it can.
     pub fn publish(
         &self,
         ingests: &[Arc<Ingest>],
@@ -359,6 +360,8 @@ impl Store {
             return Err(StoreError::Lost);
         }
         let _serial = self.publishing.lock();
+        // Before anything is read: what a write that failed has done comes to light here.
+        self.heal()?;
         let mut versions = publish.versions;
         let mut heads: HashMap<u64, super::Volume> = HashMap::new();
         for version in &mut versions {
@@ -415,18 +418,21 @@ impl Store {
             }
         }
         self.reach(Step::Publishing)?;
-        let is_done = || self.is_published(&versions, &publish.forks);
+        let is_done = || self.is_published(&versions, publish.forks.iter().chain(&more));
         self.write_certainly(batch, is_done)?;
         Ok(versions)
     }
 
     /// Whether a batch that makes versions and changes forks is in the database, all of it as any of it.
-    fn is_published(&self, versions: &[Version], forks: &[ForkChange]) -> Result<bool, StoreError> {
+    fn is_published<'a>(
+        &self,
+        versions: &[Version],
+        mut forks: impl Iterator<Item = &'a ForkChange>,
+    ) -> Result<bool, StoreError> {
         if let Some(version) = versions.first() {
-            let at = version.at();
-            return Ok(self.version(at)?.as_ref() == Some(version));
+            return Ok(self.version(version.at())?.as_ref() == Some(version));
         }
-        match forks.first() {
+        match forks.next() {
             Some(ForkChange::Remove(id, _)) => Ok(self.fork(*id)?.is_none()),
             Some(ForkChange::Put(fork) | ForkChange::Rebase(fork, _)) => {
                 Ok(self.fork(fork.id)?.as_ref() == Some(fork))

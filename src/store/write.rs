@@ -75,7 +75,7 @@ impl Store {
         let Err(error) = self.write_synced(batch) else {
             return Ok(());
         };
-        let in_doubt = *self.poisoned.lock();
+        let in_doubt = matches!(error, StoreError::NoSpace { .. } | StoreError::Database(_));
         match in_doubt && self.heal().is_ok() && is_there()? {
             true => Ok(()),
             false => Err(error),

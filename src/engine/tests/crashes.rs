@@ -106,8 +106,20 @@ fn what_is_written_after_a_commit_with_keep_that_failed_is_there_whether_it_was_
         let id = bench.fork("v");
         let fs = bench.fs(id);
         let changed = put(&fs, "changed", &noise(300_000, 1));
+        let gone = put(&fs, "gone", &noise(200_000, 4));
         bench.commit(id, true);
-        let mut bytes = [noise(300_000, 1), noise(100_000, 2)];
+        let mut bytes = [noise(300_000, 1), noise(100_000, 2), noise(200_000, 4)];
+        let copy_whole = |from, to| {
+            let mut done = 0;
+            while done < 200_000 {
+                let (from, to) = ((from, done), (to, done));
+                done += fs.copy_range(ME, from, to, 200_000 - done).unwrap();
+            }
+        };
+        let copied = put(&fs, "copied", b"");
+        copy_whole(gone, copied);
+        fs.unlink(ME, ROOT, b"gone").unwrap();
+        fs.forget(gone, 1);
         let write = |ino, bytes: &mut Vec<u8>, at: usize, data: &[u8]| {
             fs.write(ME, ino, at as u64, data, false).unwrap();
             bytes[at..at + data.len()].copy_from_slice(data);
@@ -132,6 +144,8 @@ fn what_is_written_after_a_commit_with_keep_that_failed_is_there_whether_it_was_
             fs.setattr(ME, new, to).unwrap();
         }
         bytes[1][90_000..].fill(0);
+        // Of pages that only the old root has by this name.
+        copy_whole(copied, put(&fs, "copied-again", b""));
         drop(fs);
         kill(&mut bench);
         assert_eq!(bench.engine().volume("v").unwrap().head, Some(head));
@@ -141,9 +155,10 @@ fn what_is_written_after_a_commit_with_keep_that_failed_is_there_whether_it_was_
                 true => bench.fork("v"),
             };
             let fs = bench.fs(id);
-            for (name, bytes) in ["changed", "new"].iter().zip(&bytes) {
+            for (name, bytes) in ["changed", "new", "copied"].iter().zip(&bytes) {
                 assert!(get(&fs, name).unwrap() == *bytes, "{name} after {step:?}");
             }
+            assert!(get(&fs, "copied-again").unwrap() == bytes[2], "{step:?}");
             drop(fs);
             if !committed {
                 bench.commit(id, false).unwrap();
@@ -580,8 +595,8 @@ fn a_restart_between_any_two_requests_changes_nothing_that_a_fork_shows_or_is_ch
 #[test]
 fn a_copy_that_was_replayed_shares_content_until_either_side_is_written() {
     let mut bench = Bench::new();
-    for on_base in [false, true] {
-        let volume = format!("base-{on_base}");
+    for (on_base, looked_into) in [(false, false), (true, false), (false, true)] {
+        let volume = format!("base-{on_base}-{looked_into}");
         let mut id = bench.fork(&volume);
         let mut sides = [noise(200_000, 5), noise(200_000, 5)];
         put(&bench.fs(id), "a", &sides[0]);
@@ -594,6 +609,11 @@ fn a_copy_that_was_replayed_shares_content_until_either_side_is_written() {
             fs.lookup(ROOT, b"a").unwrap().unwrap().ino,
             put(&fs, "b", b""),
         );
+        if looked_into {
+            // A look into a fork freezes what it has, and thaws it again.
+            let name = id.to_string();
+            assert!(bench.engine().diff(&name, &name).unwrap().is_empty());
+        }
         let mut done = 0;
         while done < 200_000 {
             done += fs
