@@ -124,8 +124,7 @@ impl Host {
             fs::write(file, variables.join("\0") + "\0").unwrap();
         }
         let plugin = scripts().join("buildkite");
-        let mut command =
-            Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/hosts/buildkite-agent"));
+        let mut command = Command::new(root().join("tests/hosts/buildkite-agent"));
         command
             .arg("start")
             .env("PATH", path_variable())

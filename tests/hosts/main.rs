@@ -14,8 +14,16 @@ fn program_folder() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_forkvol")).parent().unwrap()
 }
 
+/// The checkout that is tested, as cargo says when it runs this: what it said when it built this may have been another one, where
+/// several share a target folder.
+fn root() -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR")
+        .expect("cargo runs the tests")
+        .into()
+}
+
 fn scripts() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/hosts")
+    root().join("scripts/hosts")
 }
 
 /// PATH with this program first.

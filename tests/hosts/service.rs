@@ -228,7 +228,7 @@ fn the_settings_that_are_installed_are_right_with_and_without_their_comments() {
 
 /// The shell block of the guide that begins with this line.
 fn guide(first: &str) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/guide.md");
+    let path = root().join("docs/guide.md");
     let text = fs::read_to_string(path).unwrap();
     let block = text.split("```sh\n").find(|block| block.starts_with(first));
     block.unwrap().split("```").next().unwrap().to_owned()
