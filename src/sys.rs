@@ -109,7 +109,8 @@ pub fn will_need(file: &File, offset: u64, len: u64) -> io::Result<()> {
 /// # Errors
 /// `Unsupported` before Linux 6.5.
 pub fn cached_pages(file: &File) -> io::Result<u64> {
-    /// The number of cachestat, which is the same wherever numbers are given to all architectures alike; the structures are those of linux/mman.h.
+    /// The number of cachestat, which is the same wherever numbers are given to all architectures alike; the structures are those
+    /// of linux/mman.h.
     const CACHESTAT: libc::c_long = 451;
     let all = [0_u64; 2];
     let mut counts = [0_u64; 5];

@@ -307,9 +307,8 @@ impl Table {
                 gone.extend(inode.content.extents.iter());
                 upper.state.write().created = inode.created;
             } else {
-                let mut inode = cell.state.write();
-                inode.content.extents.disown(0, u64::MAX);
-                drop(inode);
+                let content = &mut cell.state.write().content;
+                content.extents.disown(0, u64::MAX);
                 self.inodes.insert(*ino, cell.clone());
             }
         }

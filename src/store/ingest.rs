@@ -359,9 +359,7 @@ impl Store {
         if ingests.iter().any(|ingest| ingest.is_lost()) {
             return Err(StoreError::Lost);
         }
-        let _serial = self.publishing.lock();
-        // Before anything is read: what a write that failed has done comes to light here.
-        self.heal()?;
+        let _serial = self.changing(&self.publishing)?;
         let mut versions = publish.versions;
         let mut heads: HashMap<u64, super::Volume> = HashMap::new();
         for version in &mut versions {

@@ -299,7 +299,7 @@ impl Store {
 
     /// Returns the volume of that name, made if there is none.
     pub fn create_volume(&self, name: &str, now: i64) -> Result<Volume, StoreError> {
-        let _serial = self.publishing.lock();
+        let _serial = self.changing(&self.publishing)?;
         if let Some(volume) = self.volume(name)? {
             return Ok(volume);
         }
@@ -335,7 +335,7 @@ impl Store {
 
     /// Notes that a volume is used, unsynced: a note that is lost in a crash is made again by the next use.
     pub fn touch_volume(&self, id: u64, now: i64) -> Result<(), StoreError> {
-        let _serial = self.publishing.lock();
+        let _serial = self.changing(&self.publishing)?;
         let Some(mut volume) = self.volume_by_id(id)? else {
             return Ok(());
         };
@@ -352,7 +352,7 @@ impl Store {
         id: u64,
         change: impl FnOnce(&mut Volume),
     ) -> Result<(), StoreError> {
-        let _serial = self.publishing.lock();
+        let _serial = self.changing(&self.publishing)?;
         let Some(mut volume) = self.volume_by_id(id)? else {
             return Err(StoreError::Missing {
                 what: format!("volume {id}"),
@@ -367,7 +367,7 @@ impl Store {
 
     /// Gives a volume another name; false if that is taken.
     pub fn rename_volume(&self, old: &str, new: &str) -> Result<bool, StoreError> {
-        let _serial = self.publishing.lock();
+        let _serial = self.changing(&self.publishing)?;
         if self.volume(new)?.is_some() {
             return Ok(false);
         }
@@ -393,7 +393,7 @@ impl Store {
 
     /// Removes a volume with all its versions.
     pub fn remove_volume(&self, volume: &Volume) -> Result<(), StoreError> {
-        let _serial = self.publishing.lock();
+        let _serial = self.changing(&self.publishing)?;
         let mut batch = WriteBatch::default();
         for version in self.versions(volume.id)? {
             let number = version.number;
@@ -411,7 +411,7 @@ impl Store {
 
     /// Removes the record of a version; gc removes what only that named.
     pub fn remove_version(&self, at: VersionRef) -> Result<(), StoreError> {
-        let _serial = self.publishing.lock();
+        let _serial = self.changing(&self.publishing)?;
         let mut batch = WriteBatch::default();
         self.delete_version(&mut batch, at)?;
         self.write_synced(batch)
@@ -499,7 +499,7 @@ impl Store {
 
     /// Removes a fork's record, and gives its unused inode numbers back.
     pub fn remove_fork(&self, id: ForkId) -> Result<(), StoreError> {
-        let _serial = self.numbering.lock();
+        let _serial = self.changing(&self.numbering)?;
         let mut batch = WriteBatch::default();
         self.delete(&mut batch, Target::Meta, &keys::one(keys::FORK, id.0))?;
         let leased = self.end_leases(&mut batch, id)?;
@@ -559,7 +559,7 @@ impl Store {
 
     /// Gives a fork up to `count` inode numbers that nobody has.
     pub fn lease_inodes(&self, fork: ForkId, count: u64) -> Result<Range<u64>, StoreError> {
-        let _serial = self.numbering.lock();
+        let _serial = self.changing(&self.numbering)?;
         let mut batch = WriteBatch::default();
         let free = self.first(&[keys::FREE])?;
         let lease = if let Some((key, len)) = free {

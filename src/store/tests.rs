@@ -222,6 +222,28 @@ fn what_another_ingest_has_not_flushed_yet_is_written_again() {
 }
 
 #[test]
+fn what_a_write_that_failed_has_done_comes_to_light_before_a_record_is_changed() {
+    type Change = fn(&Store, u64);
+    let changes: [Change; 3] = [
+        |store, id| store.touch_volume(id, 9).unwrap(),
+        |store, id| store.update_volume(id, |volume| volume.used = 9).unwrap(),
+        |store, _| assert!(store.rename_volume("v", "w").unwrap()),
+    ];
+    for change in changes {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(&dir.path().join("store")).unwrap();
+        let id = store.create_volume("v", 1).unwrap().id;
+        // The log has a new head, and memory the old one.
+        store.update_volume(id, |volume| volume.head = 7).unwrap();
+        store.copy_as_it_lies(&store.dir.join("left"));
+        store.update_volume(id, |volume| volume.head = 0).unwrap();
+        *store.poisoned.lock() = true;
+        change(&store, id);
+        assert_eq!(store.volume_by_id(id).unwrap().unwrap().head, 7);
+    }
+}
+
+#[test]
 fn content_that_was_lost_with_a_failed_write_is_not_published() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use parking_lot::{Mutex, MutexGuard};
 use rocksdb::{ColumnFamily, WriteBatch, WriteOptions};
 
 use super::{
@@ -103,6 +104,17 @@ impl Store {
     pub(super) fn full(&self) -> StoreError {
         let wants = LEAST_ROOM + wal::len(&self.dir.join("db"));
         StoreError::NoSpace { wants }
+    }
+
+    /// Takes the lock of who reads records to change them. What a write that failed has done comes to light first: a change of what
+    /// was read before that would undo it.
+    pub(super) fn changing<'a>(
+        &self,
+        lock: &'a Mutex<()>,
+    ) -> Result<MutexGuard<'a, ()>, StoreError> {
+        let guard = lock.lock();
+        self.heal()?;
+        Ok(guard)
     }
 
     /// Opens the database again after a failed write, if there is room to write again.
