@@ -99,6 +99,7 @@ pub mod varint {
 const RAW: u8 = 0;
 const ZSTD: u8 = 1;
 const DICT: u8 = 2;
+const KEPT: u8 = 3;
 
 /// Why a stored value cannot be read.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -145,7 +146,7 @@ const DENSE: f32 = 7.8;
 
 /// Whether a long value looks as if it were compressed already: archives, images, what is encrypted. To try takes as long as all
 /// the rest of storing it.
-fn is_dense(raw: &[u8]) -> bool {
+pub fn is_dense(raw: &[u8]) -> bool {
     if raw.len() < LONG {
         return false;
     }
@@ -212,6 +213,53 @@ pub fn unpack_with(
         Ok(raw)
     } else {
         Err(PackError::Payload)
+    }
+}
+
+/// Where the raw bytes of a chunk lie that stays in the spool to which a fork wrote it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Place {
+    /// The number of the fork.
+    pub spool: u64,
+    /// In bytes.
+    pub offset: u64,
+    /// In bytes.
+    pub len: u64,
+}
+
+impl Place {
+    /// Returns the stored form of a chunk that lies here: codec ‖ raw length ‖ spool ‖ offset.
+    pub fn stored(&self) -> Vec<u8> {
+        let mut out = vec![KEPT];
+        varint::put(&mut out, self.len);
+        self.put(&mut out);
+        out
+    }
+
+    /// Appends spool ‖ offset.
+    pub fn put(&self, out: &mut Vec<u8>) {
+        varint::put(out, self.spool);
+        varint::put(out, self.offset);
+    }
+
+    /// Takes spool ‖ offset, which must be all there is, for so many bytes.
+    pub fn take(mut bytes: &[u8], len: u64) -> Option<Place> {
+        let spool = varint::take(&mut bytes)?;
+        let offset = varint::take(&mut bytes)?;
+        let end = offset.checked_add(len)?;
+        (bytes.is_empty() && end <= i64::MAX as u64).then_some(Place { spool, offset, len })
+    }
+
+    /// Returns where a stored value of at most `max` bytes says that they lie; `None` if it holds them itself.
+    pub fn of(stored: &[u8], max: usize) -> Result<Option<Place>, PackError> {
+        let Some(mut rest) = stored.strip_prefix(&[KEPT]) else {
+            return Ok(None);
+        };
+        let len = varint::take(&mut rest).ok_or(PackError::Head)?;
+        if len > max as u64 {
+            return Err(PackError::TooLong);
+        }
+        Place::take(rest, len).map(Some).ok_or(PackError::Head)
     }
 }
 

@@ -4,6 +4,7 @@
 //! the roots of all forks of one commit the heads of their volumes in one synced batch. Before it the heads are the old ones,
 //! after it the new ones.
 
+mod ahead;
 mod content;
 mod ingest;
 
@@ -18,7 +19,7 @@ use crate::record::{Attr, Key, Kind};
 use crate::store::{Ingest, Step, StoreError, Totals};
 use crate::tree::{self, NodeId};
 
-pub use ingest::ahead;
+pub use ahead::ahead;
 
 /// A delta turned into a root, its content in the store's hands and not yet named by any version.
 pub struct Ingested {
@@ -28,6 +29,18 @@ pub struct Ingested {
     pub ingest: Arc<Ingest>,
     /// What the table adds to the numbers of the root below it.
     pub change: Totals,
+}
+
+impl Ingested {
+    /// Lets the fork go on as before, for it was not published, as far as anybody knows.
+    pub fn thaw(&self) {
+        match self.ingest.kept() {
+            Some((places, true)) => self.fork.spool.pin(places),
+            Some((_, false)) => self.fork.unkeep_spool(),
+            None => {}
+        }
+        self.fork.thaw();
+    }
 }
 
 /// How two roots differ, for whoever asks whether there is anything to commit.
@@ -49,7 +62,14 @@ pub fn prepare(fork: &Arc<Fork>, keep: bool, threads: usize) -> Result<Ingested,
     let ingest = Arc::new(fork.store.ingest());
     let ingested = fork.store.reach(Step::Sealed).map_err(FsError::from);
     let ingested = ingested.and_then(|()| {
-        let done = ingest::run(fork, &sealed, &ingest, threads)?;
+        let done = std::thread::scope(|scope| {
+            if !keep && fork.is_bulk(fork.hashed()) {
+                // What stays there goes to the disk while the rest is looked at. What fails now fails again when it must be there.
+                scope.spawn(|| fork.spool.write_back());
+            }
+            ingest::run(fork, &sealed, &ingest, threads)
+        })?;
+        ingest::keep_or_store(fork, &ingest, !keep, threads)?;
         fork.store.reach(Step::Ingested)?;
         Ok(done)
     });

@@ -61,6 +61,8 @@ pub struct EngineConfig {
     pub orphan_after: Duration,
     /// Bytes of memory that the table of a fork may take before it moves to a private root.
     pub table: u64,
+    /// Bytes of what cannot be compressed from which on a commit leaves them where the fork wrote them.
+    pub bulk: u64,
     /// Idle cores may be kept from sleeping while requests come in fast.
     pub wakeful: bool,
     pub retention: Policy,
@@ -77,6 +79,7 @@ impl Default for EngineConfig {
             threads: std::thread::available_parallelism().map_or(2, usize::from),
             orphan_after,
             table: 64 << 20,
+            bulk: StoreOptions::default().bulk,
             wakeful: false,
             retention: Policy::default(),
             trust: None,
@@ -184,13 +187,18 @@ impl Live {
     /// Lets go of what was ingested ahead if it went with a failed write, so that it is ingested again. Called by who holds
     /// `committing`.
     fn drop_lost(&self) {
-        let mut ahead = self.ahead.lock();
-        if ahead.as_ref().is_some_and(|ingest| ingest.is_lost()) {
-            if let Some(fork) = &self.fork {
-                fork.forget_ingested();
-            }
-            ahead.take();
+        let is_lost = |ingest: &Arc<Ingest>| ingest.is_lost();
+        if self.ahead.lock().as_ref().is_some_and(is_lost) {
+            self.drop_ahead();
         }
+    }
+
+    /// Lets go of what was ingested ahead of a commit that failed: it may have gone with it. Called by who holds `committing`.
+    fn drop_ahead(&self) {
+        if let Some(fork) = &self.fork {
+            fork.forget_ingested();
+        }
+        self.ahead.lock().take();
     }
 }
 
@@ -245,6 +253,7 @@ impl Engine {
             node_cache: config.cache * 3 / 5,
             chunk_cache: config.cache * 2 / 5,
             reserve: config.reserve,
+            bulk: config.bulk,
         };
         let store = Store::open(dir, options)?;
         let boot = boot_id()?;

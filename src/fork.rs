@@ -18,7 +18,7 @@ pub mod table;
 pub mod view;
 mod write;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
@@ -27,6 +27,7 @@ use std::time::Instant;
 
 use parking_lot::{ArcRwLockReadGuard, Mutex, RawRwLock, RwLock, RwLockReadGuard};
 
+use crate::chunk::ChunkId;
 use crate::record::Ino;
 use crate::store::{ForkId, Lease, Store, StoreError};
 use crate::tree::NodeId;
@@ -126,8 +127,16 @@ pub struct Fork {
     ingested: AtomicU64,
     /// What the fork was charged for content at the last look at how fast it writes.
     looked_at: AtomicU64,
+    hashed: Mutex<Hashed>,
     damage: OnceLock<String>,
     started: Instant,
+}
+
+/// Chunks that were hashed ahead of a commit, and lie in the spool alone.
+#[derive(Default)]
+struct Hashed {
+    ids: HashSet<ChunkId>,
+    bytes: u64,
 }
 
 struct Numbers {
@@ -317,6 +326,54 @@ impl Fork {
     /// Bytes of files that the commit under way has gone through, or the last one.
     pub fn ingested(&self) -> u64 {
         self.ingested.load(Ordering::Relaxed)
+    }
+
+    /// Notes a chunk that was hashed ahead of a commit and not stored.
+    pub fn note_hashed(&self, id: ChunkId, len: u64) {
+        let mut hashed = self.hashed.lock();
+        if hashed.ids.insert(id) {
+            hashed.bytes += len;
+        }
+    }
+
+    /// Whether a chunk was only hashed.
+    pub fn is_hashed(&self, id: ChunkId) -> bool {
+        self.hashed.lock().ids.contains(&id)
+    }
+
+    /// Bytes of the chunks that were only hashed.
+    pub fn hashed(&self) -> u64 {
+        self.hashed.lock().bytes
+    }
+
+    /// Whether so many bytes are so much of the spool that they may as well stay there: to bring the rest to the disk with them
+    /// costs no more than to copy them.
+    pub fn is_bulk(&self, bytes: u64) -> bool {
+        bytes >= self.store.bulk() && bytes >= self.spool.charged() / 2
+    }
+
+    /// Gives the spool the name under which it stays, and brings it to the disk; returns whether that was done for the first time.
+    ///
+    /// # Errors
+    /// What the disk answered.
+    pub fn keep_spool(&self) -> Result<bool, FsError> {
+        let is_first = !self.spool.is_kept();
+        self.store.keep_spool(self.id, &self.dir.join("spool"))?;
+        if let Err(error) = self.spool.keep() {
+            if is_first {
+                self.unkeep_spool();
+            }
+            return Err(error.into());
+        }
+        Ok(is_first)
+    }
+
+    /// Takes that back, if it was the first time and no version can have come of it.
+    pub fn unkeep_spool(&self) {
+        match self.store.unkeep_spool(self.id) {
+            Ok(()) => self.spool.unkeep(),
+            Err(error) => ::log::warn!("{}: its spool stays whole: {error}", self.id),
+        }
     }
 
     /// Notes that a file was given one more name.

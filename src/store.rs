@@ -12,6 +12,7 @@ mod keys;
 mod meta;
 mod open;
 mod settle;
+mod spools;
 mod steps;
 #[cfg(test)]
 mod tests;
@@ -19,7 +20,8 @@ mod wal;
 mod write;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs::File;
+use std::ffi::OsString;
+use std::fs::{self, DirEntry, File, Metadata};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -29,7 +31,7 @@ use parking_lot::{Mutex, RwLock};
 use rocksdb::{ColumnFamily, DB, IteratorMode};
 use serde::de::DeserializeOwned;
 
-use crate::chunk::{self, ChunkId, Dictionary};
+use crate::chunk::{self, ChunkId, Dictionary, Place};
 use crate::tree::{self, Node, NodeId};
 pub use ahead::ReadAhead;
 pub use check::{CheckReport, Problem};
@@ -41,8 +43,9 @@ pub use meta::{
     VersionRef, Volume,
 };
 use meta::{Target, corrupt};
-use open::{FORMAT, Opening, open_db, write_buffer};
+use open::{Opening, open_db, write_buffer};
 pub use settle::Settled;
+pub use spools::Rest;
 pub use steps::Step;
 #[cfg(test)]
 pub use steps::copy_folder;
@@ -60,6 +63,8 @@ pub struct StoreOptions {
     pub chunk_cache: u64,
     /// Bytes of the disk that forks may not fill; None: 2 %, at least 1 GiB.
     pub reserve: Option<u64>,
+    /// Bytes from which on it is worth to keep a spool for what lies in it.
+    pub bulk: u64,
 }
 
 impl Default for StoreOptions {
@@ -68,6 +73,8 @@ impl Default for StoreOptions {
             node_cache: 96 << 20,
             chunk_cache: 64 << 20,
             reserve: None,
+            // Less goes into the batch of its commit.
+            bulk: 8 << 20,
         }
     }
 }
@@ -88,6 +95,13 @@ impl quick_cache::Weighter<ChunkId, Arc<Vec<u8>>> for ChunkWeight {
     fn weight(&self, _: &ChunkId, bytes: &Arc<Vec<u8>>) -> u64 {
         bytes.len() as u64 + 64
     }
+}
+
+/// What a stored value comes to.
+enum Found {
+    /// The raw bytes.
+    Here(Vec<u8>),
+    There(Place),
 }
 
 /// A key and its value.
@@ -120,6 +134,7 @@ pub struct Store {
     settling: Mutex<()>,
     compacting: Mutex<()>,
     misses: ahead::Misses,
+    spools: spools::Spools,
     #[cfg(test)]
     pub(crate) steps: steps::Steps,
     _lock: File,
@@ -160,6 +175,11 @@ impl Store {
         &self.dir
     }
 
+    /// Bytes from which on it is worth to keep a spool for what lies in it.
+    pub fn bulk(&self) -> u64 {
+        self.options.bulk
+    }
+
     /// Who reads ahead in this store; for a thread that does nothing else.
     pub fn read_ahead(&self) -> ReadAhead {
         self.misses.reader(self.dir.join("db"))
@@ -190,7 +210,18 @@ impl Store {
     /// Reads a chunk from the disk.
     fn load_chunk(&self, id: ChunkId) -> Result<Vec<u8>, StoreError> {
         let what = || format!("chunk {id}");
-        let raw = self.get_unpacked(Target::Chunks, &id.0, CHUNK_MAX, what)?;
+        let raw = match self.get_unpacked(Target::Chunks, &id.0, CHUNK_MAX, what)? {
+            Found::Here(raw) => raw,
+            Found::There(place) => match self.read_kept(id, place) {
+                Ok(raw) if ChunkId::of(&raw) == id => return Ok(raw),
+                // Another commit may have stored it since, and a gc given its place back.
+                read => match self.get_unpacked(Target::Chunks, &id.0, CHUNK_MAX, what)? {
+                    Found::Here(raw) => raw,
+                    Found::There(now) if now == place => read?,
+                    Found::There(now) => self.read_kept(id, now)?,
+                },
+            },
+        };
         if ChunkId::of(&raw) == id {
             Ok(raw)
         } else {
@@ -201,7 +232,9 @@ impl Store {
     /// Reads a node from the disk.
     fn load_node(&self, id: NodeId) -> Result<Node, StoreError> {
         let what = || format!("node {id}");
-        let raw = self.get_unpacked(Target::Nodes, &id.0, 1 << 20, what)?;
+        let Found::Here(raw) = self.get_unpacked(Target::Nodes, &id.0, 1 << 20, what)? else {
+            return Err(StoreError::Corrupt { what: what() });
+        };
         if NodeId::of(&raw) != id {
             return Err(StoreError::Corrupt { what: what() });
         }
@@ -216,10 +249,16 @@ impl Store {
         key: &[u8],
         max: usize,
         what: impl Fn() -> String,
-    ) -> Result<Vec<u8>, StoreError> {
+    ) -> Result<Found, StoreError> {
         self.with(|db| {
             let stored = db.get_pinned_cf(family(db, target)?, key)?;
             let stored = stored.ok_or_else(|| StoreError::Missing { what: what() })?;
+            let damaged = |error| StoreError::Corrupt {
+                what: format!("{} ({error})", what()),
+            };
+            if let Some(place) = Place::of(&stored, max).map_err(damaged)? {
+                return Ok(Found::There(place));
+            }
             let mut failed = None;
             let raw = chunk::unpack_with(&stored, max, |id| {
                 let found = self.dictionary(db, id).map_err(|e| failed = Some(e));
@@ -227,9 +266,7 @@ impl Store {
             });
             match failed {
                 Some(error) => Err(error),
-                None => raw.map_err(|e| StoreError::Corrupt {
-                    what: format!("{} ({e})", what()),
-                }),
+                None => raw.map(Found::Here).map_err(damaged),
             }
         })
     }
@@ -340,6 +377,15 @@ fn disk_space(dir: &Path) -> (u64, u64) {
     crate::sys::room(dir)
         .map(|room| (room.available, room.total))
         .unwrap_or((0, 0))
+}
+
+/// The files of a folder; none if there is no such folder.
+fn files_of(dir: &Path) -> Vec<(OsString, Metadata)> {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return Vec::new();
+    };
+    let file = |entry: DirEntry| Some((entry.file_name(), entry.metadata().ok()?));
+    entries.filter_map(Result::ok).filter_map(file).collect()
 }
 
 fn free_space(dir: &Path) -> u64 {

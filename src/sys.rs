@@ -15,7 +15,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::OnceLock;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -53,6 +53,36 @@ pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
     let (offset, length) = (to_off(offset)?, to_off(length)?);
     // SAFETY: the descriptor is open for the length of the call; no memory is passed.
     check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, length) }).map(drop)
+}
+
+/// A file is cut down in steps of this size before it is unlinked, so that the disk is never held for long.
+const STEP: u64 = 64 << 20;
+
+/// Removes a file bit by bit, or only this name of it if it has others.
+pub fn remove_slowly(path: &Path) -> io::Result<()> {
+    let file = File::options().write(true).open(path)?;
+    let metadata = file.metadata()?;
+    let mut len = metadata.len();
+    while metadata.nlink() < 2 && len > STEP {
+        len -= STEP;
+        file.set_len(len)?;
+    }
+    fs::remove_file(path)
+}
+
+/// What was done to a file, if it was there.
+pub fn unless_gone(done: io::Result<()>) -> io::Result<()> {
+    match done {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        done => done,
+    }
+}
+
+/// Begins to write back all that is dirty of a file, without waiting for it.
+pub fn begin_writeback(file: &File) -> io::Result<()> {
+    let flags = libc::SYNC_FILE_RANGE_WRITE;
+    // SAFETY: the descriptor is open for the length of the call; no memory is passed.
+    check(unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, flags) }).map(drop)
 }
 
 fn to_off(n: u64) -> io::Result<libc::off_t> {
@@ -315,7 +345,6 @@ pub fn raise_open_files() -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::MetadataExt;
 
     #[test]
     fn a_punched_hole_reads_as_zeros_and_frees_blocks() {

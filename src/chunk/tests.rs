@@ -154,6 +154,27 @@ fn the_format_of_stored_values_is_kept() {
 }
 
 #[test]
+fn the_format_of_what_stays_in_a_spool_is_kept_and_nothing_else_is_believed() {
+    let place = Place {
+        spool: 0x1234,
+        offset: 300,
+        len: 100_000,
+    };
+    assert_format("a chunk in a spool", &place.stored(), "03 a08d06 b424 ac02");
+    assert_eq!(Place::of(&place.stored(), MAX), Ok(Some(place)));
+    assert_eq!(Place::of(&pack(b"abc", 3), MAX), Ok(None));
+    assert_eq!(Place::of(&place.stored(), 99_999), Err(PackError::TooLong));
+    let ends_beyond = "03 01 01 ffffffffffffffffff01";
+    for digits in ["03", "03 01", "03 01 01", "03 01 01 01 00", ends_beyond] {
+        assert_eq!(
+            Place::of(&hex(digits), MAX),
+            Err(PackError::Head),
+            "{digits}"
+        );
+    }
+}
+
+#[test]
 fn the_format_of_numbers_is_kept() {
     for (number, digits) in [
         (0, "00"),

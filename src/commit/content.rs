@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crossbeam::channel;
 
-use crate::chunk::{self, INLINE_MAX, SINGLE_MAX};
+use crate::chunk::{self, ChunkId, INLINE_MAX, Place, SINGLE_MAX};
 use crate::fork::Fork;
 use crate::fork::error::FsError;
 use crate::fork::extent::{PAGE, pages};
@@ -29,6 +29,18 @@ pub struct Source<'a> {
     pub threads: usize,
     /// Work is given up, with `Interrupted`, as soon as this is not 0.
     pub wanted: Option<&'a AtomicUsize>,
+    pub dense: Dense,
+}
+
+/// What becomes of pieces of a long file that look as if nothing made them smaller, and lie in the spool in a row.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Dense {
+    /// They are stored like all others.
+    Store,
+    /// They are only hashed, ahead of a commit that may let them stay where they are.
+    Hash,
+    /// They are noted, for whoever ends the ingest to decide.
+    Note,
 }
 
 impl Source<'_> {
@@ -77,7 +89,7 @@ impl Source<'_> {
         Ok(())
     }
 
-    fn read(&self, ino: Ino, inode: &Inode, from: u64, to: u64) -> Result<Vec<u8>, FsError> {
+    pub fn read(&self, ino: Ino, inode: &Inode, from: u64, to: u64) -> Result<Vec<u8>, FsError> {
         let mut bytes = vec![0; (to - from) as usize];
         self.fork
             .read_inode(inode, self.root, ino, from, &mut bytes)?;
@@ -95,7 +107,9 @@ impl Source<'_> {
 
     fn chunk(&self, ino: Ino, inode: &Inode, from: u64, to: u64) -> Result<(u64, Value), FsError> {
         let bytes = self.read(ino, inode, from, to)?;
-        Ok((from, self.stored(&bytes)?))
+        let id = self.ingest.chunk(&bytes)?;
+        self.note(to - from);
+        Ok((from, Value::Chunk { len: to - from, id }))
     }
 
     /// Cuts one run of data, and stores its chunks: those of a long one in several threads.
@@ -125,7 +139,7 @@ impl Source<'_> {
         self.each_piece(ino, inode, run, old, |at, piece| {
             let value = match piece {
                 Piece::Known(value) => value,
-                Piece::New(bytes, range) => self.stored(&bytes[range])?,
+                Piece::New(bytes, range) => self.stored(inode, at, &bytes[range])?,
             };
             out.push((at, value));
             Ok(())
@@ -150,7 +164,8 @@ impl Source<'_> {
                     scope.spawn(move || -> Result<Vec<(usize, Value)>, FsError> {
                         crate::sys::step_back();
                         let store = |piece: Unstored| {
-                            Ok((piece.index, self.stored(&piece.bytes[piece.range])?))
+                            let bytes = &piece.bytes[piece.range];
+                            Ok((piece.index, self.stored(inode, piece.at, bytes)?))
                         };
                         work.into_iter().map(store).collect()
                     })
@@ -165,6 +180,7 @@ impl Source<'_> {
                         let index = found.len();
                         let sent = pieces.send(Unstored {
                             index,
+                            at,
                             bytes,
                             range,
                         });
@@ -193,11 +209,52 @@ impl Source<'_> {
         Ok(())
     }
 
-    fn stored(&self, bytes: &[u8]) -> Result<Value, FsError> {
-        let id = self.ingest.chunk(bytes)?;
+    /// Stores a piece of a long file, or leaves it where it lies.
+    fn stored(&self, inode: &Inode, at: u64, bytes: &[u8]) -> Result<Value, FsError> {
         let len = bytes.len() as u64;
+        let place = match self.dense {
+            Dense::Store => None,
+            _ => self
+                .place(inode, at, len)
+                .filter(|_| chunk::is_dense(bytes)),
+        };
+        let id = match place {
+            None => self.ingest.chunk(bytes)?,
+            Some(place) => {
+                let id = ChunkId::of(bytes);
+                match self.dense {
+                    Dense::Note => self.ingest.lies(id, place)?,
+                    _ => self.fork.note_hashed(id, len),
+                }
+                id
+            }
+        };
         self.note(len);
         Ok(Value::Chunk { len, id })
+    }
+
+    /// Does what is left to be done for a piece that was looked at ahead: if it was only hashed then, it is as good as new.
+    pub fn again(&self, ino: Ino, inode: &Inode, at: u64, value: &Value) -> Result<(), FsError> {
+        let Value::Chunk { len, id } = *value else {
+            return Ok(());
+        };
+        if self.dense == Dense::Hash || !self.fork.is_hashed(id) {
+            return Ok(());
+        }
+        match self.place(inode, at, len) {
+            Some(place) if self.dense == Dense::Note => self.ingest.lies(id, place)?,
+            _ => {
+                self.ingest.chunk(&self.read(ino, inode, at, at + len)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where bytes of a file lie in the spool, if in a row.
+    fn place(&self, inode: &Inode, at: u64, len: u64) -> Option<Place> {
+        let offset = inode.content.in_spool(at, at + len)?;
+        let spool = self.fork.id.0;
+        Some(Place { spool, offset, len })
     }
 
     /// Notes progress of a commit; what is done ahead is none.
@@ -222,11 +279,13 @@ impl Source<'_> {
         while at < to {
             self.make_way()?;
             if let Some(value) = old.at(at, to) {
-                at += value.len();
                 if old.of_fork {
+                    self.again(ino, inode, at, &value)?;
                     self.note(value.len());
                 }
-                each(at - value.len(), Piece::Known(value))?;
+                let here = at;
+                at += value.len();
+                each(here, Piece::Known(value))?;
                 continue;
             }
             let used = (at - start) as usize;
@@ -259,6 +318,8 @@ enum Piece {
 struct Unstored {
     /// Its place among all pieces of the run.
     index: usize,
+    /// Its offset in the file.
+    at: u64,
     bytes: Arc<Vec<u8>>,
     range: Range<usize>,
 }

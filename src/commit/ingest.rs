@@ -1,31 +1,24 @@
 //! A frozen table becomes content and a new root.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crossbeam::channel;
 
-use super::content::Source;
+use super::content::{Dense, Source};
 use crate::chunk::INLINE_MAX;
 use crate::fork::error::FsError;
 use crate::fork::extent::{PAGE, pages};
-use crate::fork::table::{Cell, Ingested as Hint, Inode, Table};
-use crate::fork::{Fork, Sealed, excluded_inodes, view};
-use crate::record::{self, Ino, Kind, Value};
+use crate::fork::table::{Cell, Table};
+use crate::fork::{Fork, Sealed, view};
+use crate::record::{self, Kind, Value};
 use crate::store::{Ingest, Store, StoreError, Totals};
 use crate::sys;
 use crate::tree::{self, Edit, Node, NodeId};
 
 /// Inodes that a thread takes at a time.
 const BATCH: usize = 64;
-/// A file is ingested ahead of its commit when it has not been written for this long, in seconds.
-const QUIET: u32 = 1;
-/// A file that grows is when it has grown by this many bytes, and nothing else of it has changed.
-const GROWN: u64 = 32 << 20;
-/// Where a fork writes more than this between two looks, its cores and its disk have enough to do.
-const FAST: u64 = 64 << 20;
 
 type Edits = Vec<(Vec<u8>, Edit)>;
 
@@ -51,6 +44,7 @@ pub fn run(
         ingest,
         threads: each,
         wanted: None,
+        dense: Dense::Note,
     };
     let next = AtomicUsize::new(0);
     let work = || -> Result<(Edits, Totals), FsError> {
@@ -68,24 +62,9 @@ pub fn run(
             }
         }
     };
-    let results: Vec<_> = std::thread::scope(|scope| {
-        let beside = || {
-            sys::step_back();
-            work()
-        };
-        if threads < 2 {
-            return vec![work()];
-        }
-        // Not one of them at full priority: whoever asks something of a fork comes first.
-        let all: Vec<_> = (0..threads).map(|_| scope.spawn(beside)).collect();
-        let joined = all.into_iter().map(|thread| thread.join());
-        joined
-            .map(|result| result.expect("a panic ends the process"))
-            .collect()
-    });
     let mut all: Edits = Vec::new();
     let mut totals = Totals::default();
-    for result in results {
+    for result in in_threads(threads, work) {
         let (edits, part) = result?;
         all.extend(edits);
         totals.add(part);
@@ -94,6 +73,59 @@ pub fn run(
     all.sort_by(|a, b| a.0.cmp(&b.0));
     let root = apply(&fork.store, sealed.root.id, all, ingest, threads)?;
     Ok((root, totals))
+}
+
+/// Does some work in so many threads, or here; returns what each came to.
+fn in_threads<T: Send>(threads: usize, work: impl Fn() -> T + Sync) -> Vec<T> {
+    if threads < 2 {
+        return vec![work()];
+    }
+    std::thread::scope(|scope| {
+        let beside = || {
+            sys::step_back();
+            work()
+        };
+        // Not one of them at full priority: whoever asks something of a fork comes first.
+        let all: Vec<_> = (0..threads).map(|_| scope.spawn(beside)).collect();
+        let joined = all.into_iter().map(|thread| thread.join());
+        joined
+            .map(|result| result.expect("a panic ends the process"))
+            .collect()
+    })
+}
+
+/// Lets what was only noted of a sealed fork's spool stay there, if that is much and most of the spool, or stores it. `ends`: the
+/// fork does not go on.
+pub fn keep_or_store(
+    fork: &Arc<Fork>,
+    ingest: &Ingest,
+    ends: bool,
+    threads: usize,
+) -> Result<(), FsError> {
+    let bytes = ingest.lying_bytes();
+    if ends && fork.is_bulk(bytes) {
+        match fork.keep_spool() {
+            Ok(is_first) => {
+                ingest.keep(is_first);
+                return Ok(());
+            }
+            Err(error) => log::warn!("{}: content is copied from its spool: {error}", fork.id),
+        }
+    }
+    let lying = ingest.take_lying();
+    if lying.is_empty() {
+        return Ok(());
+    }
+    let next = AtomicUsize::new(0);
+    let work = || -> Result<(), FsError> {
+        while let Some((id, place)) = lying.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let mut bytes = vec![0; place.len as usize];
+            fork.spool.read(&mut bytes, place.offset)?;
+            ingest.store(*id, &bytes)?;
+        }
+        Ok(())
+    };
+    in_threads(threads, work).into_iter().collect()
 }
 
 /// The attributes and content of one inode.
@@ -138,6 +170,9 @@ fn inode_edits(
     let whole = inode.whole_ingested();
     let values = match whole.and_then(|whole| whole.values.clone()) {
         Some(values) => {
+            for (at, value) in &values {
+                source.again(ino, &inode, *at, value)?;
+            }
             let new = content.extents.iter().map(|extent| extent.pages * PAGE);
             source
                 .fork
@@ -280,120 +315,4 @@ fn apply(
         }
         Ok(root?)
     })
-}
-
-/// Ingests files that have not been written for a while, so that little is left for the commit. The results are hints: a commit
-/// takes them only if the file has not changed since. Returns how many files it looked into. Gives up as soon as `wanted` is not 0.
-///
-/// # Errors
-/// What the disk or the store answered.
-pub fn ahead(
-    fork: &Arc<Fork>,
-    ingest: &Ingest,
-    most: usize,
-    wanted: &AtomicUsize,
-) -> Result<usize, FsError> {
-    let age = fork.age();
-    let is_fast = fork.grown() > FAST;
-    let (root, cells) = sys::at_normal_priority(|| {
-        let layers = fork.layers();
-        let quiet = |cell: &&Arc<Cell>| {
-            // A file that somebody works on right now is not quiet.
-            cell.state.try_read().is_some_and(|inode| {
-                inode.attr.kind == Kind::File
-                    && !inode.orphan
-                    && inode.attr.size > INLINE_MAX as u64
-                    && !inode.content.extents.is_empty()
-                    && inode.whole_ingested().is_none()
-                    && (inode.written + QUIET < age || (!is_fast && has_grown(&inode)))
-            })
-        };
-        let cells: Vec<Arc<Cell>> = match layers.frozen {
-            Some(_) => Vec::new(),
-            None => {
-                let quiet = layers.live.inodes.values().filter(quiet);
-                quiet.take(most).cloned().collect()
-            }
-        };
-        (layers.root.clone(), cells)
-    });
-    if cells.is_empty() {
-        return Ok(0);
-    }
-    let give_up = || wanted.load(Ordering::Relaxed) > 0;
-    let Some(excluded) = excluded_inodes(fork, &cells, give_up)? else {
-        return Ok(0);
-    };
-    let source = Source {
-        fork,
-        root: root.id,
-        ingest,
-        threads: 1,
-        wanted: Some(wanted),
-    };
-    for cell in &cells {
-        if give_up() {
-            break;
-        }
-        if excluded.contains(&cell.ino) {
-            let mut inode = cell.state.write();
-            let whole = Some(inode.content.sequence);
-            inode.ingested = Some(Arc::new(Hint {
-                whole,
-                values: None,
-            }));
-            continue;
-        }
-        let (copy, begun) = {
-            let mut inode = cell.state.write();
-            let begun = inode.begun_ingested().map(|(_, unchanged)| unchanged);
-            let begun = inode.ingested.take().zip(begun);
-            inode.content.mark();
-            // Held by these references while it is read without the lock.
-            fork.spool.retain(inode.content.extents.iter());
-            (inode.clone(), begun)
-        };
-        let mut values = Vec::new();
-        let begun = begun.as_ref().map(|(begun, to)| (&**begun, *to));
-        let done = ahead_of(&source, cell.ino, &copy, begun, &mut values);
-        fork.spool.release(copy.content.extents.iter());
-        let interrupted = match done {
-            Err(FsError::Io(e)) if e.kind() == io::ErrorKind::Interrupted => true,
-            done => done.map(|()| false)?,
-        };
-        let hint = Hint {
-            whole: (!interrupted).then_some(copy.content.sequence),
-            values: Some(values),
-        };
-        cell.state.write().ingested = Some(Arc::new(hint));
-    }
-    Ok(cells.len())
-}
-
-/// The content of one file, or of its beginning where that is given up.
-fn ahead_of(
-    source: &Source<'_>,
-    ino: Ino,
-    copy: &Inode,
-    begun: Option<(&Hint, u64)>,
-    values: &mut Vec<(u64, Value)>,
-) -> Result<(), FsError> {
-    let before = if copy.created {
-        None
-    } else {
-        view::base_attr(&source.fork.store, source.root, ino)?
-    };
-    let base_size = before.map_or(0, |before| before.size);
-    source.values(ino, copy, base_size, begun, values)
-}
-
-/// Whether a large part of a new file was put behind what is ingested of it. Of one that the base has only whole results are taken.
-fn has_grown(inode: &Inode) -> bool {
-    if inode.is_of_base() {
-        return false;
-    }
-    let begun = inode.begun_ingested();
-    let (end, unchanged) = begun.map_or((0, 0), |(begun, unchanged)| (begun.end(), unchanged));
-    // The page that it ended in is written again by what goes on behind it.
-    end - unchanged < PAGE && inode.attr.size >= end + GROWN
 }

@@ -130,13 +130,16 @@ impl Engine {
             match prepare(live.fork()?, request.keep, self.config.threads) {
                 Ok(ingested) => prepared.push((index, ingested)),
                 Err(error) => {
-                    prepared.iter().for_each(|(_, done)| done.fork.thaw());
+                    prepared.iter().for_each(|(_, done)| done.thaw());
                     return Err(error.into());
                 }
             }
         }
         self.publish(lives, request, &prepared).map_err(|error| {
-            prepared.iter().for_each(|(_, done)| done.fork.thaw());
+            for (index, done) in &prepared {
+                done.thaw();
+                lives[*index].drop_ahead();
+            }
             // Whatever it ran into then is no damage.
             match prepared.iter().any(|(_, done)| done.ingest.is_lost()) {
                 true => StoreError::Lost.into(),
@@ -224,6 +227,7 @@ impl Engine {
         let mut made = Vec::new();
         for (index, done) in prepared {
             let live = &lives[*index];
+            // Of what gets no version, too: whoever still holds the mount reads it.
             ingests.extend(live.ahead.lock().clone());
             ingests.push(done.ingest.clone());
             let is_new = self.is_new(live, request, done)?;
@@ -451,7 +455,10 @@ impl Engine {
                 fork.rebase(done.root, segment, Some(*private));
                 live.ahead.lock().take();
             }
-            Err(_) => fork.thaw(),
+            Err(_) => {
+                fork.thaw();
+                live.drop_ahead();
+            }
         }
         result.map(|_| ())
     }

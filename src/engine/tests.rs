@@ -23,6 +23,7 @@ mod private_root;
 mod replay;
 mod retention;
 mod settling;
+mod spools;
 mod versions;
 
 const ME: Caller = Caller {
@@ -42,11 +43,23 @@ struct Bench {
     /// Where in `dir` the store lies.
     place: String,
     threads: usize,
+    bulk: u64,
 }
+
+/// So little that many a test's commit keeps the spool of its fork.
+const LITTLE: u64 = 64 << 10;
 
 impl Bench {
     fn new() -> Bench {
         Bench::with_table(EngineConfig::default().table)
+    }
+
+    /// One where commits copy everything, and keep no spool.
+    fn copying() -> Bench {
+        let mut bench = Bench::new();
+        bench.bulk = u64::MAX;
+        bench.reopen();
+        bench
     }
 
     fn with_table(table: u64) -> Bench {
@@ -58,6 +71,7 @@ impl Bench {
             retention: Policy::new(None, Some(0)),
             place: "store".into(),
             threads: EngineConfig::default().threads,
+            bulk: LITTLE,
         };
         bench.reopen();
         bench
@@ -75,6 +89,7 @@ impl Bench {
             table: self.table,
             retention: self.retention.clone(),
             threads: self.threads,
+            bulk: self.bulk,
             ..EngineConfig::default()
         };
         self.engine = Some(Engine::open(&self.path(), config).unwrap());
@@ -176,6 +191,11 @@ fn noise(len: usize, mut seed: u64) -> Vec<u8> {
     }
     out.truncate(len);
     out
+}
+
+/// Bytes that compression makes an eighth smaller.
+fn codes(len: usize, seed: u64) -> Vec<u8> {
+    noise(len, seed).iter().map(|byte| byte & 0x7f).collect()
 }
 
 fn put(fs: &Fs, name: &str, bytes: &[u8]) -> Ino {

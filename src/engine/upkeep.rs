@@ -15,7 +15,9 @@ use parking_lot::Mutex;
 use super::commit::never_commits;
 use super::{Code, Engine, EngineError, Live, Result};
 use crate::commit;
-use crate::store::{ForkId, Settled, Step, Verdict};
+use crate::fork::Fork;
+use crate::store::{ForkId, Rest, Settled, Step, Verdict};
+use crate::sys;
 
 /// How many times longer than its table, or than the limit of one, a log may be.
 const LOG_FACTOR: u64 = 4;
@@ -28,8 +30,6 @@ const DAY: Duration = Duration::from_secs(86_400);
 const AT_A_TIME: usize = 4096;
 /// How often it is tried, with a pause, to remove what is over.
 const TRIES: usize = 200;
-/// A file is cut down in steps of this size before it is unlinked, so that the disk is never held for long.
-const STEP: u64 = 64 << 20;
 
 /// When the store was looked after.
 pub struct Tended {
@@ -104,7 +104,7 @@ fn repeat(
 ) -> Result<thread::JoinHandle<()>> {
     let weak = Arc::downgrade(engine);
     let run = move || {
-        if idle && let Err(error) = crate::sys::idle_priority() {
+        if idle && let Err(error) = sys::idle_priority() {
             log::debug!("background work runs at normal priority: {error}");
         }
         loop {
@@ -130,9 +130,9 @@ impl Engine {
         for live in &lives {
             busy |= self.ingest_ahead(live);
             if let Some(fork) = &live.fork
-                && let Err(error) = fork.spool.punch()
+                && let Err(error) = tend_spool(fork)
             {
-                log::debug!("fork {}: room was not given back: {error}", live.id);
+                log::debug!("fork {}: its spool: {error}", live.id);
             }
             self.set_damage_aside(live);
             self.drop_orphan(live);
@@ -189,7 +189,7 @@ impl Engine {
         self.settling.waiting.fetch_sub(1, Ordering::AcqRel);
         let go_on = || !self.stopping.load(Ordering::Acquire);
         let work = || {
-            crate::sys::step_back();
+            sys::step_back();
             self.store.settle_all(super::now(), &go_on)
         };
         // A thread that has stepped back stays behind.
@@ -264,7 +264,8 @@ impl Engine {
             if let Some(root) = root {
                 fork.rebase(root, u64::MAX, None);
             }
-            if let Err(error) = fork.spool.clear() {
+            let rest = self.rest_of_spool(live.id);
+            if let Err(error) = fork.spool.clear().and_then(|()| rest.give_back()) {
                 log::warn!("fork {}: its room is not given back: {error}", live.id);
             }
         }
@@ -313,6 +314,8 @@ impl Engine {
             Ok(files) => files == AT_A_TIME,
             Err(error) => {
                 log::debug!("fork {}: nothing was ingested ahead: {error}", live.id);
+                // What was to be written may be gone.
+                live.drop_ahead();
                 false
             }
         }
@@ -358,7 +361,7 @@ impl Engine {
         }
         if self.store.reach(Step::Aside).is_ok() {
             let stays = self.unforgotten.lock().contains(&live.id);
-            remove_in_background(aside(&self.fork_dir(live.id)), stays);
+            self.remove_in_background(aside(&self.fork_dir(live.id)), stays);
         }
     }
 
@@ -383,7 +386,7 @@ impl Engine {
         let mut left = self.unforgotten.lock();
         left.retain(|id| match self.store.remove_fork(*id) {
             Ok(()) => {
-                remove_in_background(aside(&self.fork_dir(*id)), false);
+                self.remove_in_background(aside(&self.fork_dir(*id)), false);
                 false
             }
             Err(error) => {
@@ -406,10 +409,55 @@ impl Engine {
                 let stays = left
                     .iter()
                     .any(|id| aside(&self.fork_dir(*id)) == entry.path());
-                remove_in_background(entry.path(), stays);
+                self.remove_in_background(entry.path(), stays);
             }
         }
     }
+
+    /// What no version has of the spool of a fork that nobody reads any more.
+    fn rest_of_spool(&self, id: ForkId) -> Rest {
+        self.store.end_spool(id).unwrap_or_else(|error| {
+            log::warn!("the spool of fork {id} is left for the next gc: {error}");
+            Rest::Nothing
+        })
+    }
+
+    /// Removes the folder of a fork with what is in it, or that alone if its name is to stay, and what no version has of the spool.
+    fn remove_in_background(&self, dir: PathBuf, stays: bool) {
+        let id = dir.file_stem().and_then(|name| name.to_str()?.parse().ok());
+        let rest = id.map_or(Rest::Nothing, |id| self.rest_of_spool(id));
+        let work = move || {
+            if let Err(error) = sys::idle_priority() {
+                log::debug!("{}: removed at normal priority: {error}", dir.display());
+            }
+            // Where no more files can be opened some are closed soon.
+            for left in (0..TRIES).rev() {
+                match remove_slowly(&dir, stays) {
+                    Ok(()) => break,
+                    Err(error) if left == 0 => {
+                        log::warn!("{} was not removed: {error}", dir.display());
+                    }
+                    Err(_) => thread::sleep(PAUSE),
+                }
+            }
+            if let Err(error) = rest.give_back() {
+                log::warn!("{}: its spool is not given back: {error}", dir.display());
+            }
+        };
+        // Without a thread the folder stays, and goes at the next start.
+        if let Err(error) = thread::Builder::new().name("remove".into()).spawn(work) {
+            log::warn!("a thread to remove a fork: {error}");
+        }
+    }
+}
+
+/// Gives room back that a fork does not use, and brings to the disk what its commit may leave where it is.
+fn tend_spool(fork: &Fork) -> std::io::Result<()> {
+    let written = match fork.is_bulk(fork.hashed()) {
+        true => fork.spool.write_back(),
+        false => Ok(()),
+    };
+    fork.spool.punch().and(written)
 }
 
 /// The name that the folder of a fork has when the fork is over.
@@ -422,57 +470,17 @@ pub(super) fn is_aside(dir: &Path) -> bool {
     !dir.exists() && aside(dir).exists()
 }
 
-/// Removes a folder with what is in it, or that alone if its name is to stay.
-fn remove_in_background(dir: PathBuf, stays: bool) {
-    let work = move || {
-        if let Err(error) = crate::sys::idle_priority() {
-            log::debug!("{}: removed at normal priority: {error}", dir.display());
-        }
-        // Where no more files can be opened some are closed soon.
-        for left in (0..TRIES).rev() {
-            match remove_slowly(&dir, stays) {
-                Ok(()) => return,
-                Err(error) if left == 0 => {
-                    log::warn!("{} was not removed: {error}", dir.display());
-                }
-                Err(_) => thread::sleep(PAUSE),
-            }
-        }
-    };
-    // Without a thread the folder stays, and goes at the next start.
-    if let Err(error) = thread::Builder::new().name("remove".into()).spawn(work) {
-        log::warn!("a thread to remove a fork: {error}");
-    }
-}
-
 fn remove_slowly(dir: &Path, stays: bool) -> std::io::Result<()> {
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         entries => entries?,
     };
     for entry in entries {
-        let path = entry?.path();
-        let file = match fs::File::options().write(true).open(&path) {
-            // It is removed twice at once where the record went meanwhile.
-            Err(error) if error.kind() == ErrorKind::NotFound => continue,
-            file => file?,
-        };
-        let mut len = file.metadata()?.len();
-        while len > STEP {
-            len -= STEP;
-            file.set_len(len)?;
-        }
-        unless_gone(fs::remove_file(&path))?;
+        // It is removed twice at once where the record went meanwhile.
+        sys::unless_gone(sys::remove_slowly(&entry?.path()))?;
     }
     match stays {
         true => Ok(()),
-        false => unless_gone(fs::remove_dir(dir)),
-    }
-}
-
-fn unless_gone(result: std::io::Result<()>) -> std::io::Result<()> {
-    match result {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        result => result,
+        false => sys::unless_gone(fs::remove_dir(dir)),
     }
 }

@@ -292,6 +292,25 @@ impl Content {
         out
     }
 
+    /// Returns the byte of the spool from which on bytes `[from, to)` lie in a row, if they do.
+    pub fn in_spool(&self, from: u64, to: u64) -> Option<u64> {
+        let (first, end) = (from / PAGE, pages(to));
+        let (mut start, mut next) = (None, first);
+        for extent in self.extents.within(first, end) {
+            let Origin::Spool { at, .. } = extent.origin else {
+                return None;
+            };
+            let start = *start.get_or_insert(at);
+            if extent.page != next || at != start + (next - first) {
+                return None;
+            }
+            next = extent.end();
+        }
+        start
+            .filter(|_| next == end)
+            .map(|at| at * PAGE + from % PAGE)
+    }
+
     fn gap(&self, from: u64, to: u64, out: &mut Vec<Piece>) {
         let base_end = to.min(self.base_pages).max(from);
         if from < base_end {
@@ -363,6 +382,20 @@ mod tests {
             content.extents.iter().collect::<Vec<_>>(),
             [spool(0, 1000, 100)]
         );
+    }
+
+    #[test]
+    fn bytes_lie_in_a_row_where_their_pages_do() {
+        let mut content = Content::of_base(2 * PAGE);
+        for extent in [spool(1, 4, 100), spool(5, 2, 104), spool(7, 2, 200)] {
+            content.put(extent);
+        }
+        content.extents.disown(5, 6);
+        assert_eq!(content.in_spool(PAGE + 5, 7 * PAGE), Some(100 * PAGE + 5));
+        assert_eq!(content.in_spool(7 * PAGE, 9 * PAGE - 1), Some(200 * PAGE));
+        for (from, to) in [(6 * PAGE, 8 * PAGE), (0, 2 * PAGE), (8 * PAGE, 10 * PAGE)] {
+            assert_eq!(content.in_spool(from, to), None, "{from} to {to}");
+        }
     }
 
     #[test]

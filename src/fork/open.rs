@@ -106,6 +106,12 @@ impl Fork {
         }
         *fork.log.lock() = replayed.map_err(log_error)?;
         let layers = fork.layers.read();
+        if fork.spool.is_kept() {
+            // A commit that was cut off, or was in doubt, may have made a version of what lies there.
+            for cell in layers.live.inodes.values() {
+                cell.state.write().content.extents.disown(0, u64::MAX);
+            }
+        }
         let extents = layers.live.inodes.values().flat_map(|cell| {
             cell.state
                 .read()
@@ -114,7 +120,7 @@ impl Fork {
                 .iter()
                 .collect::<Vec<Extent>>()
         });
-        fork.spool.adopt(extents);
+        fork.spool.adopt(extents)?;
         let mut created = 0;
         for cell in layers.live.inodes.values() {
             let inode = cell.state.read();
@@ -163,6 +169,7 @@ impl Fork {
             has_links: AtomicBool::new(origin.has_links),
             ingested: AtomicU64::new(0),
             looked_at: AtomicU64::new(0),
+            hashed: Mutex::default(),
             damage: OnceLock::new(),
             started: Instant::now(),
         })

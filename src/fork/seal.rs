@@ -11,7 +11,7 @@ use super::error::FsError;
 use super::exclude::{self, Split};
 use super::log::{self, Request};
 use super::table::{Cell, Edit, Inode, Name, Table};
-use super::{Fork, Gate, Layers, Private, Root, view};
+use super::{Fork, Gate, Hashed, Layers, Private, Root, view};
 use crate::record::Ino;
 use crate::store::{LeftOut, Step};
 use crate::tree::NodeId;
@@ -204,6 +204,7 @@ impl Fork {
 
     /// Forgets what was ingested ahead of the next commit, which has to do it again.
     pub fn forget_ingested(&self) {
+        *self.hashed.lock() = Hashed::default();
         let layers = self.layers.read();
         for cell in layers.tables().flat_map(|table| table.inodes.values()) {
             cell.state.write().ingested = None;
@@ -228,6 +229,7 @@ impl Fork {
         };
         layers.root = super::root(&self.store, root);
         layers.in_doubt = false;
+        *self.hashed.lock() = Hashed::default();
         *self.private.lock() = private;
         self.log.lock().begins_here();
         let mut gone = Vec::new();

@@ -7,12 +7,14 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-use super::extent::{Extent, Origin, PAGE};
+use super::extent::{Extent, Origin, PAGE, pages};
+use crate::chunk::Place;
 
 /// Freed room is given back to the disk in runs of at least this many pages (1 MiB).
 const PUNCH_PAGES: u64 = 256;
@@ -23,6 +25,10 @@ const FREE_SCAN: usize = 32;
 pub struct Spool {
     file: File,
     rooms: Mutex<Rooms>,
+    /// A store has it, or may have: no byte that it has is taken away.
+    kept: AtomicBool,
+    /// It could not be brought to the disk. The system says so only once.
+    failed: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -50,10 +56,40 @@ impl Spool {
             .create(true)
             .truncate(false)
             .open(path)?;
+        // A commit that was cut off may have given it a second name.
+        let kept = file.metadata()?.nlink() > 1;
         Ok(Spool {
             file,
             rooms: Mutex::default(),
+            kept: AtomicBool::new(kept),
+            failed: AtomicBool::new(false),
         })
+    }
+
+    /// Whether a version may have some of it.
+    pub fn is_kept(&self) -> bool {
+        self.kept.load(Ordering::Acquire)
+    }
+
+    /// Brings everything to the disk, and takes nothing away any more: some of it is to stay.
+    pub fn keep(&self) -> io::Result<()> {
+        self.kept.store(true, Ordering::Release);
+        let done = match self.failed.load(Ordering::Acquire) {
+            true => Err(io::Error::other("an earlier write to the disk failed")),
+            false => self.file.sync_data(),
+        };
+        self.failed.fetch_or(done.is_err(), Ordering::AcqRel);
+        done
+    }
+
+    /// Takes that back: no version has, or ever will have, any of it.
+    pub fn unkeep(&self) {
+        self.kept.store(false, Ordering::Release);
+    }
+
+    /// Begins to bring to the disk what is not there yet, without waiting for it.
+    pub fn write_back(&self) -> io::Result<()> {
+        crate::sys::begin_writeback(&self.file)
     }
 
     /// Writes at byte `offset` of the spool.
@@ -113,6 +149,15 @@ impl Spool {
         }
     }
 
+    /// Never lets go what lies there: a version may have it.
+    pub fn pin(&self, places: impl IntoIterator<Item = Place>) {
+        let mut rooms = self.rooms.lock();
+        for place in places {
+            let (first, end) = (place.offset / PAGE, pages(place.offset + place.len));
+            rooms.share(first, end - first);
+        }
+    }
+
     /// Takes an owner from everything these extents name; what has none left is free.
     pub fn release(&self, extents: impl IntoIterator<Item = Extent>) {
         let mut rooms = self.rooms.lock();
@@ -125,8 +170,11 @@ impl Spool {
         }
     }
 
-    /// Gives everything back to the disk. Nobody may name any of it any more.
+    /// Gives everything back to the disk, unless a store keeps some of it. No fork may name any of it any more.
     pub fn clear(&self) -> io::Result<()> {
+        if self.is_kept() {
+            return Ok(());
+        }
         *self.rooms.lock() = Rooms::default();
         self.file.set_len(0)
     }
@@ -137,8 +185,8 @@ impl Spool {
         (rooms.live + rooms.reserved) * PAGE
     }
 
-    /// Takes over the room that live extents name after a restart; all other room is free.
-    pub fn adopt(&self, extents: impl IntoIterator<Item = Extent>) {
+    /// Takes over the room that live extents name after a restart; all other room is free, unless a version may have some of it.
+    pub fn adopt(&self, extents: impl IntoIterator<Item = Extent>) -> io::Result<()> {
         let mut owners: BTreeMap<u64, i64> = BTreeMap::new();
         let mut rooms = Rooms::default();
         for extent in extents {
@@ -151,28 +199,35 @@ impl Spool {
                 Origin::Hole { reserved: false } | Origin::Base { .. } => {}
             }
         }
+        // What a version may have is never let go.
+        let pinned = i64::from(self.is_kept());
         let (mut count, mut from) = (0_i64, 0);
         for (at, change) in owners {
             if at > from {
-                match count {
-                    0 => rooms.add_free(from, at - from),
+                match count + pinned.min(count) {
+                    0 if pinned == 0 => rooms.add_free(from, at - from),
+                    0 => {}
                     1 => rooms.live += at - from,
-                    _ => {
+                    owners => {
                         rooms.live += at - from;
-                        rooms.shared.insert(from, (at - from, count as u32));
+                        rooms.shared.insert(from, (at - from, owners as u32));
                     }
                 }
             }
             count += change;
             from = at;
         }
-        rooms.end = from;
+        rooms.end = match self.is_kept() {
+            true => from.max(pages(self.file.metadata()?.len())),
+            false => from,
+        };
         *self.rooms.lock() = rooms;
+        Ok(())
     }
 
     /// Gives the disk back the blocks of long free runs. Called from the background, never by a request.
     pub fn punch(&self) -> io::Result<()> {
-        loop {
+        while !self.is_kept() {
             let mut rooms = self.rooms.lock();
             let Some((at, pages)) = rooms.unpunched.pop() else {
                 return Ok(());
@@ -193,6 +248,7 @@ impl Spool {
             self.rooms.lock().insert_free(at, pages);
             result?;
         }
+        Ok(())
     }
 }
 
@@ -329,7 +385,9 @@ mod tests {
     #[test]
     fn after_a_restart_only_what_live_extents_name_is_taken() {
         let (_dir, spool) = spool();
-        spool.adopt([extent(4, 4), extent(6, 4), extent(20, 1)]);
+        spool
+            .adopt([extent(4, 4), extent(6, 4), extent(20, 1)])
+            .unwrap();
         assert_eq!(spool.charged(), 7 * PAGE);
         assert_eq!(spool.allocate(10, 0), 10);
         assert_eq!(spool.allocate(4, 0), 0);

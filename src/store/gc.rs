@@ -2,15 +2,18 @@
 
 use std::collections::HashMap;
 use std::ffi::OsString;
-use std::fs::{DirEntry, Metadata};
+use std::fs::Metadata;
+use std::sync::atomic::Ordering;
 
 use rocksdb::{ColumnFamily, DB, IteratorMode, ReadOptions, properties};
 use serde::Serialize;
 
-use super::settle::is_settled;
+use super::settle::{is_settled, place};
+use super::spools::Parts;
 use super::write::LEAST_ROOM;
 use super::{
-    NodeId, Prefixes, Step, Store, StoreError, Target, family, free_space, prefix_of, stored_len,
+    NodeId, Prefixes, Step, Store, StoreError, Target, family, files_of, free_space, prefix_of,
+    stored_len,
 };
 use crate::chunk::ChunkId;
 use crate::record;
@@ -117,6 +120,8 @@ impl Store {
             // Before anything is marked: what a write that failed has done comes to light here.
             self.heal()?;
         }
+        // Those that are published from now on may have parts that the sweep does not come across.
+        let spools = self.known_spools()?;
         let (mut nodes, mut chunks) = (Prefixes::new(), Prefixes::new());
         let mut all = roots();
         all.extend(self.leases.lock().keys());
@@ -146,11 +151,21 @@ impl Store {
             dry_run,
             ..GcReport::default()
         };
+        let mut parts = HashMap::new();
+        let reopened = self.reopened.load(Ordering::Acquire);
         for (target, marked) in [(Target::Nodes, &nodes), (Target::Sizes, &chunks)] {
-            self.sweep(target, marked, &mut report)?;
+            self.sweep(target, marked, &mut report, &mut parts)?;
             self.reach(Step::Swept)?;
         }
         if !dry_run {
+            if !spools.is_empty() {
+                // What was deleted stays deleted: nobody finds it again and relies on it.
+                self.flush()?;
+            }
+            // What the sweep came across may have gone with a database that was opened again.
+            if reopened == self.reopened.load(Ordering::Acquire) {
+                self.trim_spools(&spools, parts)?;
+            }
             // An earlier one may have been cut off before it gave anything back.
             let removed = report.removed_nodes + report.removed_chunks > 0;
             if removed || self.has_deletions()? || self.has_much_replaced() {
@@ -214,12 +229,13 @@ impl Store {
         Ok(())
     }
 
-    /// Deletes what is not marked, a batch of keys at a time, so that memory stays bounded.
+    /// Deletes what is not marked, a batch of keys at a time, so that memory stays bounded. Notes what the rest names of kept spools.
     fn sweep(
         &self,
         target: Target,
         marked: &Prefixes,
         report: &mut GcReport,
+        parts: &mut HashMap<u64, Parts>,
     ) -> Result<(), StoreError> {
         let mut from: Vec<u8> = Vec::new();
         loop {
@@ -256,6 +272,10 @@ impl Store {
                     }
                 } else {
                     *kept += 1;
+                    if let Some(place) = place(&value) {
+                        let part = (place.offset, place.len);
+                        parts.entry(place.spool).or_default().push(part);
+                    }
                 }
             }
         }
@@ -411,30 +431,23 @@ impl Store {
             let number = name.to_str()?.strip_suffix(".blob")?.parse().ok()?;
             Some((number, meta.len()))
         };
-        let mut files: Vec<(u64, u64)> =
-            self.database_files().into_iter().filter_map(file).collect();
+        let all = files_of(&self.dir.join("db")).into_iter();
+        let mut files: Vec<(u64, u64)> = all.filter_map(file).collect();
         files.sort_unstable();
         files
     }
 
-    /// What the database takes on disk, with the room that it took ahead for its WAL.
+    /// What the database takes on disk, with the room that it took ahead for its WAL, and what lies beside it.
     pub fn disk_bytes(&self) -> u64 {
         use std::os::unix::fs::MetadataExt;
-        let files = self.database_files().into_iter();
+        let files = ["db", "spools"].map(|folder| files_of(&self.dir.join(folder)));
+        let files = files.iter().flatten();
         files.map(|(_, meta)| meta.blocks() * 512).sum()
     }
 
     /// Bytes of the files in which stored chunks lie.
     pub(super) fn blob_bytes(&self) -> u64 {
         self.blob_files().iter().map(|(_, bytes)| bytes).sum()
-    }
-
-    fn database_files(&self) -> Vec<(OsString, Metadata)> {
-        let Ok(entries) = std::fs::read_dir(self.dir.join("db")) else {
-            return Vec::new();
-        };
-        let file = |entry: DirEntry| Some((entry.file_name(), entry.metadata().ok()?));
-        entries.filter_map(Result::ok).filter_map(file).collect()
     }
 
     /// Counts what the store holds.

@@ -12,10 +12,11 @@ use parking_lot::{Mutex, MutexGuard};
 use rocksdb::{WriteBatch, WriteOptions};
 
 use super::meta::json;
+use super::settle::kept_sizes;
 use super::{
-    Fork, ForkId, Prefixes, Step, Store, StoreError, Target, Version, family, keys, prefix_of,
+    Fork, ForkId, Prefixes, Step, Store, StoreError, Target, Version, family, keys, open, prefix_of,
 };
-use crate::chunk::{self, ChunkId, varint};
+use crate::chunk::{self, ChunkId, Place, varint};
 use crate::tree::{self, Node, NodeId};
 
 /// Content up to this many stored bytes goes into the batch that publishes it.
@@ -134,6 +135,7 @@ pub struct Ingest {
     store: Arc<Store>,
     pending: Mutex<Pending>,
     held: Mutex<Vec<u64>>,
+    kept: Mutex<Kept>,
     new_bytes: AtomicU64,
     /// How often the database had been opened again when content was first written to it without WAL.
     written_after: AtomicU64,
@@ -151,6 +153,25 @@ struct Pending {
     seen: HashSet<[u8; 32]>,
     bytes: usize,
     spilled: bool,
+    /// Chunks that are not in the store, and lie in the spool of the fork.
+    lying: Vec<(ChunkId, Place)>,
+}
+
+/// Chunks that stay in the spool of the fork.
+#[derive(Default)]
+struct Kept {
+    chunks: Vec<(ChunkId, Place)>,
+    /// No other commit may have named anything of that spool.
+    is_first: bool,
+    /// A batch that names them was written, or may have been.
+    is_tried: bool,
+}
+
+impl Kept {
+    /// The spool in which they stay, if there are any.
+    fn spool(&self) -> Option<u64> {
+        self.chunks.first().map(|(_, place)| place.spool)
+    }
 }
 
 impl Store {
@@ -160,6 +181,7 @@ impl Store {
             store: self.clone(),
             pending: Mutex::default(),
             held: Mutex::default(),
+            kept: Mutex::default(),
             new_bytes: AtomicU64::new(0),
             written_after: AtomicU64::new(NOTHING),
         }
@@ -171,10 +193,68 @@ impl Ingest {
     pub fn chunk(&self, raw: &[u8]) -> Result<ChunkId, StoreError> {
         let id = ChunkId::of(raw);
         if self.take(Target::Sizes, &id.0)? {
-            let stored = chunk::pack(raw, LEVEL);
-            self.add(Target::Chunks, id.0, stored, raw.len() as u64)?;
+            self.add_chunk(id, raw)?;
         }
         Ok(id)
+    }
+
+    /// Notes a chunk that lies in a spool, unless the store has it: it is then up to [`Ingest::keep`] or [`Ingest::store`].
+    pub fn lies(&self, id: ChunkId, place: Place) -> Result<(), StoreError> {
+        if self.take(Target::Sizes, &id.0)? {
+            self.pending.lock().lying.push((id, place));
+        }
+        Ok(())
+    }
+
+    /// Bytes of the chunks that lie in a spool.
+    pub fn lying_bytes(&self) -> u64 {
+        let pending = self.pending.lock();
+        pending.lying.iter().map(|(_, place)| place.len).sum()
+    }
+
+    /// Takes the chunks that lie in a spool, for [`Ingest::store`].
+    pub fn take_lying(&self) -> Vec<(ChunkId, Place)> {
+        std::mem::take(&mut self.pending.lock().lying)
+    }
+
+    /// Stores one of [`Ingest::take_lying`].
+    ///
+    /// # Errors
+    /// `Corrupt` if these are not its bytes; what the disk answered.
+    pub fn store(&self, id: ChunkId, raw: &[u8]) -> Result<(), StoreError> {
+        if ChunkId::of(raw) != id {
+            return Err(StoreError::Corrupt {
+                what: "the spool of the fork".into(),
+            });
+        }
+        self.add_chunk(id, raw)
+    }
+
+    fn add_chunk(&self, id: ChunkId, raw: &[u8]) -> Result<(), StoreError> {
+        let stored = chunk::pack(raw, LEVEL);
+        self.add(Target::Chunks, id.0, stored, raw.len() as u64)
+    }
+
+    /// Lets the chunks that lie in a spool stay there: it is on the disk, and has the name under which it is kept. `is_first`: no
+    /// other commit may have named anything of it.
+    pub fn keep(&self, is_first: bool) {
+        let chunks = self.take_lying();
+        let bytes = chunks.iter().map(|(_, place)| place.len).sum();
+        self.new_bytes.fetch_add(bytes, Ordering::Relaxed);
+        *self.kept.lock() = Kept {
+            chunks,
+            is_first,
+            is_tried: false,
+        };
+    }
+
+    /// Where chunks were to stay in the spool of the fork, and whether some version may have them there, if not this commit's then
+    /// an earlier one's; none if they were to stay nowhere.
+    pub fn kept(&self) -> Option<(Vec<Place>, bool)> {
+        let kept = self.kept.lock();
+        let places = kept.chunks.iter().map(|(_, place)| *place).collect();
+        let may_be_named = kept.is_tried || !kept.is_first;
+        kept.spool().map(|_| (places, may_be_named))
     }
 
     /// Stores a node, unless it is there.
@@ -360,6 +440,14 @@ impl Store {
             return Err(StoreError::Lost);
         }
         let _serial = self.changing(&self.publishing)?;
+        let mut format = None;
+        for ingest in ingests {
+            let kept = ingest.kept.lock();
+            if let Some(spool) = kept.spool() {
+                format = Some(self.raise_format(&mut batch, open::SPOOLS)?);
+                self.put_kept(&mut batch, spool, &kept.chunks)?;
+            }
+        }
         let mut versions = publish.versions;
         let mut heads: HashMap<u64, super::Volume> = HashMap::new();
         for version in &mut versions {
@@ -417,8 +505,39 @@ impl Store {
         }
         self.reach(Step::Publishing)?;
         let is_done = || self.is_published(&versions, publish.forks.iter().chain(&more));
+        for ingest in ingests {
+            ingest.kept.lock().is_tried = true;
+        }
         self.write_certainly(batch, is_done)?;
+        for ingest in ingests {
+            let kept = ingest.kept.lock();
+            let part = |(_, place): &(ChunkId, Place)| (place.offset, place.len);
+            if let Some(spool) = kept.spool() {
+                let all = || kept.chunks.iter().map(part).collect();
+                self.note_parts(spool, kept.is_first.then(all));
+            }
+        }
+        if let Some(format) = format
+            && let Err(error) = self.say_format(format)
+        {
+            // The database says it, and the next start says it again.
+            log::warn!("the format of the store is not said beside it: {error}");
+        }
         Ok(versions)
+    }
+
+    /// Names chunks where they stay.
+    fn put_kept(
+        &self,
+        batch: &mut WriteBatch,
+        spool: u64,
+        chunks: &[(ChunkId, Place)],
+    ) -> Result<(), StoreError> {
+        for (id, place) in chunks {
+            self.put(batch, Target::Chunks, &id.0, &place.stored())?;
+            self.put(batch, Target::Sizes, &id.0, &kept_sizes(*place))?;
+        }
+        self.put(batch, Target::Meta, &keys::one(keys::SPOOL, spool), &[])
     }
 
     /// Whether a batch that makes versions and changes forks is in the database, all of it as any of it.

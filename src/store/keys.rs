@@ -10,6 +10,7 @@
 //! 'd' ‖ volume id ‖ number    the version was set aside as damaged (why)
 //! 'p' ‖ volume id ‖ number    the version is pinned
 //! 'f' ‖ fork id               fork record (JSON)
+//! 's' ‖ fork id               the spool of that fork is kept (nothing)
 //! 'z' ‖ dictionary id         what small chunks are packed with, as a stored value
 //! 'l' ‖ fork id ‖ number      inode numbers that a fork took since its last commit: how many, u64
 //! 'u' ‖ first number          free inode numbers: how many, u64
@@ -28,6 +29,7 @@ pub const PIN: u8 = b'p';
 pub const FORK: u8 = b'f';
 pub const LEASE: u8 = b'l';
 pub const FREE: u8 = b'u';
+pub const SPOOL: u8 = b's';
 pub const DICTIONARY: u8 = b'z';
 
 /// Returns the key of a record named by one number.

@@ -11,6 +11,7 @@ use rocksdb::{
 };
 
 use super::ahead::Misses;
+use super::spools::Spools;
 #[cfg(test)]
 use super::steps;
 use super::{
@@ -20,15 +21,20 @@ use super::{
 use crate::{chunk, tree};
 
 /// The newest format that this program writes; a store of a newer one is refused.
-pub(super) const FORMAT: u32 = 2;
-/// The format of a store that has no dictionary.
+pub(super) const FORMAT: u32 = SPOOLS;
+/// The format of a store without anything of what follows.
 const FIRST_FORMAT: u32 = 1;
+/// The first one that has dictionaries.
+pub(super) const DICTIONARIES: u32 = 2;
+/// The first one that has kept spools.
+pub(super) const SPOOLS: u32 = 3;
 /// What may lie in the folder of a store that has no database yet.
-const OURS: [&str; 8] = [
+const OURS: [&str; 9] = [
     "lock",
     "log",
     "db",
     "forks",
+    "spools",
     "state",
     "mnt",
     "forkvol.sock",
@@ -57,7 +63,7 @@ impl Store {
             }
             Err(fs::TryLockError::Error(error)) => return Err(io(&lock_path)(error)),
         }
-        for folder in ["forks", "log"] {
+        for folder in ["forks", "log", "spools"] {
             let folder = dir.join(folder);
             fs::create_dir_all(&folder).map_err(io(&folder))?;
         }
@@ -83,6 +89,7 @@ impl Store {
             settling: Mutex::default(),
             compacting: Mutex::default(),
             misses: Misses::default(),
+            spools: Spools::default(),
             #[cfg(test)]
             steps: steps::Steps::default(),
             _lock: lock,
@@ -134,11 +141,29 @@ impl Store {
         lock_file(&dir.join("lock")).map(drop)
     }
 
+    fn format(&self) -> Result<Option<u32>, StoreError> {
+        let Some(bytes) = self.meta(keys::FORMAT)? else {
+            return Ok(None);
+        };
+        let found = bytes.as_slice().try_into().map(u32::from_be_bytes);
+        found.map(Some).map_err(|_| corrupt("the format version"))
+    }
+
+    /// Raises the format in a batch that brings what it has and older ones have not, if it is not as high; returns what is to be
+    /// said of it then.
+    pub(super) fn raise_format(
+        &self,
+        batch: &mut WriteBatch,
+        least: u32,
+    ) -> Result<u32, StoreError> {
+        let format = self.format()?.unwrap_or(FIRST_FORMAT).max(least);
+        self.put(batch, Target::Meta, keys::FORMAT, &format.to_be_bytes())?;
+        Ok(format)
+    }
+
     fn check_format(&self, had_db: bool) -> Result<(), StoreError> {
-        let format = match self.meta(keys::FORMAT)? {
-            Some(bytes) => {
-                let found = bytes.as_slice().try_into().map(u32::from_be_bytes);
-                let found = found.map_err(|_| corrupt("the format version"))?;
+        let format = match self.format()? {
+            Some(found) => {
                 if found > FORMAT {
                     return Err(StoreError::Newer {
                         dir: self.dir.clone(),

@@ -10,8 +10,8 @@ use rocksdb::{DB, WriteBatch, WriteOptions};
 use serde::{Deserialize, Serialize};
 
 use super::meta::json;
-use super::{FORMAT, Step, Store, StoreError, Target, family, keys, prefix_of, stored_len};
-use crate::chunk::{self, ChunkId, Dictionary, Packer, varint};
+use super::{Step, Store, StoreError, Target, family, keys, open, prefix_of, stored_len};
+use crate::chunk::{self, ChunkId, Dictionary, Packer, Place, varint};
 
 /// From the end of a round to the beginning of the next: nanoseconds.
 const DAY: i64 = 86_400 * 1_000_000_000;
@@ -27,6 +27,8 @@ const DICTIONARIES: u64 = 16;
 /// What the index says of a chunk beside its sizes; nothing of one that is fresh.
 const SEEN: u8 = 1;
 const SETTLED: u8 = 2;
+/// It lies in a kept spool, where that follows: nothing makes it smaller.
+const KEPT: u8 = 3;
 
 /// What settling did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
@@ -81,6 +83,21 @@ fn state(sizes: &[u8]) -> Option<u8> {
 /// Whether the index says of a chunk that it is as small as it gets.
 pub(super) fn is_settled(sizes: &[u8]) -> bool {
     state(sizes) == Some(SETTLED)
+}
+
+/// What the index says of a chunk in a kept spool.
+pub(super) fn kept_sizes(place: Place) -> Vec<u8> {
+    let mut out = sizes(place.len, place.len, KEPT);
+    place.put(&mut out);
+    out
+}
+
+/// Where the index says that a chunk lies, if that is a kept spool.
+pub(super) fn place(sizes: &[u8]) -> Option<Place> {
+    let mut rest = sizes;
+    let len = varint::take(&mut rest)?;
+    varint::take(&mut rest)?;
+    Place::take(rest.strip_prefix(&[KEPT])?, len)
 }
 
 fn sizes(raw: u64, stored: u64, state: u8) -> Vec<u8> {
@@ -227,23 +244,27 @@ impl Store {
         sizes: &[u8],
         stored: Option<&[u8]>,
     ) -> Result<bool, StoreError> {
-        let _shard = self.hands.lock(prefix_of(&id.0));
-        let same = self.with(|db| {
-            let now = db.get_pinned_cf(family(db, Target::Sizes)?, id.0)?;
-            Ok(now.is_some_and(|now| *now == *was))
-        })?;
-        if !same {
-            return Ok(false);
-        }
-        let mut batch = WriteBatch::default();
-        self.put(&mut batch, Target::Sizes, &id.0, sizes)?;
-        if let Some(stored) = stored {
-            self.put(&mut batch, Target::Chunks, &id.0, stored)?;
-        }
-        let mut options = WriteOptions::default();
-        options.disable_wal(true);
-        self.write(batch, &options)?;
-        Ok(true)
+        // A publish puts entries under the first of these locks alone.
+        crate::sys::at_normal_priority(|| {
+            let _serial = self.changing(&self.publishing)?;
+            let _shard = self.hands.lock(prefix_of(&id.0));
+            let same = self.with(|db| {
+                let now = db.get_pinned_cf(family(db, Target::Sizes)?, id.0)?;
+                Ok(now.is_some_and(|now| *now == *was))
+            })?;
+            if !same {
+                return Ok(false);
+            }
+            let mut batch = WriteBatch::default();
+            self.put(&mut batch, Target::Sizes, &id.0, sizes)?;
+            if let Some(stored) = stored {
+                self.put(&mut batch, Target::Chunks, &id.0, stored)?;
+            }
+            let mut options = WriteOptions::default();
+            options.disable_wal(true);
+            self.write(batch, &options)?;
+            Ok(true)
+        })
     }
 
     pub(super) fn rounds(&self) -> Result<Rounds, StoreError> {
@@ -375,12 +396,13 @@ impl Store {
     /// Keeps a dictionary for good: on the disk, with the format that has them, before any chunk names it.
     fn put_dictionary(&self, new: Dictionary) -> Result<Arc<Dictionary>, StoreError> {
         let key = keys::one(keys::DICTIONARY, new.id());
+        let _serial = self.changing(&self.publishing)?;
         let mut batch = WriteBatch::default();
         let meta = Target::Meta;
         self.put(&mut batch, meta, &key, &chunk::pack(new.bytes(), 19))?;
-        self.put(&mut batch, meta, keys::FORMAT, &FORMAT.to_be_bytes())?;
+        let format = self.raise_format(&mut batch, open::DICTIONARIES)?;
         self.write_synced(batch)?;
-        self.say_format(FORMAT)?;
+        self.say_format(format)?;
         let new = Arc::new(new);
         self.dictionaries.lock().insert(new.id(), new.clone());
         Ok(new)

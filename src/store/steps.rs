@@ -45,6 +45,10 @@ steps! {
     Swept,
     /// A gc has compacted one family.
     Compacted,
+    /// The spool of a fork has the name under which it stays.
+    SpoolKept,
+    /// A spool of which no chunk names anything is gone, and its record still there.
+    SpoolRemoved,
     /// A chunk was compressed anew, and not put in the old one's place yet.
     Repacked,
     /// A new fork has its folder and no record.
@@ -205,6 +209,8 @@ mod watch {
         /// files count, then the others, of which none goes meanwhile: so nothing is in the copy without what was written
         /// before it.
         pub fn copy_as_it_lies(&self, to: &Path) {
+            // No spool goes meanwhile that the WAL may name.
+            let _stay = self.hold_spools();
             let (from, to_db) = (self.dir().join("db"), to.join("db"));
             fs::create_dir_all(&to_db).unwrap();
             self.with(|db| Ok(db.disable_file_deletions()?)).unwrap();
@@ -220,7 +226,7 @@ mod watch {
                 }
             }
             self.with(|db| Ok(db.enable_file_deletions()?)).unwrap();
-            for folder in ["forks", "log"] {
+            for folder in ["spools", "forks", "log"] {
                 copy_folder(&self.dir().join(folder), &to.join(folder));
             }
             copy_file(&self.dir().join("state"), &to.join("state"));

@@ -15,6 +15,8 @@ use super::*;
 const KILLS: usize = 10;
 const WORKERS: usize = 3;
 const LARGEST: u64 = 60_000;
+/// Of what nothing makes smaller: enough that a commit keeps it where it was written.
+const DENSE: usize = 9 << 20;
 
 struct Random(u64);
 
@@ -173,7 +175,11 @@ impl Worker {
                 5..=7 if !self.keep(cli, &id, killed) => return,
                 5..=7 => drop(done[1].fetch_add(1, Ordering::Relaxed)),
                 8 => {
-                    if !self.change("count") || !self.write_some() {
+                    let dense = self.random.below(3) == 0;
+                    if !self.change("count")
+                        || !self.write_some()
+                        || (dense && !(self.change("dense") && self.change("dense")))
+                    {
                         return;
                     }
                     let output = cli.call(&["commit", &id]);
@@ -246,6 +252,13 @@ impl Worker {
                 self.count += 1;
                 *bytes = Arc::new(self.count.to_le_bytes().to_vec());
                 open().and_then(|file| file.write_all_at(&self.count.to_le_bytes(), 0))
+            }
+            Some(bytes) if name == "dense" => {
+                let mut data = vec![0; DENSE];
+                data.fill_with(|| random.below(256) as u8);
+                write = Some((name.into(), 0, DENSE));
+                *bytes = Arc::new(data);
+                open().and_then(|file| file.write_all_at(bytes, 0))
             }
             Some(bytes) => match random.below(9) {
                 0..=3 => {

@@ -165,9 +165,28 @@ fn what_was_ingested_ahead_and_lost_is_ingested_again() {
 }
 
 #[test]
+fn what_was_ingested_ahead_of_a_commit_that_failed_is_in_the_next_one() {
+    for keep in [false, true] {
+        let bench = Bench::new();
+        let id = bench.fork("v");
+        put(&bench.fs(id), "file", &noise(90_000, 7));
+        ingest_ahead(&bench, id);
+        bench.engine().store.steps.fill(true);
+        bench.engine().commit(vec![id], request(keep)).unwrap_err();
+        let live = bench.engine().live(id).unwrap();
+        bench.engine().move_to_private_root(&live).unwrap_err();
+        bench.engine().store.steps.fill(false);
+        assert_eq!(bench.commit(id, keep), Some(1));
+        check(&bench);
+        let found = get(&bench.fs(bench.fork("v")), "file");
+        assert!(found == Some(noise(90_000, 7)));
+    }
+}
+
+#[test]
 fn a_file_that_grows_is_ingested_meanwhile_and_only_the_rest_is_left_for_the_commit() {
     const GROWN: usize = 32 << 20;
-    let bench = Bench::new();
+    let bench = Bench::copying();
     let id = bench.fork("v");
     let fs = bench.fs(id);
     let bytes = noise(2 * GROWN + 5000, 13);

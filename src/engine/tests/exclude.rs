@@ -261,7 +261,7 @@ fn ingest_ahead_of_a_commit_asks_for_every_name_of_a_file() {
 /// > next gc.
 #[test]
 fn what_was_ingested_ahead_and_then_excluded_is_in_no_version_and_goes_with_the_next_gc() {
-    let bench = Bench::new();
+    let bench = Bench::copying();
     let id = excluding(&bench, "v", &["*.key"]);
     let fs = bench.fs(id);
     put(&fs, "plain", &noise(100_000, 1));

@@ -37,6 +37,7 @@ pub(super) fn bench_on(store: &Path, retention: &Policy) -> Bench {
         place: "store".into(),
         // So that each run reaches the same steps as often.
         threads: 1,
+        bulk: LITTLE,
     };
     bench.reopen();
     bench
@@ -171,6 +172,10 @@ const PUBLISH: &[Step] = &[Writing, Written, Synced, Gathered, Publishing];
 const COMMIT: &[Step] = &[
     Writing, Written, Synced, Taken, Gathered, Publishing, Sealed, Ingested, Ending, Aside,
 ];
+const KEEPS: &[Step] = &[
+    Writing, Written, Synced, Taken, Gathered, Publishing, SpoolKept, Sealed, Ingested, Ending,
+    Aside,
+];
 const LARGE: &[Step] = &[
     Writing, Written, Synced, Flushing, Flushed, Taken, Spilling, Gathered, Publishing, Sealed,
     Ingested, Ending, Aside,
@@ -191,6 +196,16 @@ const GOES_ON: &[Step] = &[
 ];
 const GC: &[Step] = &[
     Writing, Written, Flushing, Flushed, Marked, Swept, Compacted,
+];
+const GC_OF_SPOOLS: &[Step] = &[
+    Writing,
+    Written,
+    Flushing,
+    Flushed,
+    Marked,
+    Swept,
+    Compacted,
+    SpoolRemoved,
 ];
 const SETTLING: &[Step] = &[
     Writing, Written, Synced, Flushing, Flushed, Compacted, Repacked,
@@ -343,7 +358,7 @@ pub(super) fn some_of(count: usize, seed: &mut u64) -> Vec<usize> {
     some
 }
 
-/// In the end there is a folder for each fork and no other.
+/// In the end there is a folder for each fork and no other, and no spool that nobody has.
 pub(super) fn no_strays(bench: &Bench) {
     let forks = bench.engine().forks().unwrap();
     let mut expected: Vec<String> = forks.into_iter().map(|fork| fork.id).collect();
@@ -354,7 +369,7 @@ pub(super) fn no_strays(bench: &Bench) {
         let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
         let mut names: Vec<String> = names.collect();
         names.sort();
-        if names == expected {
+        if names == expected && bench.engine().store.stray_spools().is_empty() {
             return;
         }
         assert!(Instant::now() < until, "{names:?} for {expected:?}");
@@ -412,10 +427,20 @@ operations! {
     a_large_commit: Operation {
         furnish: |bench| {
             let fs = bench.fs(fork_of(bench, "v").unwrap());
-            put(&fs, "large", &noise(14 << 20, 77));
+            // It can be made smaller, so it is copied.
+            put(&fs, "large", &codes(14 << 20, 77));
         },
         act: |bench| commit_of(bench, &["v"], false),
         reaches: LARGE,
+        ..PLAIN
+    },
+    a_commit_that_keeps_the_spool: Operation {
+        furnish: |bench| {
+            let fs = bench.fs(fork_of(bench, "v").unwrap());
+            put(&fs, "dense", &noise(700_000, 78));
+        },
+        act: |bench| commit_of(bench, &["v", "w"], false),
+        reaches: KEEPS,
         ..PLAIN
     },
     a_commit_of_a_fork_that_goes_on: Operation {
@@ -466,6 +491,24 @@ operations! {
         act: |bench| bench.engine().gc(false).map(drop),
         again: true,
         reaches: GC,
+        ..PLAIN
+    },
+    a_gc_of_spools: Operation {
+        furnish: |bench| {
+            for (volume, seed) in [("shared", 100), ("stays", 100), ("goes", 200)] {
+                let id = bench.fork(volume);
+                let fs = bench.fs(id);
+                put(&fs, "dense", &noise(300_000, seed));
+                put(&fs, volume, &noise(200_000, seed + volume.len() as u64));
+                bench.commit(id, false);
+            }
+            for volume in ["shared", "goes"] {
+                bench.engine().remove_volume(volume, false).unwrap();
+            }
+        },
+        act: |bench| bench.engine().gc(false).map(drop),
+        again: true,
+        reaches: GC_OF_SPOOLS,
         ..PLAIN
     },
     a_settling: Operation {

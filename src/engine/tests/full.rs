@@ -39,7 +39,7 @@ fn a_commit_whose_content_went_with_the_database_is_made_all_the_same() {
     for keep in [false, true] {
         for at in [Step::Ingested, Step::Spilling] {
             println!("keep {keep}, lost at {at:?}");
-            let mut bench = Bench::new();
+            let mut bench = Bench::copying();
             let id = large_fork(&bench);
             lose_at(&bench, at, 1);
             assert_eq!(bench.commit(id, keep), Some(1));
@@ -61,7 +61,7 @@ fn a_commit_whose_content_went_with_the_database_is_made_all_the_same() {
 #[test]
 fn a_commit_that_loses_its_content_again_and_again_is_refused_and_its_fork_goes_on() {
     for keep in [false, true] {
-        let bench = Bench::new();
+        let bench = Bench::copying();
         let id = large_fork(&bench);
         lose_at(&bench, Step::Ingested, usize::MAX);
         let error = bench.engine().commit(vec![id], request(keep)).unwrap_err();

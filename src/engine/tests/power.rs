@@ -5,7 +5,7 @@
 //! copy is made by another thread at a random moment, the WAL first (see `Store::copy_as_it_lies`). Then each segment is cut to a
 //! random length between what was noted before the copy began and what it has, or what lies behind that is overwritten with zeros
 //! or noise, as on a filesystem that had made the file longer and not written its blocks. Of forks nothing is synced: their files
-//! are cut anywhere, and their records are of another boot. The other files of the database are left as they are: RocksDB syncs
+//! are cut anywhere, and their records are of another boot. Spools that are kept are on the disk before the WAL names them. The other files of the database are left as they are: RocksDB syncs
 //! them before the manifest names them, and ignores those that it does not name. One thread writes, so that nothing comes between
 //! a sync and its note.
 
@@ -100,20 +100,25 @@ fn commit_and_cut(seed: u64) {
             }
         });
         let writing = Until(&over);
-        let id = bench.fork("v");
-        let fs = bench.fs(id);
+        let mut id = bench.fork("v");
         let mut number = 0;
         let enough = || examined.load(Ordering::Acquire) >= COPIES || copier.is_finished();
         while number < COMMITS || !enough() {
             number += 1;
             let name = format!("f{}", number % FILES);
+            let fs = bench.fs(id);
             if number > FILES {
                 fs.unlink(ME, ROOT, name.as_bytes()).unwrap();
             }
             put(&fs, &name, &content(seed, number));
             begun.store(number, Ordering::Release);
-            assert_eq!(bench.commit(id, true), Some(number));
+            // The spools of those that end are kept.
+            let keep = number % 3 > 0;
+            assert_eq!(bench.commit(id, keep), Some(number));
             returned.store(number, Ordering::Release);
+            if !keep {
+                id = bench.fork("v");
+            }
             if number % 7 == 0 {
                 let garbage = bench.fork("garbage");
                 put(&bench.fs(garbage), "f", &content(seed, number + 1));
@@ -173,6 +178,7 @@ fn examine(moment: Moment, seed: u64) {
         retention: Policy::new(None, Some(0)),
         place: ".".into(),
         threads: 1,
+        bulk: LITTLE,
     };
     bench.reopen();
     check(&bench);
