@@ -55,6 +55,14 @@ pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
     check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, length) }).map(drop)
 }
 
+/// Takes room of the disk for `[offset, offset + length)`, whatever the length of the file, which stays as it is.
+pub fn take_room(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    let (offset, length) = (to_off(offset)?, to_off(length)?);
+    // SAFETY: the descriptor is open for the length of the call; no memory is passed.
+    check(unsafe { libc::fallocate(file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, offset, length) })
+        .map(drop)
+}
+
 /// A file is cut down in steps of this size before it is unlinked, so that the disk is never held for long.
 const STEP: u64 = 64 << 20;
 

@@ -2,6 +2,7 @@
 //!
 //! A record is appended with one write(2) before its mutation is answered, unsynced: it survives the end of the daemon, not of
 //! the machine. A short append is cut off again before the next one, for everything behind a torn record would be lost.
+//! The disk's room for the next records is taken ahead, so that files can be removed from a fork when the disk is full.
 //!
 //! ```text
 //! segment   "FVLOG\0\0\x01" ‖ fork id (u64 LE) ‖ number (u64 LE) ‖ record*
@@ -23,6 +24,8 @@ const HEADER: u64 = 24;
 const BODY_MAX: usize = 16 << 20;
 /// What is logged as several records is begun anew in the next one behind this.
 const BODY_FULL: usize = 1 << 20;
+/// Room that is taken ahead at a time, in bytes: the second half is there for some thousand removals on a full disk.
+const ROOM: u64 = 256 << 10;
 
 /// Names a request of the kernel: the number of the session and the kernel's own number; (0, 0) for the daemon's own edits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -39,6 +42,8 @@ pub struct Log {
     file: File,
     /// Where the next record goes; what lies behind is not part of the log.
     end: u64,
+    /// Up to where the disk has room for this segment.
+    room: u64,
     /// Bytes of records in the segments before this one that are still needed.
     before: u64,
     /// A failed append could not be cut off: nothing may be appended any more.
@@ -78,16 +83,24 @@ impl Log {
             fs::remove_file(&path)?;
             return Err(error);
         }
-        Ok(Log {
+        Ok(Log::at(dir, fork, number, file, HEADER, 0))
+    }
+
+    /// Goes on at `end` of a segment.
+    fn at(dir: &Path, fork: u64, number: u64, file: File, end: u64, before: u64) -> Log {
+        let mut log = Log {
             dir: dir.into(),
             fork,
             number,
             file,
-            end: HEADER,
-            before: 0,
+            end,
+            room: end,
+            before,
             broken: false,
             buffer: Vec::new(),
-        })
+        };
+        log.want_room();
+        log
     }
 
     /// Replays all segments from `first` on through `apply`, cuts a torn last record off, and goes on behind it.
@@ -118,18 +131,8 @@ impl Log {
             if last {
                 let io = |e| LogError::Io(path.clone(), e);
                 let file = File::options().write(true).open(&path).map_err(io)?;
-                file.set_len(end).map_err(io)?;
-                let dir = dir.into();
-                return Ok(Log {
-                    dir,
-                    fork,
-                    number,
-                    file,
-                    end,
-                    before,
-                    broken: false,
-                    buffer: Vec::new(),
-                });
+                cut(&file, end).map_err(io)?;
+                return Ok(Log::at(dir, fork, number, file, end, before));
             }
             before += end - HEADER;
             number += 1;
@@ -204,16 +207,26 @@ impl Log {
         match self.file.write_at(&self.buffer, self.end) {
             Ok(n) if n == self.buffer.len() => {
                 self.end += n as u64;
+                self.want_room();
                 Ok(())
             }
             result => {
-                if self.file.set_len(self.end).is_err() {
+                if cut(&self.file, self.end).is_err() {
                     self.broken = true;
                 }
                 Err(result
                     .err()
                     .unwrap_or_else(|| io::ErrorKind::StorageFull.into()))
             }
+        }
+    }
+
+    /// Takes room ahead when half of it is gone. Without it the log goes on for as long as the disk has some.
+    fn want_room(&mut self) {
+        if self.room < self.end + ROOM / 2
+            && crate::sys::take_room(&self.file, self.end, ROOM).is_ok()
+        {
+            self.room = self.end + ROOM;
         }
     }
 
@@ -238,6 +251,14 @@ impl Log {
     /// Notes that the segments before the one that is written are not needed any more.
     pub fn begins_here(&mut self) {
         self.before = 0;
+    }
+}
+
+/// Cuts off what lies behind `end`. A file that ends there is left alone, for it would lose its room ahead.
+fn cut(file: &File, end: u64) -> io::Result<()> {
+    match file.metadata()?.len() == end {
+        true => Ok(()),
+        false => file.set_len(end),
     }
 }
 

@@ -129,6 +129,8 @@ fn on_a_full_disk_nothing_is_lost_and_work_goes_on_when_there_is_room() {
         forkvol fork v m2 > id2
         pid=$(forkvol daemon status --json | grep -o '"pid":[0-9]*')
         echo mine > m2/x
+        mkdir m2/many
+        (cd m2/many && touch $(seq 500))
         fallocate -l $(($(df --output=avail -B1 store | tail -1) - 75000000)) store/filler
         # Bytes that are copied, for an eighth of them goes.
         head -c 60000000 /dev/urandom | LC_ALL=C tr '\200-\377' '\000-\177' > m/big
@@ -144,7 +146,10 @@ fn on_a_full_disk_nothing_is_lost_and_work_goes_on_when_there_is_room() {
         echo "reads and deletes"
         [ "$(sum m/big)" = "$big" ] && [ "$(forkvol cat v:old | md5sum)" = "$old" ] && [ "$(sum m/old)" = "$old" ]
         cat m2/x
-        rm m2/x
+        cat /dev/zero 2> err > store/rest || tail -c 24 err
+        rm -r m2/x m2/many
+        ls m2
+        rm store/rest
         forkvol log v --json | grep -o '"number":[0-9]*'
         forkvol check | grep -o ' 0 problems'
         forkvol abandon "$(cat id2)" | wc -l
@@ -175,6 +180,9 @@ fn on_a_full_disk_nothing_is_lost_and_work_goes_on_when_there_is_room() {
             full,
             ("reads", &[]),
             ("mine", &[]),
+            ("No", &["space left"]),
+            ("old", &[]),
+            ("z", &[]),
             ("\"number\":1", &[]),
             ("", &["0 problems"]),
             ("1", &[]),

@@ -116,9 +116,9 @@ fn an_append_to_the_log_that_a_full_disk_cut_short_costs_nothing_before_or_behin
     let mut expected = names(&mount);
     disk.fill();
 
-    // Renames take no room but in the log, whose last page still has some.
+    // Renames take no room but in the log, which has some that was taken ahead.
     let mut refused = 0;
-    for round in 0..8 {
+    for round in 0..20 {
         for n in 0..40 {
             let old = expected
                 .iter()

@@ -44,6 +44,25 @@ fn replayed(dir: &Path) -> Result<(Vec<u64>, Log), LogError> {
 }
 
 #[test]
+fn room_for_the_next_records_is_taken_ahead_and_stays_behind_a_restart() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = segment(dir.path(), 1);
+    let has_room = |records: u64| {
+        let metadata = fs::metadata(&path).unwrap();
+        let room = metadata.blocks() * 512 - metadata.len();
+        assert!(room >= ROOM / 2, "{room} bytes behind {records} records");
+        metadata.len()
+    };
+    drop(written(dir.path(), 0));
+    assert_eq!(has_room(0), HEADER);
+    drop(written(dir.path(), 20_000));
+    let len = has_room(20_000);
+    assert_eq!(replayed(dir.path()).unwrap().0.len(), 20_000);
+    assert_eq!(has_room(20_000), len);
+}
+
+#[test]
 fn replay_gives_back_every_record_of_every_segment_in_order() {
     let dir = tempfile::tempdir().unwrap();
     let mut log = written(dir.path(), 3);
