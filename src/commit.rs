@@ -6,6 +6,7 @@
 
 mod ahead;
 mod content;
+mod cut;
 mod ingest;
 
 use std::sync::Arc;
@@ -144,4 +145,23 @@ pub fn charge(ingest: &Ingest, version: NodeId, private: NodeId) -> Result<u64, 
         }
     }
     Ok(bytes)
+}
+
+/// Does some work in so many threads, or here; returns what each came to.
+fn in_threads<T: Send>(threads: usize, work: impl Fn() -> T + Sync) -> Vec<T> {
+    if threads < 2 {
+        return vec![work()];
+    }
+    std::thread::scope(|scope| {
+        let beside = || {
+            crate::sys::step_back();
+            work()
+        };
+        // Not one of them at full priority: whoever asks something of a fork comes first.
+        let all: Vec<_> = (0..threads).map(|_| scope.spawn(beside)).collect();
+        let joined = all.into_iter().map(|thread| thread.join());
+        joined
+            .map(|result| result.expect("a panic ends the process"))
+            .collect()
+    })
 }

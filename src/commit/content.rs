@@ -1,12 +1,8 @@
 //! The content of one file as the tree holds it: by its bytes and holes alone, however it came to have them.
 
-use std::io;
-use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 
-use crossbeam::channel;
-
+use super::cut::Old;
 use crate::chunk::{self, ChunkId, INLINE_MAX, Place, SINGLE_MAX};
 use crate::fork::Fork;
 use crate::fork::error::FsError;
@@ -17,15 +13,12 @@ use crate::record::{Ino, Value};
 use crate::store::Ingest;
 use crate::tree::NodeId;
 
-/// A run of data that is stored by several threads, in bytes.
-const LONG: u64 = 4 << 20;
-
 /// Where the bytes of a file come from, and where its chunks go.
 pub struct Source<'a> {
     pub fork: &'a Fork,
     pub root: NodeId,
     pub ingest: &'a Ingest,
-    /// How many threads store the chunks of a long run.
+    /// How many threads cut a long run.
     pub threads: usize,
     /// Work is given up, with `Interrupted`, as soon as this is not 0.
     pub wanted: Option<&'a AtomicUsize>,
@@ -91,18 +84,18 @@ impl Source<'_> {
 
     pub fn read(&self, ino: Ino, inode: &Inode, from: u64, to: u64) -> Result<Vec<u8>, FsError> {
         let mut bytes = vec![0; (to - from) as usize];
-        self.fork
-            .read_inode(inode, self.root, ino, from, &mut bytes)?;
+        self.read_into(ino, inode, from, &mut bytes)?;
         Ok(bytes)
     }
 
-    fn make_way(&self) -> io::Result<()> {
-        match self.wanted {
-            Some(wanted) if wanted.load(Ordering::Relaxed) > 0 => {
-                Err(io::ErrorKind::Interrupted.into())
-            }
-            _ => Ok(()),
-        }
+    pub fn read_into(
+        &self,
+        ino: Ino,
+        inode: &Inode,
+        from: u64,
+        bytes: &mut [u8],
+    ) -> Result<(), FsError> {
+        self.fork.read_inode(inode, self.root, ino, from, bytes)
     }
 
     fn chunk(&self, ino: Ino, inode: &Inode, from: u64, to: u64) -> Result<(u64, Value), FsError> {
@@ -112,105 +105,8 @@ impl Source<'_> {
         Ok((from, Value::Chunk { len: to - from, id }))
     }
 
-    /// Cuts one run of data, and stores its chunks: those of a long one in several threads.
-    fn cut(
-        &self,
-        ino: Ino,
-        inode: &Inode,
-        run: (u64, u64),
-        old: &Old,
-        out: &mut Vec<(u64, Value)>,
-    ) -> Result<(), FsError> {
-        if self.threads < 2 || run.1 - run.0 < LONG {
-            self.cut_here(ino, inode, run, old, out)
-        } else {
-            self.cut_beside(ino, inode, run, old, out)
-        }
-    }
-
-    fn cut_here(
-        &self,
-        ino: Ino,
-        inode: &Inode,
-        run: (u64, u64),
-        old: &Old,
-        out: &mut Vec<(u64, Value)>,
-    ) -> Result<(), FsError> {
-        self.each_piece(ino, inode, run, old, |at, piece| {
-            let value = match piece {
-                Piece::Known(value) => value,
-                Piece::New(bytes, range) => self.stored(inode, at, &bytes[range])?,
-            };
-            out.push((at, value));
-            Ok(())
-        })
-    }
-
-    /// Cuts in this thread; others store the chunks meanwhile.
-    fn cut_beside(
-        &self,
-        ino: Ino,
-        inode: &Inode,
-        run: (u64, u64),
-        old: &Old,
-        out: &mut Vec<(u64, Value)>,
-    ) -> Result<(), FsError> {
-        let mut found: Vec<(u64, Option<Value>)> = Vec::new();
-        let (pieces, work) = channel::bounded::<Unstored>(self.threads);
-        let stored = std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..self.threads)
-                .map(|_| {
-                    let work = work.clone();
-                    scope.spawn(move || -> Result<Vec<(usize, Value)>, FsError> {
-                        crate::sys::step_back();
-                        let store = |piece: Unstored| {
-                            let bytes = &piece.bytes[piece.range];
-                            Ok((piece.index, self.stored(inode, piece.at, bytes)?))
-                        };
-                        work.into_iter().map(store).collect()
-                    })
-                })
-                .collect();
-            // Whoever sends must see when all workers have failed.
-            drop(work);
-            let cut = self.each_piece(ino, inode, run, old, |at, piece| {
-                let value = match piece {
-                    Piece::Known(value) => Some(value),
-                    Piece::New(bytes, range) => {
-                        let index = found.len();
-                        let sent = pieces.send(Unstored {
-                            index,
-                            at,
-                            bytes,
-                            range,
-                        });
-                        sent.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
-                        None
-                    }
-                };
-                found.push((at, value));
-                Ok(())
-            });
-            drop(pieces);
-            let mut stored = Vec::new();
-            for worker in workers {
-                stored.extend(worker.join().expect("a panic ends the process")?);
-            }
-            cut.map(|()| stored)
-        })?;
-        for (index, value) in stored {
-            found[index].1 = Some(value);
-        }
-        out.extend(
-            found
-                .into_iter()
-                .filter_map(|(at, value)| Some((at, value?))),
-        );
-        Ok(())
-    }
-
     /// Stores a piece of a long file, or leaves it where it lies.
-    fn stored(&self, inode: &Inode, at: u64, bytes: &[u8]) -> Result<Value, FsError> {
+    pub(super) fn stored(&self, inode: &Inode, at: u64, bytes: &[u8]) -> Result<Value, FsError> {
         let len = bytes.len() as u64;
         let place = match self.dense {
             Dense::Store => None,
@@ -258,139 +154,9 @@ impl Source<'_> {
     }
 
     /// Notes progress of a commit; what is done ahead is none.
-    fn note(&self, len: u64) {
+    pub(super) fn note(&self, len: u64) {
         if self.wanted.is_none() {
             self.fork.note_ingested(len);
         }
-    }
-
-    /// Goes through one run of data, piece by piece.
-    fn each_piece(
-        &self,
-        ino: Ino,
-        inode: &Inode,
-        (from, to): (u64, u64),
-        old: &Old,
-        mut each: impl FnMut(u64, Piece) -> Result<(), FsError>,
-    ) -> Result<(), FsError> {
-        let mut at = from;
-        let mut buffer = Arc::new(Vec::new());
-        let mut start = at;
-        while at < to {
-            self.make_way()?;
-            if let Some(value) = old.at(at, to) {
-                if old.of_fork {
-                    self.again(ino, inode, at, &value)?;
-                    self.note(value.len());
-                }
-                let here = at;
-                at += value.len();
-                each(here, Piece::Known(value))?;
-                continue;
-            }
-            let used = (at - start) as usize;
-            let want = ((to - at) as usize).min(chunk::MAX + 1);
-            if used > buffer.len() || buffer.len() - used < want {
-                let end = to.min(at + 4 * chunk::MAX as u64);
-                buffer = Arc::new(self.read(ino, inode, at, end)?);
-                start = at;
-            }
-            let skip = (at - start) as usize;
-            let rest = &buffer[skip..];
-            let at_end = start + buffer.len() as u64 == to;
-            let len = chunk::first_cut(rest, at_end).expect("enough bytes were read to decide");
-            each(at, Piece::New(buffer.clone(), skip..skip + len))?;
-            at += len as u64;
-        }
-        Ok(())
-    }
-}
-
-/// A piece of a run of data.
-enum Piece {
-    /// What was there before, and was not touched.
-    Known(Value),
-    /// Bytes that are to be stored: so much of a buffer.
-    New(Arc<Vec<u8>>, Range<usize>),
-}
-
-/// A new piece on its way to a thread that stores it.
-struct Unstored {
-    /// Its place among all pieces of the run.
-    index: usize,
-    /// Its offset in the file.
-    at: u64,
-    bytes: Arc<Vec<u8>>,
-    range: Range<usize>,
-}
-
-/// The chunks that a file had before, and what was changed under them.
-#[derive(Default)]
-struct Old {
-    /// What the fork itself wrote, and not the base.
-    of_fork: bool,
-    values: Vec<(u64, Value)>,
-    /// Changed ranges of bytes, in order.
-    dirty: Vec<(u64, u64)>,
-}
-
-impl Old {
-    /// What the base has, and the fork changed.
-    fn of_base(
-        source: &Source<'_>,
-        ino: Ino,
-        inode: &Inode,
-        base_size: u64,
-    ) -> Result<Old, FsError> {
-        let values = view::base_content(&source.fork.store, source.root, ino, 0, base_size)?;
-        let mut dirty: Vec<(u64, u64)> = inode
-            .content
-            .extents
-            .iter()
-            .map(|e| (e.page * PAGE, e.end() * PAGE))
-            .collect();
-        let kept = (inode.content.base_pages * PAGE)
-            .min(inode.attr.size)
-            .min(base_size);
-        dirty.push((kept, u64::MAX));
-        dirty.sort_unstable();
-        Ok(Old {
-            of_fork: false,
-            values,
-            dirty,
-        })
-    }
-
-    /// What was ingested ahead, and is unchanged up to a byte.
-    fn begun((ingested, unchanged): (&Ingested, u64)) -> Old {
-        let values = ingested.values.clone().unwrap_or_default();
-        let dirty = vec![(unchanged, u64::MAX)];
-        Old {
-            of_fork: true,
-            values,
-            dirty,
-        }
-    }
-
-    /// Returns the chunk that began here before, if cutting anew would give it again: its bytes and the one behind it, by which
-    /// the cut was decided, are the same, and it ends the run now if and only if it did then.
-    fn at(&self, at: u64, run_end: u64) -> Option<Value> {
-        let index = self
-            .values
-            .binary_search_by_key(&at, |(offset, _)| *offset)
-            .ok()?;
-        let value = &self.values[index].1;
-        let end = at + value.len();
-        let ended_run = self
-            .values
-            .get(index + 1)
-            .is_none_or(|(next, _)| *next != end);
-        if end > run_end || (end == run_end) != ended_run {
-            return None;
-        }
-        let seen = if end == run_end { end } else { end + 1 };
-        let next = self.dirty.partition_point(|(_, to)| *to <= at);
-        let touched = self.dirty.get(next).is_some_and(|(from, _)| *from < seen);
-        (!touched).then(|| value.clone())
     }
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crossbeam::channel;
 
 use super::content::{Dense, Source};
+use super::in_threads;
 use crate::chunk::INLINE_MAX;
 use crate::fork::error::FsError;
 use crate::fork::extent::{PAGE, pages};
@@ -14,7 +15,6 @@ use crate::fork::table::{Cell, Table};
 use crate::fork::{Fork, Sealed, view};
 use crate::record::{self, Kind, Value};
 use crate::store::{Ingest, Store, StoreError, Totals};
-use crate::sys;
 use crate::tree::{self, Edit, Node, NodeId};
 
 /// Inodes that a thread takes at a time.
@@ -73,25 +73,6 @@ pub fn run(
     all.sort_by(|a, b| a.0.cmp(&b.0));
     let root = apply(&fork.store, sealed.root.id, all, ingest, threads)?;
     Ok((root, totals))
-}
-
-/// Does some work in so many threads, or here; returns what each came to.
-fn in_threads<T: Send>(threads: usize, work: impl Fn() -> T + Sync) -> Vec<T> {
-    if threads < 2 {
-        return vec![work()];
-    }
-    std::thread::scope(|scope| {
-        let beside = || {
-            sys::step_back();
-            work()
-        };
-        // Not one of them at full priority: whoever asks something of a fork comes first.
-        let all: Vec<_> = (0..threads).map(|_| scope.spawn(beside)).collect();
-        let joined = all.into_iter().map(|thread| thread.join());
-        joined
-            .map(|result| result.expect("a panic ends the process"))
-            .collect()
-    })
 }
 
 /// Lets what was only noted of a sealed fork's spool stay there, if that is much and most of the spool, or stores it. `ends`: the
