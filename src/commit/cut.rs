@@ -145,7 +145,9 @@ impl Cutter<'_> {
 
     /// Returns where a chunk most likely begins first, at or behind `from`.
     fn first_behind(&mut self, from: u64) -> Result<u64, FsError> {
-        let mut at = from.saturating_sub(BEFORE).max(self.run.0);
+        let least = from.saturating_sub(BEFORE).max(self.run.0);
+        // Where a chunk began before one most likely does now, and nothing is to be read.
+        let mut at = self.old.last_until(from).map_or(least, |at| at.max(least));
         while at < from {
             at += match self.piece(at)? {
                 Piece::Known(value) => value.len(),
@@ -249,6 +251,12 @@ impl Old {
             values,
             dirty,
         }
+    }
+
+    /// Where the last chunk began before, at or in front of `at`.
+    fn last_until(&self, at: u64) -> Option<u64> {
+        let behind = self.values.partition_point(|(offset, _)| *offset <= at);
+        Some(self.values[..behind].last()?.0)
     }
 
     /// Returns the chunk that began here before, if cutting anew would give it again: its bytes and the one behind it, by which

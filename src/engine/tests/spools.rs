@@ -389,3 +389,28 @@ fn a_store_is_of_the_format_that_keeps_spools_when_the_first_is_kept() {
     bench.commit(id, false);
     assert_eq!(state(), "format 3\n");
 }
+
+#[test]
+fn a_commit_of_a_small_change_reads_nothing_of_the_rest_of_a_long_file() {
+    let mut bench = Bench::new();
+    bench.threads = 4;
+    bench.reopen();
+    let id = bench.fork("v");
+    let mut bytes = dense(32 << 20, 1);
+    put(&bench.fs(id), "f", &bytes);
+    bench.commit(id, false);
+    let id = bench.fork("v");
+    let fs = bench.fs(id);
+    let ino = fs.lookup(ROOT, b"f").unwrap().unwrap().ino;
+    fs.write(ME, ino, 1 << 20, b"changed", false).unwrap();
+    bytes[1 << 20..][..7].copy_from_slice(b"changed");
+    // Whoever reads behind this fails.
+    let spool = &kept(&bench)[0];
+    let file = fs::File::options().write(true).open(spool).unwrap();
+    let (at, whole) = (4 << 20, fs::read(spool).unwrap());
+    file.write_all_at(&vec![0; whole.len() - at], at as u64)
+        .unwrap();
+    assert_eq!(bench.commit(id, false), Some(2));
+    file.write_all_at(&whole, 0).unwrap();
+    shows(&bench, &[("f", &bytes)]);
+}
