@@ -1,8 +1,9 @@
 //! One run of data becomes chunks; a long one in several threads.
 //!
 //! Where a chunk ends depends on where it begins, so a run is cut from its beginning to its end. But two rows of cuts that began at
-//! different places soon have one in common, and are the same from there on. So each thread cuts a segment of the run, beginning
-//! a little before it, and the rows are joined where they meet: what comes out is what one thread would have found.
+//! different places mostly have one in common soon, and are the same from there on. So each thread cuts a segment of the run,
+//! beginning a little before it, and the rows are joined where they meet. Where they do not, as amid zeros, which are cut by
+//! length alone, what the row should have been is cut again: what comes out is always what one thread would have found.
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,9 +21,12 @@ use crate::record::{Ino, Value};
 
 /// A run of data that several threads cut, in bytes.
 const LONG: u64 = 4 << 20;
-/// Each takes about so much of it at a time.
+/// Each takes no more of it at a time, in bytes.
 const SEGMENT: u64 = 16 << 20;
-/// Cutting begins so long before a segment: some sixteen chunks, of which one is enough as a rule.
+/// So many segments for each thread are cut before they are joined, and the next begin where they end.
+const EACH: usize = 4;
+/// Cutting begins so long before a segment: some sixteen chunks, of which a few are enough as a rule. Segments are as many times
+/// as long, in step with what is cut by length alone from where they begin.
 const BEFORE: u64 = 4 * chunk::MAX as u64;
 /// So much is read at a time.
 const BUFFER: u64 = 4 * chunk::MAX as u64;
@@ -52,47 +56,64 @@ impl Source<'_> {
             buffer: Vec::new(),
             start: run.0,
         };
-        let len = run.1 - run.0;
-        if self.threads < 2 || len < LONG {
+        if self.threads < 2 || run.1 - run.0 < LONG {
             return cutter().cut(run.0, run.1, out);
         }
-        let count = (len / SEGMENT).max(self.threads as u64);
-        // In step with a run without any cut but by length.
-        let step = len.div_ceil(count).next_multiple_of(BEFORE);
-        let count = len.div_ceil(step) as usize;
+        let mut at = run.0;
+        while at < run.1 {
+            let share = (run.1 - at).div_ceil(self.threads as u64);
+            let step = share.min(SEGMENT).next_multiple_of(BEFORE);
+            let count = (run.1 - at).div_ceil(step) as usize;
+            let segments: Vec<(u64, u64)> = (0..count.min(self.threads * EACH) as u64)
+                .map(|index| at + index * step)
+                .map(|from| (from, (from + step).min(run.1)))
+                .collect();
+            let rows = self.cut_all(&segments, cutter)?;
+            let to = segments.last().map_or(run.1, |(_, to)| *to);
+            let mut cutter = cutter();
+            at = join((at, to), rows, out, |at| cutter.value(at))?;
+        }
+        Ok(())
+    }
+
+    /// Cuts segments of a run, each as if it were known where a chunk begins.
+    fn cut_all<'a>(
+        &self,
+        segments: &[(u64, u64)],
+        cutter: impl Fn() -> Cutter<'a> + Sync,
+    ) -> Result<Vec<Row>, FsError> {
         let next = AtomicUsize::new(0);
-        let rows: Mutex<Vec<Row>> = Mutex::new(vec![Row::new(); count]);
+        let rows = Mutex::new(vec![Row::new(); segments.len()]);
         let work = || -> Result<(), FsError> {
             let mut cutter = cutter();
             loop {
                 let index = next.fetch_add(1, Ordering::Relaxed);
-                if index >= count {
+                let Some(&(from, to)) = segments.get(index) else {
                     return Ok(());
-                }
-                let from = run.0 + index as u64 * step;
+                };
                 let mut row = Row::new();
-                let first = cutter.first_behind(from)?;
-                cutter.cut(first, (from + step).min(run.1), &mut row)?;
+                let first = cutter.first_behind(from);
+                let done = first.and_then(|first| cutter.cut(first, to, &mut row));
+                // What one has failed at is no use to the others either.
+                done.inspect_err(|_| next.store(segments.len(), Ordering::Relaxed))?;
                 rows.lock()[index] = row;
             }
         };
-        for done in in_threads(self.threads, work) {
+        for done in in_threads(self.threads.min(segments.len()), work) {
             done?;
         }
-        let mut cutter = cutter();
-        join(run, rows.into_inner(), out, |at| cutter.value(at))
+        Ok(rows.into_inner())
     }
 }
 
 /// Puts rows together that each are right from the first cut on that is one of those before. Where they have none in common,
-/// `again` says what begins there.
+/// `again` says what begins there. Returns where the last chunk ends, which is the one across `to` or in front of it.
 fn join(
-    run: (u64, u64),
+    (mut at, to): (u64, u64),
     rows: Vec<Row>,
     out: &mut Row,
     mut again: impl FnMut(u64) -> Result<Value, FsError>,
-) -> Result<(), FsError> {
-    let mut at = run.0;
+) -> Result<u64, FsError> {
     for (begins, value) in rows.into_iter().flatten() {
         while at < begins {
             at = push(out, at, again(at)?);
@@ -101,10 +122,10 @@ fn join(
             at = push(out, at, value);
         }
     }
-    while at < run.1 {
+    while at < to {
         at = push(out, at, again(at)?);
     }
-    Ok(())
+    Ok(at)
 }
 
 /// Adds the chunk that begins at `at`; returns where it ends.
@@ -146,8 +167,10 @@ impl Cutter<'_> {
     /// Returns where a chunk most likely begins first, at or behind `from`.
     fn first_behind(&mut self, from: u64) -> Result<u64, FsError> {
         let least = from.saturating_sub(BEFORE).max(self.run.0);
-        // Where a chunk began before one most likely does now, and nothing is to be read.
-        let mut at = self.old.last_until(from).map_or(least, |at| at.max(least));
+        // Where a chunk began before that nothing has touched one most likely does now, and nothing is to be read.
+        let old = self.old.last_until(from);
+        let old = old.filter(|at| self.old.at(*at, self.run.1).is_some());
+        let mut at = old.map_or(least, |at| at.max(least));
         while at < from {
             at += match self.piece(at)? {
                 Piece::Known(value) => value.len(),
@@ -325,19 +348,23 @@ mod tests {
             ends in ends(),
             step in 1..60_u64,
             before in 0..20_u64,
+            at_a_time in 1..9_u64,
         ) {
-            let to = ends.len() as u64;
-            let rows = (0..to.div_ceil(step)).map(|index| {
-                let from = index * step;
-                let mut first = from.saturating_sub(before);
-                while first < from {
-                    first += chunk_at(&ends, first).len();
-                }
-                row(&ends, first, (from + step).min(to))
-            });
-            let mut joined = Row::new();
-            join((0, to), rows.collect(), &mut joined, |at| Ok(chunk_at(&ends, at))).unwrap();
-            prop_assert_eq!(joined, row(&ends, 0, to));
+            let all = ends.len() as u64;
+            let (mut at, mut joined) = (0, Row::new());
+            while at < all {
+                let rows = (0..at_a_time).map(|index| {
+                    let from = (at + index * step).min(all);
+                    let mut first = from.saturating_sub(before);
+                    while first < from {
+                        first += chunk_at(&ends, first).len();
+                    }
+                    row(&ends, first, (from + step).min(all))
+                });
+                let to = (at + at_a_time * step).min(all);
+                at = join((at, to), rows.collect(), &mut joined, |at| Ok(chunk_at(&ends, at))).unwrap();
+            }
+            prop_assert_eq!(joined, row(&ends, 0, all));
         }
     }
 }

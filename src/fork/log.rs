@@ -24,8 +24,10 @@ const HEADER: u64 = 24;
 const BODY_MAX: usize = 16 << 20;
 /// What is logged as several records is begun anew in the next one behind this.
 const BODY_FULL: usize = 1 << 20;
-/// Room that is taken ahead at a time, in bytes: the second half is there for some thousand removals on a full disk.
+/// Room that is taken ahead at a time, in bytes. The second half is always there: for a thousand removals on a full disk.
 const ROOM: u64 = 256 << 10;
+/// Where there is none it is asked for again so many bytes later.
+const LATER: u64 = 16 << 10;
 
 /// Names a request of the kernel: the number of the session and the kernel's own number; (0, 0) for the daemon's own edits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -42,8 +44,8 @@ pub struct Log {
     file: File,
     /// Where the next record goes; what lies behind is not part of the log.
     end: u64,
-    /// Up to where the disk has room for this segment.
-    room: u64,
+    /// When it ends here room is to be taken.
+    want_at: u64,
     /// Bytes of records in the segments before this one that are still needed.
     before: u64,
     /// A failed append could not be cut off: nothing may be appended any more.
@@ -94,7 +96,7 @@ impl Log {
             number,
             file,
             end,
-            room: end,
+            want_at: end,
             before,
             broken: false,
             buffer: Vec::new(),
@@ -214,6 +216,8 @@ impl Log {
                 if cut(&self.file, self.end).is_err() {
                     self.broken = true;
                 }
+                self.want_at = self.end;
+                self.want_room();
                 Err(result
                     .err()
                     .unwrap_or_else(|| io::ErrorKind::StorageFull.into()))
@@ -223,17 +227,25 @@ impl Log {
 
     /// Takes room ahead when half of it is gone. Without it the log goes on for as long as the disk has some.
     fn want_room(&mut self) {
-        if self.room < self.end + ROOM / 2
-            && crate::sys::take_room(&self.file, self.end, ROOM).is_ok()
-        {
-            self.room = self.end + ROOM;
+        if self.end < self.want_at {
+            return;
         }
+        self.want_at = match crate::sys::take_room(&self.file, self.end, ROOM) {
+            Ok(()) => self.end + ROOM / 2,
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => u64::MAX,
+            Err(_) => self.end + LATER,
+        };
     }
 
     /// Begins the next segment and returns its number.
     pub fn next_segment(&mut self) -> io::Result<u64> {
         let mut next = Log::create(&self.dir, self.fork, self.number + 1)?;
         next.before = self.len();
+        // Nothing comes behind the end of this one any more: what it has there may be what the next one lacks.
+        if self.file.set_len(self.end).is_ok() {
+            next.want_at = next.end;
+            next.want_room();
+        }
         *self = next;
         Ok(self.number)
     }

@@ -2,7 +2,9 @@
 
 use super::model::Random;
 use super::*;
+use crate::fork::view;
 use crate::fs::Allocate;
+use crate::record::Value;
 use crate::store::Step;
 
 #[test]
@@ -318,6 +320,13 @@ fn whatever_becomes_of_a_file_that_was_ingested_ahead_the_version_has_it_as_it_i
     assert!(brought < 200_000, "{brought} bytes were cut otherwise");
 }
 
+/// The content values of the file `f` in the newest version.
+fn values_of(bench: &Bench, volume: &str) -> Vec<(u64, Value)> {
+    let fs = bench.fs(bench.fork(volume));
+    let ino = fs.lookup(ROOT, b"f").unwrap().unwrap().ino;
+    view::base_content(&fs.fork.store, fs.fork.root().id, ino, 0, 1 << 40).unwrap()
+}
+
 #[test]
 fn a_long_file_is_cut_alike_by_one_thread_and_by_many() {
     let all = noise(24 << 20, 11);
@@ -325,20 +334,57 @@ fn a_long_file_is_cut_alike_by_one_thread_and_by_many() {
     let mut little = vec![0; 24 << 20];
     little[..700_000].copy_from_slice(&noise(700_000, 12));
     little[20 << 20..][..50_000].copy_from_slice(&noise(50_000, 13));
-    for (bytes, least) in [(all, 24 << 20), (little, 750_000)] {
+    for bytes in [all, little] {
         let mut bench = Bench::new();
-        let mut brought = Vec::new();
-        for (threads, name) in [(1, "one"), (4, "many"), (3, "three")] {
+        let mut cut: Vec<Vec<Vec<(u64, Value)>>> = Vec::new();
+        for (threads, volume) in [(1, "one"), (4, "many"), (3, "three")] {
             bench.threads = threads;
             bench.reopen();
-            let id = bench.fork("v");
-            put(&bench.fs(id), name, &bytes);
-            let done = bench.engine().commit(vec![id], request(false)).unwrap();
-            brought.push(done[0].version.as_ref().unwrap().new_bytes);
-            assert_eq!(get(&bench.fs(bench.fork("v")), name), Some(bytes.clone()));
+            let mut seen = Vec::new();
+            let mut committed = |change: &dyn Fn(&Fs, Ino)| {
+                let id = bench.fork(volume);
+                let fs = bench.fs(id);
+                let ino = match fs.lookup(ROOT, b"f").unwrap() {
+                    Some(entry) => entry.ino,
+                    None => put(&fs, "f", b""),
+                };
+                change(&fs, ino);
+                drop(fs);
+                bench.commit(id, false).unwrap();
+                seen.push(values_of(&bench, volume));
+            };
+            let write = |fs: &Fs, ino: Ino, at: u64, bytes: &[u8]| {
+                for (n, part) in bytes.chunks(1 << 20).enumerate() {
+                    let at = at + (n << 20) as u64;
+                    fs.write(ME, ino, at, part, false).unwrap();
+                }
+            };
+            committed(&|fs, ino| write(fs, ino, 0, &bytes));
+            committed(&|fs, ino| {
+                for at in [5_000_000, 12 << 20, 20_000_000] {
+                    write(fs, ino, at, &noise(10_000, at));
+                }
+            });
+            let resize = |fs: &Fs, ino: Ino, size: u64| {
+                let size = SetAttr {
+                    size: Some(size),
+                    ..SetAttr::default()
+                };
+                fs.setattr(ME, ino, size).unwrap();
+            };
+            // A hole, and behind it nothing is where it was before.
+            committed(&|fs, ino| {
+                resize(fs, ino, 9 << 20);
+                write(fs, ino, 10 << 20, &bytes[1_000_000..]);
+            });
+            committed(&|fs, ino| {
+                resize(fs, ino, 0);
+                write(fs, ino, 0, &bytes[123_456..]);
+            });
+            cut.push(seen);
         }
-        assert!(brought[0] > least, "{brought:?}");
-        assert!(brought[1..].iter().all(|n| *n < 100_000), "{brought:?}");
+        assert!(cut[0].iter().all(|values| values.len() > 90));
+        assert!(cut[1..].iter().all(|seen| *seen == cut[0]));
         check(&bench);
     }
 }
