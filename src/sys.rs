@@ -49,18 +49,19 @@ pub fn read_full_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<u
 
 /// Gives the blocks under `[offset, offset + length)` back to the disk; they read as zeros, the file keeps its length.
 pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
-    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    let (offset, length) = (to_off(offset)?, to_off(length)?);
-    // SAFETY: the descriptor is open for the length of the call; no memory is passed.
-    check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, length) }).map(drop)
+    fallocate(file, libc::FALLOC_FL_PUNCH_HOLE, offset, length)
 }
 
 /// Takes room of the disk for `[offset, offset + length)`, whatever the length of the file, which stays as it is.
 pub fn take_room(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    fallocate(file, 0, offset, length)
+}
+
+fn fallocate(file: &File, mode: libc::c_int, offset: u64, length: u64) -> io::Result<()> {
+    let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
     let (offset, length) = (to_off(offset)?, to_off(length)?);
     // SAFETY: the descriptor is open for the length of the call; no memory is passed.
-    check(unsafe { libc::fallocate(file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, offset, length) })
-        .map(drop)
+    check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, length) }).map(drop)
 }
 
 /// A file is cut down in steps of this size before it is unlinked, so that the disk is never held for long.

@@ -74,6 +74,13 @@ pub fn segment(dir: &Path, number: u64) -> PathBuf {
 impl Log {
     /// Begins segment `number` of a fork in `dir`.
     pub fn create(dir: &Path, fork: u64, number: u64) -> io::Result<Log> {
+        let mut log = Log::begin_segment(dir, fork, number)?;
+        log.want_room();
+        Ok(log)
+    }
+
+    /// Begins a segment that has no room ahead yet.
+    fn begin_segment(dir: &Path, fork: u64, number: u64) -> io::Result<Log> {
         let path = segment(dir, number);
         let file = File::options()
             .write(true)
@@ -90,7 +97,7 @@ impl Log {
 
     /// Goes on at `end` of a segment.
     fn at(dir: &Path, fork: u64, number: u64, file: File, end: u64, before: u64) -> Log {
-        let mut log = Log {
+        Log {
             dir: dir.into(),
             fork,
             number,
@@ -100,9 +107,7 @@ impl Log {
             before,
             broken: false,
             buffer: Vec::new(),
-        };
-        log.want_room();
-        log
+        }
     }
 
     /// Replays all segments from `first` on through `apply`, cuts a torn last record off, and goes on behind it.
@@ -134,7 +139,9 @@ impl Log {
                 let io = |e| LogError::Io(path.clone(), e);
                 let file = File::options().write(true).open(&path).map_err(io)?;
                 cut(&file, end).map_err(io)?;
-                return Ok(Log::at(dir, fork, number, file, end, before));
+                let mut log = Log::at(dir, fork, number, file, end, before);
+                log.want_room();
+                return Ok(log);
             }
             before += end - HEADER;
             number += 1;
@@ -239,13 +246,12 @@ impl Log {
 
     /// Begins the next segment and returns its number.
     pub fn next_segment(&mut self) -> io::Result<u64> {
-        let mut next = Log::create(&self.dir, self.fork, self.number + 1)?;
+        let mut next = Log::begin_segment(&self.dir, self.fork, self.number + 1)?;
         next.before = self.len();
-        // Nothing comes behind the end of this one any more: what it has there may be what the next one lacks.
-        if self.file.set_len(self.end).is_ok() {
-            next.want_at = next.end;
-            next.want_room();
-        }
+        // Nothing comes behind the end of this one any more: what it has there may be all that is left. If it stays the next one
+        // goes without.
+        self.file.set_len(self.end).unwrap_or_default();
+        next.want_room();
         *self = next;
         Ok(self.number)
     }

@@ -334,9 +334,10 @@ fn a_long_file_is_cut_alike_by_one_thread_and_by_many() {
     let mut little = vec![0; 24 << 20];
     little[..700_000].copy_from_slice(&noise(700_000, 12));
     little[20 << 20..][..50_000].copy_from_slice(&noise(50_000, 13));
-    for bytes in [all, little] {
+    for (bytes, least) in [(all, 24 << 20), (little, 750_000)] {
         let mut bench = Bench::new();
         let mut cut: Vec<Vec<Vec<(u64, Value)>>> = Vec::new();
+        let mut brought = Vec::new();
         for (threads, volume) in [(1, "one"), (4, "many"), (3, "three")] {
             bench.threads = threads;
             bench.reopen();
@@ -350,8 +351,9 @@ fn a_long_file_is_cut_alike_by_one_thread_and_by_many() {
                 };
                 change(&fs, ino);
                 drop(fs);
-                bench.commit(id, false).unwrap();
+                let done = bench.engine().commit(vec![id], request(false)).unwrap();
                 seen.push(values_of(&bench, volume));
+                done[0].version.as_ref().unwrap().new_bytes
             };
             let write = |fs: &Fs, ino: Ino, at: u64, bytes: &[u8]| {
                 for (n, part) in bytes.chunks(1 << 20).enumerate() {
@@ -359,7 +361,9 @@ fn a_long_file_is_cut_alike_by_one_thread_and_by_many() {
                     fs.write(ME, ino, at, part, false).unwrap();
                 }
             };
-            committed(&|fs, ino| write(fs, ino, 0, &bytes));
+            brought.push(committed(&|fs, ino| write(fs, ino, 0, &bytes)));
+            let found = get(&bench.fs(bench.fork(volume)), "f");
+            assert!(found.as_ref() == Some(&bytes));
             committed(&|fs, ino| {
                 for at in [5_000_000, 12 << 20, 20_000_000] {
                     write(fs, ino, at, &noise(10_000, at));
@@ -383,6 +387,8 @@ fn a_long_file_is_cut_alike_by_one_thread_and_by_many() {
             });
             cut.push(seen);
         }
+        assert!(brought[0] > least, "{brought:?}");
+        assert!(brought[1..].iter().all(|n| *n < 100_000), "{brought:?}");
         assert!(cut[0].iter().all(|values| values.len() > 90));
         assert!(cut[1..].iter().all(|seen| *seen == cut[0]));
         check(&bench);
