@@ -27,12 +27,6 @@ impl Cli {
         assert_eq!(text.lines().count(), 1, "{text}");
         (status.unwrap(), text)
     }
-
-    fn is_unmounted(&self) {
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-        let own = self.dir.path().to_str().unwrap();
-        assert!(!mounts.contains(own), "{mounts}");
-    }
 }
 
 #[test]

@@ -103,6 +103,15 @@ impl Cli {
         u32::try_from(status["pid"].as_u64().unwrap()).unwrap()
     }
 
+    /// Nothing is mounted below its folder.
+    fn is_unmounted(&self) {
+        // Tests beside this one may mount at paths that are no UTF-8.
+        let mounts = fs::read("/proc/self/mounts").unwrap();
+        let mounts = String::from_utf8_lossy(&mounts);
+        let own = self.dir.path().to_str().unwrap();
+        assert!(!mounts.contains(own), "{mounts}");
+    }
+
     fn kill_daemon(&self) {
         self.kill(self.daemon_pid());
     }
