@@ -9,7 +9,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-pub use dictionary::{Dictionary, Packer, SIZE_MAX as DICTIONARY_MAX, SMALL};
+pub use dictionary::{Dictionary, Packer, SAMPLED, SIZE_MAX as DICTIONARY_MAX, SMALL};
 
 use fastcdc::v2020::{FastCDC, Normalization};
 use zstd::bulk::{Compressor, Decompressor};

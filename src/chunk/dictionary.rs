@@ -1,5 +1,5 @@
-//! Dictionaries: what many small values have in common, so that each is stored without it. And the careful compression of values that
-//! stay, with a dictionary or without.
+//! Dictionaries: what many values have in common, so that each is stored without it. And the careful compression of values that stay,
+//! with a dictionary or without.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -9,14 +9,18 @@ use zstd::zstd_safe::{CParameter, DCtx, DDict};
 
 use super::{DICT, PackError, ZSTD, varint};
 
-/// The longest value that is packed with a dictionary: longer ones have enough in common with themselves.
+/// The longest value that a dictionary is made of: of longer ones few samples would do for all of it.
 pub const SMALL: usize = 32 << 10;
-/// The most bytes that a dictionary has.
-pub const SIZE_MAX: usize = 112 << 10;
-/// The zstd level of what stays: read as fast as any other, and made at some 3 MB/s.
-const LEVEL: i32 = 15;
+/// The most bytes that a dictionary has: all readers of a store share one, in a core's cache next to what they unpack.
+pub const SIZE_MAX: usize = 512 << 10;
+/// So many that are useful are found in samples of any size.
+const SIZE_MIN: usize = 112 << 10;
+/// Bytes of samples for each of a dictionary.
+pub const SAMPLED: usize = 28;
+/// The zstd level of what stays: read as fast as any other, and made at some 5 MB/s. Lower ones make little of a large dictionary.
+const LEVEL: i32 = 18;
 
-/// What small values can be packed with. Such a value names it, and is nothing without it.
+/// What values can be packed with. Such a value names it, and is nothing without it.
 pub struct Dictionary {
     id: u64,
     bytes: Vec<u8>,
@@ -38,7 +42,8 @@ impl Dictionary {
 
     /// Makes one of samples that lie in one row; `None` if they have nothing in common.
     pub fn train(id: u64, samples: &[u8], lengths: &[usize]) -> Option<Dictionary> {
-        let bytes = zstd::dict::from_continuous(samples, lengths, SIZE_MAX).ok()?;
+        let size = (samples.len() / SAMPLED).clamp(SIZE_MIN, SIZE_MAX);
+        let bytes = zstd::dict::from_continuous(samples, lengths, size).ok()?;
         Some(Dictionary::new(id, bytes))
     }
 
@@ -67,45 +72,35 @@ impl Dictionary {
 
 /// Packs values that stay.
 pub struct Packer {
-    plain: Compressor<'static>,
-    /// With the id of its dictionary.
-    small: Option<(u64, Compressor<'static>)>,
+    compressor: Compressor<'static>,
+    /// The id of its dictionary.
+    dictionary: Option<u64>,
 }
 
 impl Packer {
-    /// A packer that uses `dictionary` for small values.
+    /// A packer with a dictionary, or without.
     ///
     /// # Errors
     /// zstd has no memory.
     pub fn new(dictionary: Option<&Dictionary>) -> std::io::Result<Packer> {
-        let with = |dictionary: &Dictionary| {
-            let mut small = Compressor::with_dictionary(LEVEL, &dictionary.bytes)?;
-            // The value names it before the payload.
-            small.set_parameter(CParameter::DictIdFlag(false))?;
-            Ok::<_, std::io::Error>((dictionary.id, small))
-        };
+        let bytes = dictionary.map_or(&[][..], |dictionary| &dictionary.bytes);
+        let mut compressor = Compressor::with_dictionary(LEVEL, bytes)?;
+        // The value names it before the payload.
+        compressor.set_parameter(CParameter::DictIdFlag(false))?;
         Ok(Packer {
-            plain: Compressor::new(LEVEL)?,
-            small: dictionary.map(with).transpose()?,
+            compressor,
+            dictionary: dictionary.map(Dictionary::id),
         })
     }
 
     /// Returns a stored form of `raw` that is shorter than `most`, if there is one.
     pub fn pack(&mut self, raw: &[u8], most: usize) -> Option<Vec<u8>> {
-        let small = self.small.as_mut().filter(|_| raw.len() <= SMALL);
-        let (head, packed) = match small {
-            Some((id, small)) => {
-                let mut head = vec![DICT];
-                varint::put(&mut head, raw.len() as u64);
-                varint::put(&mut head, *id);
-                (head, small.compress(raw).ok()?)
-            }
-            None => {
-                let mut head = vec![ZSTD];
-                varint::put(&mut head, raw.len() as u64);
-                (head, self.plain.compress(raw).ok()?)
-            }
-        };
-        (head.len() + packed.len() < most).then(|| [head, packed].concat())
+        let mut out = vec![if self.dictionary.is_some() { DICT } else { ZSTD }];
+        varint::put(&mut out, raw.len() as u64);
+        if let Some(id) = self.dictionary {
+            varint::put(&mut out, id);
+        }
+        out.extend(self.compressor.compress(raw).ok()?);
+        (out.len() < most).then_some(out)
     }
 }

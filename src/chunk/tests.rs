@@ -112,7 +112,7 @@ fn dictionary() -> Dictionary {
 }
 
 #[test]
-fn small_values_are_packed_with_the_dictionary_where_that_is_shorter() {
+fn values_are_packed_with_the_dictionary_where_that_is_shorter() {
     let dictionary = Arc::new(dictionary());
     let mut packer = Packer::new(Some(&dictionary)).unwrap();
     let packed = packer.pack(LIKE_IT, LIKE_IT.len()).unwrap();
@@ -121,9 +121,21 @@ fn small_values_are_packed_with_the_dictionary_where_that_is_shorter() {
     assert_eq!(unpack_with(&packed, 100, find), Ok(LIKE_IT.to_vec()));
     assert_eq!(packer.pack(LIKE_IT, packed.len()), None);
     assert_eq!(packer.pack(&noise(5000, 1), 5000), None);
-    let large = [7].repeat(SMALL + 1);
+    let large = [7].repeat(MAX);
     let packed = packer.pack(&large, 100).unwrap();
+    assert_eq!(unpack_with(&packed, MAX, find), Ok(large.clone()));
+    let packed = Packer::new(None).unwrap().pack(&large, 100).unwrap();
     assert_eq!(unpack(&packed, MAX), Ok(large));
+}
+
+#[test]
+fn a_dictionary_is_as_large_as_its_samples_are_worth() {
+    for (samples, bytes) in [(1 << 20, 112 << 10), (16 << 20, 512 << 10)] {
+        let row = noise(samples, 5);
+        let dictionary = Dictionary::train(1, &row, &vec![4096; samples / 4096]).unwrap();
+        assert_eq!(dictionary.bytes().len(), bytes);
+        assert!(bytes <= DICTIONARY_MAX);
+    }
 }
 
 #[test]

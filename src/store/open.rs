@@ -21,13 +21,13 @@ use super::{
 use crate::{chunk, tree};
 
 /// The newest format that this program writes; a store of a newer one is refused.
-pub(super) const FORMAT: u32 = SPOOLS;
+pub(super) const FORMAT: u32 = LARGE_DICTIONARIES;
 /// The format of a store without anything of what follows.
 const FIRST_FORMAT: u32 = 1;
-/// The first one that has dictionaries.
-pub(super) const DICTIONARIES: u32 = 2;
-/// The first one that has kept spools.
+/// The first one that has kept spools. One below it has dictionaries of up to 112 KiB.
 pub(super) const SPOOLS: u32 = 3;
+/// The first one that has dictionaries of up to 512 KiB.
+pub(super) const LARGE_DICTIONARIES: u32 = 4;
 /// What may lie in the folder of a store that has no database yet.
 const OURS: [&str; 9] = [
     "lock",

@@ -19,8 +19,8 @@ const DAY: i64 = 86_400 * 1_000_000_000;
 const PAGE: usize = 256;
 /// So many small chunks are worth a dictionary.
 const ENOUGH: u64 = 1000;
-/// Raw bytes of the samples of one.
-const SAMPLES: u64 = 14 << 20;
+/// Raw bytes of the samples of the largest one, and of what it is judged by.
+const SAMPLES: u64 = (chunk::DICTIONARY_MAX * chunk::SAMPLED) as u64 * 4 / 3;
 /// Dictionaries are kept as long as the store, so there are not many.
 const DICTIONARIES: u64 = 16;
 
@@ -400,7 +400,7 @@ impl Store {
         let mut batch = WriteBatch::default();
         let meta = Target::Meta;
         self.put(&mut batch, meta, &key, &chunk::pack(new.bytes(), 19))?;
-        let format = self.raise_format(&mut batch, open::DICTIONARIES)?;
+        let format = self.raise_format(&mut batch, open::LARGE_DICTIONARIES)?;
         self.write_synced(batch)?;
         self.say_format(format)?;
         let new = Arc::new(new);

@@ -101,12 +101,12 @@ fn the_room_of_what_was_replaced_is_given_back() {
 
 #[test]
 fn only_a_store_with_a_dictionary_is_of_the_format_that_has_them() {
-    for (small, format) in [(900, 1), (1200, 2)] {
+    for (small, format) in [(900, 1), (1200, 4)] {
         let dir = tempfile::tempdir().unwrap();
         let (store, chunks) = furnished(dir.path(), small);
         all(&store);
         let kept = stored(&store, Target::Meta, &keys::one(keys::DICTIONARY, 1));
-        assert_eq!(kept.is_some(), format == 2);
+        assert_eq!(kept.is_some(), format == 4);
         let said = stored(&store, Target::Meta, keys::FORMAT).unwrap();
         assert_eq!(said, u32::to_be_bytes(format));
         let state = dir.path().join("state");
