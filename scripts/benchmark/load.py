@@ -1,4 +1,5 @@
-"""What is measured beside something else: many forks at once, requests beside a commit, jobs, volumes of many sizes."""
+"""What is measured beside something else: many forks at once, requests beside a commit, jobs, volumes of many sizes, and what a store
+takes that rests."""
 import io
 import os
 import statistics
@@ -16,6 +17,7 @@ P99_RATIO = "p99 of a request beside a commit ÷ alone"
 P99_LIFE_RATIO = "p99 of a small file's life beside a commit ÷ alone"
 ATTACH = "attach of 3 volumes at 6 paths"
 FINISH = "finish of an unchanged job"
+SETTLED = "stored once and settled: on disk ÷ tar|zstd -3"
 
 
 def ten_forks(subject, material, record):
@@ -193,3 +195,13 @@ def sizes(own, record, counts):
             for file in range(10):
                 (path / f"new-{attempt}-{file}").write_text(f"{attempt} {file}\n")
             record(f"commit of 10 new in {count:,} files", own.name, timed(lambda: own.commit(path)))
+
+
+def space(own, material, record):
+    """The packages, once, as they come and when all of them are settled."""
+    packages = f"tar c -C '{material.modules}' ."
+    packed = int(sh(f"{packages} | zstd -3 -q -c | wc -c"))
+    sh(f"{packages} | FORKVOL_STORE='{own.env['FORKVOL_STORE']}' '{BIN}' import packages - >/dev/null")
+    record("stored once: on disk ÷ tar|zstd -3", own.name, own.stored()[1] / packed, "×")
+    record("settling of that", own.name, timed(lambda: own.call("gc", "--settle")))
+    record(SETTLED, own.name, own.stored()[1] / packed, "×")

@@ -44,7 +44,7 @@ GOALS = {
     load.P99_RATIO: [Goal(at_most=3.0)],
     load.ATTACH: [Goal(at_most=0.030)],
     load.FINISH: [Goal(at_most=0.020)],
-    "stored: on disk ÷ tar|zstd -3": [Goal(at_most=1.08)],
+    load.SETTLED: [Goal(at_most=1.08)],
 }
 
 

@@ -257,6 +257,7 @@ pub(super) fn open_db(dir: &Path, opening: Opening) -> Result<DB, StoreError> {
     options.set_max_open_files(256);
     options.set_keep_log_file_num(5);
     options.set_max_log_file_size(2 << 20);
+    options.set_manifest_preallocation_size(64 << 10);
     options.set_log_level(rocksdb::LogLevel::Warn);
     options.set_bytes_per_sync(1 << 20);
     options.set_max_background_jobs(2);
