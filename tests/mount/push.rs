@@ -135,3 +135,26 @@ fn a_walk_of_a_read_only_fork_pushes_nothing_and_a_reader_of_it_looks_nothing_up
     assert_eq!(count(&bench, &mount, "lookup"), 0);
     wait_for_pushes(&bench, &mount, 1);
 }
+
+#[test]
+fn a_reader_of_one_folder_finds_the_first_file_of_the_next_when_he_has_listed_it() {
+    let file = |n: u64| (PathBuf::from(format!("{}/{n}", n / 10)), vec![1; 5000]);
+    let tree: Tree = (0..30).map(file).collect();
+    let bench = bench(&tree);
+    let mount = bench.fork_with("v", |request| request.read_only = true);
+    let list = |folder: &str| -> Vec<PathBuf> {
+        let entries = fs::read_dir(mount.path.join(folder)).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    };
+    for path in list("0") {
+        fs::read(path).unwrap();
+    }
+    for folder in ["1", "2"] {
+        let asked = count(&bench, &mount, "read");
+        let paths = list(folder);
+        assert_eq!(paths.len(), 10);
+        assert_eq!(fs::read(&paths[0]).unwrap(), vec![1; 5000]);
+        assert_eq!(count(&bench, &mount, "read"), asked, "folder {folder}");
+        wait_for_pushes(&bench, &mount, 10);
+    }
+}

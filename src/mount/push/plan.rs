@@ -15,7 +15,7 @@ pub const FIRST: u64 = 256 << 10;
 /// What is pushed on one sign at most.
 pub const MOST: u64 = 4 << 20;
 /// So many folders are taken to be read in full from their first read on, after one that was.
-pub const TRUST: u32 = 8;
+pub const TRUST: u32 = 32;
 /// Files of listings that are remembered: some 2 MiB.
 pub const KEPT: usize = 32_768;
 
@@ -26,11 +26,19 @@ pub struct File {
     pub size: u32,
 }
 
+/// What became of a file.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Listed,
+    Pushed,
+    Read,
+}
+
 /// A folder that was listed.
 #[derive(Default)]
 struct Folder {
-    /// In the order of the listing, each with whether it was read or pushed.
-    files: Vec<(File, bool)>,
+    /// In the order of the listing.
+    files: Vec<(File, State)>,
     was_read: bool,
     /// The size of the last window.
     window: u64,
@@ -42,9 +50,27 @@ impl Folder {
     /// The first file at or behind `at` that was neither read nor pushed; behind the last comes the first.
     fn left(&self, at: usize) -> Option<usize> {
         let (before, behind) = self.files.split_at(at);
-        let is_left = |(_, done): &(File, bool)| !done;
+        let is_left = |(_, state): &(File, State)| *state == State::Listed;
         let found = behind.iter().position(is_left).map(|n| at + n);
         found.or_else(|| before.iter().position(is_left))
+    }
+
+    /// The files of the next window, `room` bytes at most.
+    fn push(&mut self, room: u64) -> Vec<File> {
+        self.window = (self.window * 2).clamp(FIRST, MOST);
+        let mut left = self.window.min(room);
+        let mut pushed = Vec::new();
+        while let Some(at) = self.left(self.end) {
+            let (file, state) = &mut self.files[at];
+            let Some(rest) = left.checked_sub(u64::from(file.size)) else {
+                break;
+            };
+            left = rest;
+            *state = State::Pushed;
+            pushed.push(*file);
+            self.end = at + 1;
+        }
+        pushed
     }
 }
 
@@ -79,7 +105,7 @@ impl Plan {
                 Folder::default()
             });
             place.insert((dir, folder.files.len()));
-            folder.files.push((file, false));
+            folder.files.push((file, State::Listed));
         }
     }
 
@@ -95,6 +121,18 @@ impl Plan {
         true
     }
 
+    /// Notes that all of a folder was listed, and returns what to push: `room` bytes at most.
+    pub fn listed_all(&mut self, dir: Ino, room: u64) -> Vec<File> {
+        match self.folders.get_mut(&dir) {
+            Some(folder) if self.trust > 0 && !folder.was_read => {
+                self.trust -= 1;
+                folder.was_read = true;
+                folder.push(room)
+            }
+            _ => Vec::new(),
+        }
+    }
+
     /// Notes that a file is read from its start, and returns what to push: `room` bytes at most.
     pub fn read(&mut self, ino: Ino, room: u64) -> Vec<File> {
         let place = self.places.get(&ino);
@@ -102,12 +140,12 @@ impl Plan {
         else {
             return Vec::new();
         };
-        if folder.files[at].1 {
+        let goes_on = folder.window == 0 || folder.left(folder.end) == Some(at);
+        let was = std::mem::replace(&mut folder.files[at].1, State::Read);
+        if was != State::Listed {
             return Vec::new();
         }
         let is_first = !std::mem::replace(&mut folder.was_read, true);
-        let goes_on = folder.window == 0 || folder.left(folder.end) == Some(at);
-        folder.files[at].1 = true;
         if is_first {
             if self.trust == 0 {
                 return Vec::new();
@@ -118,21 +156,15 @@ impl Plan {
         } else {
             return Vec::new();
         }
-        folder.window = (folder.window * 2).clamp(FIRST, MOST);
         folder.end = at;
-        let mut left = folder.window.min(room);
-        let mut pushed = Vec::new();
-        while let Some(at) = folder.left(folder.end) {
-            let (file, done) = &mut folder.files[at];
-            let Some(rest) = left.checked_sub(u64::from(file.size)) else {
-                break;
-            };
-            left = rest;
-            *done = true;
-            pushed.push(*file);
-            folder.end = at + 1;
-        }
-        pushed
+        folder.push(room)
+    }
+
+    /// Whether a file that is to be pushed has been read meanwhile.
+    pub fn is_read(&self, ino: Ino) -> bool {
+        let place = self.places.get(&ino);
+        let folder = place.and_then(|(dir, at)| Some(self.folders.get(dir)?.files[*at].1));
+        folder == Some(State::Read)
     }
 
     #[cfg(test)]

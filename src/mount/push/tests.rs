@@ -46,10 +46,17 @@ fn the_second_read_in_a_folder_pushes_the_rest_of_it_whatever_lies_between() {
     }
 }
 
+/// The numbers of what is pushed when all of a folder was listed.
+fn listed_all(plan: &mut Plan, dir: u64) -> Vec<u64> {
+    let pushed = plan.listed_all(Ino(dir), MOST);
+    pushed.iter().map(|file| file.ino.0).collect()
+}
+
 #[test]
 fn a_trusted_reader_gets_so_many_folders_from_their_first_read_on_and_no_more() {
     let mut plan = trusting();
-    for dir in 2..20 {
+    let last = 12 + u64::from(TRUST);
+    for dir in 2..=last {
         plan.listed(Ino(dir), true, files(dir * 100, 3, 1));
         let (first, trusted) = (dir * 100, dir < 2 + u64::from(TRUST));
         let rest = if trusted {
@@ -59,9 +66,42 @@ fn a_trusted_reader_gets_so_many_folders_from_their_first_read_on_and_no_more() 
         };
         assert_eq!(read(&mut plan, first), rest, "folder {dir}");
     }
-    assert_eq!(read(&mut plan, 1901), [1902]);
-    plan.listed(Ino(20), true, files(2000, 3, 1));
-    assert_eq!(read(&mut plan, 2000), [2001, 2002], "it is trusted again");
+    assert_eq!(read(&mut plan, last * 100 + 1), [last * 100 + 2]);
+    plan.listed(Ino(1), true, files(10, 3, 1));
+    assert_eq!(read(&mut plan, 10), [11, 12], "it is trusted again");
+}
+
+#[test]
+fn a_trusted_reader_who_has_listed_a_folder_gets_it_before_it_is_read() {
+    let mut plan = trusting();
+    for dir in 2..12 + u64::from(TRUST) {
+        let (first, trusted) = (dir * 100, dir < 2 + u64::from(TRUST));
+        plan.listed(Ino(dir), true, files(first, 1, 1));
+        plan.listed(Ino(dir), false, files(first + 1, 1, 1));
+        let all = if trusted {
+            vec![first, first + 1]
+        } else {
+            vec![]
+        };
+        assert_eq!(listed_all(&mut plan, dir), all, "folder {dir}");
+        assert_eq!(listed_all(&mut plan, dir), [0; 0], "listed again");
+    }
+    let mut plan = trusting();
+    assert_eq!(listed_all(&mut plan, 1), [0; 0], "is read already");
+    assert_eq!(listed_all(&mut plan, 2), [0; 0], "has no small files");
+    plan.listed(Ino(2), true, files(100, 300, 1 << 10));
+    assert_eq!(listed_all(&mut plan, 2).len(), 256);
+    assert_eq!(read(&mut plan, 356).len(), 43, "the reader goes on");
+}
+
+#[test]
+fn what_was_read_before_its_turn_came_is_known() {
+    let mut plan = trusting();
+    plan.listed(Ino(2), true, files(100, 3, 1));
+    assert_eq!(listed_all(&mut plan, 2), [100, 101, 102]);
+    assert_eq!(read(&mut plan, 101), [0; 0]);
+    let is_read: Vec<bool> = (100..104).map(|ino| plan.is_read(Ino(ino))).collect();
+    assert_eq!(is_read, [false, true, false, false]);
 }
 
 #[test]
