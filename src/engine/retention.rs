@@ -249,9 +249,11 @@ impl Engine {
     pub fn gc(&self, dry_run: bool) -> Result<Collected> {
         let (volumes, versions) = self.retain(now(), self.short_of(), dry_run)?;
         let roots = || {
+            let versions_stay = self.bases.read();
             let lives: Vec<_> = self.forks.lock().values().cloned().collect();
             let forks = lives.iter().filter_map(|live| live.fork.as_ref());
-            forks.flat_map(|fork| fork.roots()).collect()
+            let roots = forks.flat_map(|fork| fork.roots()).collect();
+            (roots, versions_stay)
         };
         let garbage = self.store.gc(dry_run, roots)?;
         if !dry_run {

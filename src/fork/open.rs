@@ -194,6 +194,8 @@ impl Fork {
                 | Edit::Remove { ino } => {
                     self.load(&mut layers, *ino)?;
                 }
+                // The segment before was replayed too: the inode is what was carried already, of which the log may have but a part.
+                Edit::Carry { ino, .. } if layers.live.inodes.contains_key(ino) => continue,
                 Edit::Carry { ino, attr, .. } => {
                     self.load(&mut layers, *ino)?;
                     let before = layers.live.inodes.get(ino).map(|cell| {

@@ -12,8 +12,8 @@ use super::settle::{is_settled, place};
 use super::spools::Parts;
 use super::write::LEAST_ROOM;
 use super::{
-    NodeId, Prefixes, Step, Store, StoreError, Target, family, files_of, free_space, prefix_of,
-    stored_len,
+    NodeId, Prefixes, Step, Store, StoreError, Target, Version, family, files_of, free_space, keys,
+    prefix_of, stored_len,
 };
 use crate::chunk::ChunkId;
 use crate::record;
@@ -92,14 +92,16 @@ fn table_bytes(db: &DB, family: &ColumnFamily) -> Result<u64, StoreError> {
 type Indexed = ([u8; 32], Vec<u8>);
 
 impl Store {
-    /// Removes everything that no version, fork or lease reaches. `roots` are those that only the caller knows of.
+    /// Removes everything that no version, fork or lease reaches. `roots` says those that only the caller knows of, and keeps versions
+    /// from being removed while what it returned beside them lives: what goes from a version to a fork, and from there to another
+    /// version, is seen in one of them.
     ///
     /// # Errors
     /// `Locked` if one runs already; `Ending` if the process is to end; damage met while marking, before anything was removed.
-    pub fn gc(
+    pub fn gc<G>(
         &self,
         dry_run: bool,
-        roots: impl FnOnce() -> Vec<NodeId>,
+        roots: impl FnOnce() -> (Vec<NodeId>, G),
     ) -> Result<GcReport, StoreError> {
         if !self.hands.begin_gc() {
             return Err(StoreError::Locked {
@@ -111,10 +113,10 @@ impl Store {
         result
     }
 
-    fn mark_and_sweep(
+    fn mark_and_sweep<G>(
         &self,
         dry_run: bool,
-        roots: impl FnOnce() -> Vec<NodeId>,
+        roots: impl FnOnce() -> (Vec<NodeId>, G),
     ) -> Result<GcReport, StoreError> {
         if !dry_run {
             // Before anything is marked: what a write that failed has done comes to light here.
@@ -123,21 +125,21 @@ impl Store {
         // Those that are published from now on may have parts that the sweep does not come across.
         let spools = self.known_spools()?;
         let (mut nodes, mut chunks) = (Prefixes::new(), Prefixes::new());
-        let mut all = roots();
+        let (mut all, versions_stay) = roots();
         all.extend(self.leases.lock().keys());
         all.push(tree::empty().0);
+        self.reach(Step::Marking)?;
+        let versions: Vec<Version> = self.records(&[keys::VERSION])?;
+        drop(versions_stay);
         for root in all {
             self.mark(root, &mut nodes, &mut chunks)?;
         }
         let mut damaged = Vec::new();
-        for volume in self.volumes()? {
-            for version in self.versions(volume.id)? {
-                let at = version.at();
-                if self.damage(at)?.is_some() {
-                    damaged.push(version.root);
-                } else {
-                    self.mark(version.root, &mut nodes, &mut chunks)?;
-                }
+        for version in versions {
+            if self.damage(version.at())?.is_some() {
+                damaged.push(version.root);
+            } else {
+                self.mark(version.root, &mut nodes, &mut chunks)?;
             }
         }
         // What a version that was set aside still has is kept. These come last: below a node that is marked all others take

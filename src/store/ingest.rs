@@ -331,14 +331,16 @@ impl Ingest {
         self.written_after.fetch_min(reopened, Ordering::AcqRel);
         let prefixes = || items.iter().map(|(_, id, ..)| prefix_of(id));
         self.store.unflushed.lock().begin_write(prefixes());
-        self.store.reach(Step::Spilling)?;
-        let mut batch = WriteBatch::default();
-        self.store.put_items(&mut batch, &items)?;
-        let mut options = WriteOptions::default();
-        options.disable_wal(true);
-        self.store.write(batch, &options)?;
+        let written = self.store.reach(Step::Spilling).and_then(|()| {
+            let mut batch = WriteBatch::default();
+            self.store.put_items(&mut batch, &items)?;
+            let mut options = WriteOptions::default();
+            options.disable_wal(true);
+            self.store.write(batch, &options)
+        });
+        // However it ended: what it brought is found in the database, and the rest is not.
         self.store.unflushed.lock().end_write(prefixes());
-        Ok(())
+        written
     }
 }
 

@@ -39,6 +39,8 @@ steps! {
     Gathered,
     /// The batch of a publish is whole and about to be written.
     Publishing,
+    /// A gc knows the roots of forks and leases, and not those of versions yet.
+    Marking,
     /// A gc knows what stays.
     Marked,
     /// A gc has swept one family.

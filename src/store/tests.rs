@@ -160,9 +160,9 @@ fn what_is_in_hand_is_never_collected() {
     store
         .publish(std::slice::from_ref(&ingest), Publish::default())
         .unwrap();
-    assert_eq!(store.gc(false, Vec::new).unwrap().removed_chunks, 0);
+    assert_eq!(store.gc(false, no_roots).unwrap().removed_chunks, 0);
     drop(ingest);
-    assert_eq!(store.gc(false, Vec::new).unwrap().removed_chunks, 1);
+    assert_eq!(store.gc(false, no_roots).unwrap().removed_chunks, 1);
     assert!(store.chunk(id).is_err());
 }
 
@@ -244,6 +244,27 @@ fn what_a_write_that_failed_has_done_comes_to_light_before_a_record_is_changed()
 }
 
 #[test]
+fn what_could_not_be_written_ahead_is_written_once_when_there_is_room_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path()).unwrap();
+    let contents: Vec<Vec<u8>> = (1..200).map(|seed| noise(seed).repeat(10)).collect();
+    store.steps.fill(true);
+    let ingest = store.ingest();
+    assert!(contents.iter().any(|bytes| ingest.chunk(bytes).is_err()));
+    drop(ingest);
+    store.steps.fill(false);
+    for is_new in [true, false] {
+        let ingest = Arc::new(store.ingest());
+        for bytes in &contents[..20] {
+            ingest.chunk(bytes).unwrap();
+        }
+        assert_eq!(ingest.new_bytes() > 0, is_new);
+        store.publish(&[ingest], Publish::default()).unwrap();
+        store.flush().unwrap();
+    }
+}
+
+#[test]
 fn content_that_was_lost_with_a_failed_write_is_not_published() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
@@ -314,6 +335,11 @@ fn version_of(store: &Arc<Store>, entries: &[(Vec<u8>, Vec<u8>)]) -> (Version, V
 }
 
 /// A chunk that nothing holds in hand any more.
+/// The caller of a gc knows of nothing that the store does not know.
+fn no_roots() -> (Vec<NodeId>, ()) {
+    (Vec::new(), ())
+}
+
 fn stored_chunk(store: &Arc<Store>, bytes: &[u8]) -> ChunkId {
     let ingest = Arc::new(store.ingest());
     let id = ingest.chunk(bytes).unwrap();
@@ -351,12 +377,12 @@ fn gc_keeps_all_that_can_be_read_of_a_version_that_was_set_aside() {
     }
     store.damage_node(id);
     assert!(
-        store.gc(false, Vec::new).is_err(),
+        store.gc(false, no_roots).is_err(),
         "nobody has set it aside"
     );
     let at = version.at();
     store.set_aside(at, "a node is damaged").unwrap();
-    store.gc(false, Vec::new).unwrap();
+    store.gc(false, no_roots).unwrap();
     for node in nodes {
         assert!(node == id || store.load_node(node).is_ok(), "node {node}");
     }
@@ -371,7 +397,7 @@ fn gc_removes_nothing_when_an_entry_cannot_be_read() {
     let (key, mut value) = content(2, id);
     value[0] = 9;
     version_of(&store, &[(key, value)]);
-    let error = store.gc(false, Vec::new).unwrap_err().to_string();
+    let error = store.gc(false, no_roots).unwrap_err().to_string();
     assert!(error.contains("an entry cannot be read"), "{error}");
     assert!(store.load_chunk(id).is_ok());
     let report = store.check().unwrap();

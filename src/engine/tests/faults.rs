@@ -195,13 +195,14 @@ const GOES_ON: &[Step] = &[
     Trimmed,
 ];
 const GC: &[Step] = &[
-    Writing, Written, Flushing, Flushed, Marked, Swept, Compacted,
+    Writing, Written, Flushing, Flushed, Marking, Marked, Swept, Compacted,
 ];
 const GC_OF_SPOOLS: &[Step] = &[
     Writing,
     Written,
     Flushing,
     Flushed,
+    Marking,
     Marked,
     Swept,
     Compacted,

@@ -1,15 +1,16 @@
-//! A whole gc, and a whole commit of the same content, at every step of a commit: each version is whole all the same.
+//! A whole gc, and a whole commit of the same content, at every step of a commit, and a commit at every step of a gc: each version
+//! is whole all the same.
 
 use super::faults::{bench_on, fork_of, kill, some_of};
 use super::private_root::view;
 use super::*;
 use crate::store::Step;
 
-/// How long a commit waits for what goes on beside it, which may have to wait for the commit.
+/// How long one waits for what goes on beside it, which may have to wait for it.
 const PATIENCE: Duration = Duration::from_millis(200);
 
-/// Commits the fork of `v`, and runs `beside` in another thread when that reaches a step for the `nth` time.
-fn commit_with(bench: &Bench, at: (Step, usize), beside: fn(&Engine)) {
+/// Does something, and runs `beside` in another thread when that reaches a step for the `nth` time.
+fn with(bench: &Bench, at: (Step, usize), beside: fn(&Engine), act: impl FnOnce()) {
     let running = Arc::new(Mutex::new(None));
     let (engine, started) = (bench.engine().clone(), running.clone());
     let count = AtomicUsize::new(0);
@@ -26,7 +27,7 @@ fn commit_with(bench: &Bench, at: (Step, usize), beside: fn(&Engine)) {
         }
         *started.lock() = Some(thread);
     });
-    bench.commit(fork_of(bench, "v").unwrap(), false).unwrap();
+    act();
     let thread: Option<std::thread::JoinHandle<()>> = running.lock().take();
     thread.expect("the step was reached").join().unwrap();
     steps.over();
@@ -66,7 +67,10 @@ fn run(len: usize, beside: fn(&Engine)) {
         for nth in some_of(count, &mut seed) {
             println!("at {step:?}, {nth} of {count}");
             let mut bench = bench_on(&template, &made.retention);
-            commit_with(&bench, (step, nth), beside);
+            let committed = fork_of(&bench, "v").unwrap();
+            with(&bench, (step, nth), beside, || {
+                bench.commit(committed, false).unwrap();
+            });
             check(&bench);
             if let Some(id) = fork_of(&bench, "w") {
                 bench.commit(id, false).unwrap();
@@ -116,4 +120,40 @@ fn a_commit_and_a_gc_at_every_step_of_a_commit_leave_both_versions_whole() {
 #[test]
 fn a_commit_and_a_gc_at_every_step_of_a_large_commit_leave_both_versions_whole() {
     run(4 << 20, commit_and_gc);
+}
+
+/// A fork of one volume becomes the first version of another, and then the first one goes.
+fn move_on(engine: &Engine) {
+    let mut wanted = fork_request("a");
+    wanted.parents = vec!["z".into()];
+    let id: ForkId = engine.fork(wanted).unwrap().id.parse().unwrap();
+    put(&engine.fs_of(id).unwrap(), "small", b"text");
+    engine.commit(vec![id], request(false)).unwrap();
+    engine.remove_volume("z", false).unwrap();
+}
+
+#[test]
+fn what_goes_from_one_volume_to_another_at_any_step_of_a_gc_stays() {
+    for (step, nth) in [
+        (Step::Marking, 1),
+        (Step::Marked, 1),
+        (Step::Swept, 1),
+        (Step::Swept, 2),
+    ] {
+        println!("at {step:?}, {nth}");
+        let bench = Bench::new();
+        let z = bench.fork("z");
+        for n in 0..300 {
+            put(&bench.fs(z), &format!("f{n}"), &noise(2000, 1 + n));
+        }
+        bench.commit(z, false);
+        with(&bench, (step, nth), move_on, || {
+            bench.engine().gc(false).unwrap();
+        });
+        check(&bench);
+        let fs = bench.fs(bench.fork("a"));
+        for n in 0..300 {
+            assert_eq!(get(&fs, &format!("f{n}")), Some(noise(2000, 1 + n)));
+        }
+    }
 }

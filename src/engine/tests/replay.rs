@@ -7,6 +7,7 @@ use super::*;
 use crate::fork::log::Log;
 use crate::fork::log::tests::any_edit;
 use crate::fork::table::Edit;
+use crate::store::Step;
 
 /// Looks at everything that the fork shows and does not write.
 fn look(fs: &Fs) -> std::result::Result<(), crate::fork::error::FsError> {
@@ -57,4 +58,34 @@ proptest! {
         bench.engine().abandon(id).unwrap();
         check(&bench);
     }
+}
+
+#[test]
+fn a_file_of_many_pieces_whose_carrying_over_was_cut_off_is_whole() {
+    let mut bench = Bench::copying();
+    let id = bench.fork_with("v", |request| request.excludes = vec!["*.db".into()]);
+    let fs = bench.fs(id);
+    let ino = put(&fs, "pieces.db", b"");
+    put(&fs, "plain", b"text");
+    let pages = 120_000_u64;
+    let bytes = |page: u64| (page + 1).to_le_bytes();
+    // From behind, so that each page is an extent.
+    for page in (0..pages).rev() {
+        fs.write(ME, ino, page * 4096, &bytes(page), false).unwrap();
+    }
+    bench.engine().store.steps.cut(Step::Carried, 1);
+    bench.engine().commit(vec![id], request(true)).unwrap_err();
+    drop(fs);
+    let segment = bench.engine().fork_dir(id).join("log-00000002");
+    bench.close();
+    let log = std::fs::read(&segment).unwrap();
+    let header = 24;
+    let first = u32::from_le_bytes(log[header..header + 4].try_into().unwrap());
+    let end = header + 8 + first as usize;
+    assert!(end < log.len(), "it is carried in several records");
+    std::fs::write(&segment, &log[..end]).unwrap();
+    bench.reopen();
+    let fs = bench.fs(id);
+    let lost = (0..pages).filter(|page| fs.read(ino, page * 4096, 8).unwrap() != bytes(*page));
+    assert_eq!(lost.count(), 0);
 }

@@ -240,7 +240,7 @@ fn what_gc_deletes_while_it_is_settled_does_not_come_back() {
     let (collecting, once) = (store.clone(), std::sync::Once::new());
     store.steps.meanwhile(move |step| {
         if step == Step::Repacked {
-            once.call_once(|| assert!(collecting.gc(false, Vec::new).is_ok()));
+            once.call_once(|| assert!(collecting.gc(false, no_roots).is_ok()));
         }
     });
     assert_eq!(
@@ -319,7 +319,7 @@ fn at_every_step(beside: fn(&Arc<Store>, &[Chunk]), kept: fn(usize) -> bool) {
             let left = dir.path().join("left");
             store.copy_as_it_lies(&left);
             for store in [store, open(&left).unwrap()] {
-                store.gc(false, Vec::new).unwrap();
+                store.gc(false, no_roots).unwrap();
                 assert_whole(&store, &wanted);
                 let sizes = store.keys(Target::Sizes, &[], 10_000).unwrap();
                 assert_eq!(sizes.len(), wanted.len());
@@ -340,7 +340,7 @@ fn at_every_step(beside: fn(&Arc<Store>, &[Chunk]), kept: fn(usize) -> bool) {
 #[test]
 fn a_gc_at_every_step_of_settling_takes_garbage_and_nothing_else() {
     let gc = |store: &Arc<Store>, _: &[Chunk]| {
-        store.gc(false, Vec::new).unwrap();
+        store.gc(false, no_roots).unwrap();
     };
     at_every_step(gc, |n| n % 3 == 0);
 }
@@ -348,7 +348,7 @@ fn a_gc_at_every_step_of_settling_takes_garbage_and_nothing_else() {
 #[test]
 fn what_is_ingested_again_at_every_step_of_settling_stays() {
     let ingest = |store: &Arc<Store>, chunks: &[Chunk]| {
-        store.gc(false, Vec::new).unwrap();
+        store.gc(false, no_roots).unwrap();
         let ingest = Arc::new(store.ingest());
         for (_, bytes) in chunks.iter().step_by(3) {
             ingest.chunk(bytes).unwrap();
