@@ -28,7 +28,7 @@ use parking_lot::{Mutex, MutexGuard, RwLock};
 
 use crate::fork::Fork;
 use crate::mount::{Requests, Wakeful};
-use crate::store::{self, ForkId, Hit, Ingest, Store, StoreError, StoreOptions};
+use crate::store::{self, ForkId, Hit, Ingest, Lease, Store, StoreError, StoreOptions};
 use crate::sys::now;
 use crate::tree::NodeId;
 use crate::volume::{self, Found, VersionSpec};
@@ -164,6 +164,9 @@ struct Live {
     asker: Weak<()>,
 }
 
+/// So many stored bytes may be ingested ahead of a commit, however little a fork has.
+const AHEAD_LEAST: u64 = 64 << 20;
+
 impl Live {
     fn fork(&self) -> Result<&Arc<Fork>> {
         self.fork.as_ref().ok_or_else(|| {
@@ -193,6 +196,17 @@ impl Live {
         }
     }
 
+    /// Lets go of what was ingested ahead if much of that was written over since: no gc takes anything of it before. Called by who
+    /// holds `committing`.
+    fn drop_superseded(&self) {
+        let Some(fork) = &self.fork else { return };
+        let most = AHEAD_LEAST.max(2 * fork.charged());
+        let is_beyond = |ingest: &Arc<Ingest>| ingest.new_bytes() > most;
+        if self.ahead.lock().as_ref().is_some_and(is_beyond) {
+            self.drop_ahead();
+        }
+    }
+
     /// Lets go of what was ingested ahead of a commit that failed: it may have gone with it. Called by who holds `committing`.
     fn drop_ahead(&self) {
         if let Some(fork) = &self.fork {
@@ -217,8 +231,8 @@ pub struct Engine {
     wakeful: Arc<Wakeful>,
     stopping: AtomicBool,
     upkeep: Mutex<Vec<std::thread::JoinHandle<()>>>,
-    /// Forks that are over and may still be mounted, with the root that a commit gave them.
-    leaving: Mutex<Vec<(Weak<Live>, Option<NodeId>)>>,
+    /// Forks that are over and may still be mounted, with the root that a commit gave them, which is held.
+    leaving: Mutex<Vec<(Weak<Live>, Option<Lease>)>>,
     /// Abandoned while the disk was full: their records are still there.
     unforgotten: Mutex<Vec<ForkId>>,
 }
@@ -376,6 +390,12 @@ impl Engine {
     fn drop_fork(&self, id: ForkId) -> Result<Vec<MountInfo>> {
         let live = self.live(id)?;
         let _one = live.alone();
+        self.drop_alone(&live)
+    }
+
+    /// The same for who holds `committing`.
+    fn drop_alone(&self, live: &Arc<Live>) -> Result<Vec<MountInfo>> {
+        let id = live.id;
         if live.over.load(Ordering::Acquire) {
             return Err(no_fork(&id.to_string()));
         }
@@ -392,7 +412,7 @@ impl Engine {
             Err(error) => return Err(error.into()),
         }
         log::info!("fork {id} abandoned");
-        Ok(self.finish(&live, None))
+        Ok(self.finish(live, None))
     }
 
     /// Takes a fork off the list that was abandoned, or committed as `root`; what is left of it goes with its session, or at once
@@ -411,6 +431,7 @@ impl Engine {
         }
         live.over.store(true, Ordering::Release);
         if live.is_served() {
+            let root = root.map(|root| self.store.lease(root));
             self.leaving.lock().push((Arc::downgrade(live), root));
         } else {
             self.remove_delta(live);

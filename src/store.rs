@@ -157,6 +157,13 @@ pub struct Lease {
     leases: Arc<Mutex<HashMap<NodeId, usize>>>,
 }
 
+impl Lease {
+    /// What is kept.
+    pub fn root(&self) -> NodeId {
+        self.root
+    }
+}
+
 impl Drop for Lease {
     fn drop(&mut self) {
         let mut leases = self.leases.lock();

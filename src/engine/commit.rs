@@ -53,6 +53,9 @@ pub struct Committed {
     pub excluded: LeftOut,
 }
 
+/// The versions that a publish made, by the place of their forks in the request. Forks without one are unchanged.
+type Published = BTreeMap<usize, store::Version>;
+
 /// What a fork was made to be that is never committed, whoever asks.
 pub(super) fn never_commits(options: &ForkOptions) -> Option<&'static str> {
     if options.read_only {
@@ -135,21 +138,34 @@ impl Engine {
                 }
             }
         }
-        self.publish(lives, request, &prepared).map_err(|error| {
-            for (index, done) in &prepared {
-                done.thaw();
-                lives[*index].drop_ahead();
+        let published = loop {
+            match self.publish(lives, request, &prepared) {
+                Ok(Some(published)) => break published,
+                // A head has moved since it was looked at.
+                Ok(None) => {}
+                Err(error) => {
+                    for (index, done) in &prepared {
+                        done.thaw();
+                        lives[*index].drop_ahead();
+                    }
+                    // Whatever it ran into then is no damage.
+                    return Err(match prepared.iter().any(|(_, done)| done.ingest.is_lost()) {
+                        true => StoreError::Lost.into(),
+                        false => error,
+                    });
+                }
             }
-            // Whatever it ran into then is no damage.
-            match prepared.iter().any(|(_, done)| done.ingest.is_lost()) {
-                true => StoreError::Lost.into(),
-                false => error,
-            }
-        })
+        };
+        self.conclude(lives, request, &prepared, &published)
     }
 
-    /// Fails if a head is not what the caller or the history of the volume says it must be.
-    fn check_heads(&self, lives: &[Arc<Live>], request: &CommitRequest) -> Result<()> {
+    /// Fails if a head is not what the caller or the history of the volume says it must be; returns the volumes with their heads.
+    fn check_heads(
+        &self,
+        lives: &[Arc<Live>],
+        request: &CommitRequest,
+    ) -> Result<Vec<(u64, u64)>> {
+        let mut heads = Vec::new();
         let wanted = request
             .if_head
             .as_deref()
@@ -161,6 +177,7 @@ impl Engine {
                 (record.volume, record.base)
             };
             let volume = self.volume_that_stays(volume)?;
+            heads.push((volume.id, volume.head));
             let moved = |why: String, hint| Err(EngineError::new(Code::HeadMoved, why).hint(hint));
             let text = |number| match number {
                 0 => "nothing".into(),
@@ -212,18 +229,22 @@ impl Engine {
                 );
             }
         }
-        Ok(())
+        Ok(heads)
     }
 
+    /// Makes versions of what was prepared, if the heads are still those that were looked at.
     fn publish(
         &self,
         lives: &[Arc<Live>],
         request: &CommitRequest,
         prepared: &[(usize, Ingested)],
-    ) -> Result<Vec<Committed>> {
-        let mut publish = Publish::default();
+    ) -> Result<Option<Published>> {
+        let mut publish = Publish {
+            heads: self.check_heads(lives, request)?,
+            ..Publish::default()
+        };
         let mut ingests: Vec<Arc<Ingest>> = Vec::new();
-        // Which fork each version is of; forks without one are unchanged.
+        // Which fork each version is of.
         let mut made = Vec::new();
         for (index, done) in prepared {
             let live = &lives[*index];
@@ -244,51 +265,65 @@ impl Engine {
         }
         // With keep the forks' records name numbers that only the publish gives.
         let versions = if request.keep {
-            self.publish_kept(lives, &ingests, publish, prepared, &made)?
+            self.publish_kept(lives, &ingests, publish, prepared, &made)
         } else {
-            self.store.publish(&ingests, publish)?
+            self.store.publish(&ingests, publish)
         };
-        let mut out = Vec::new();
+        match versions {
+            Ok(versions) => Ok(Some(made.into_iter().zip(versions).collect())),
+            Err(StoreError::Moved) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Brings forks to where their publish has put them. That comes first: what fails behind it changes nothing any more.
+    fn conclude(
+        &self,
+        lives: &[Arc<Live>],
+        request: &CommitRequest,
+        prepared: &[(usize, Ingested)],
+        published: &Published,
+    ) -> Result<Vec<Committed>> {
+        let mut mounts = Vec::new();
         for (index, done) in prepared {
-            let live = &lives[*index];
-            let version = made
-                .iter()
-                .position(|at| at == index)
-                .map(|at| &versions[at]);
+            let (live, version) = (&lives[*index], published.get(index));
+            if !request.keep {
+                mounts.push(self.finish(live, Some(done.root)));
+                continue;
+            }
+            mounts.push(Vec::new());
+            match version {
+                Some(version) => {
+                    let segment = done.sealed.segment.unwrap_or(1);
+                    done.fork.rebase(version.root, segment, None);
+                    live.ahead.lock().take();
+                }
+                None => done.fork.thaw(),
+            }
+        }
+        let mut out = Vec::new();
+        for ((index, done), mounts) in prepared.iter().zip(mounts) {
+            let (fork, version) = (lives[*index].id, published.get(index));
             let counter = if version.is_some() {
                 &self.counters.commits
             } else {
                 &self.counters.unchanged
             };
             counter.fetch_add(1, Ordering::Relaxed);
-            let info = version
+            let version = version
                 .map(|version| self.published_info(version))
                 .transpose()?;
-            if let Some(info) = &info {
+            if let Some(info) = &version {
                 log::info!(
-                    "fork {} committed as {}@{}, {} bytes new",
-                    live.id,
+                    "fork {fork} committed as {}@{}, {} bytes new",
                     info.volume,
                     info.number,
                     info.new_bytes
                 );
             }
-            let mounts = if request.keep {
-                match version {
-                    Some(version) => {
-                        let segment = done.sealed.segment.unwrap_or(1);
-                        done.fork.rebase(version.root, segment, None);
-                        live.ahead.lock().take();
-                    }
-                    None => done.fork.thaw(),
-                }
-                Vec::new()
-            } else {
-                self.finish(live, Some(done.root))
-            };
             out.push(Committed {
-                fork: live.id,
-                version: info,
+                fork,
+                version,
                 mounts,
                 excluded: done.sealed.left_out.clone(),
             });
@@ -322,7 +357,7 @@ impl Engine {
             return Ok(false);
         }
         // Of another volume's version, or of one that is not the head's volume yet: the first version of its own.
-        if base.is_none_or(|base| base.volume != volume) && head == 0 && base.is_some() {
+        if base.is_some_and(|base| base.volume != volume) && head == 0 {
             return Ok(true);
         }
         let least = if when == Some(&When::OnChange) {
@@ -408,7 +443,7 @@ impl Engine {
         publish: Publish,
         prepared: &[(usize, Ingested)],
         made: &[usize],
-    ) -> Result<Vec<store::Version>> {
+    ) -> std::result::Result<Vec<store::Version>, StoreError> {
         // What the forks' records say changes with the batch and not before it, and nobody writes them in between.
         let mut records = Vec::new();
         let published = self.store.publish_with(ingests, publish, |versions| {

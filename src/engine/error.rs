@@ -78,6 +78,7 @@ impl From<StoreError> for EngineError {
                 std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem
             ) => EngineError::new(Code::Failed, message).hint(ANOTHER),
             StoreError::Lost => EngineError { lost: true, ..EngineError::new(Code::Failed, message) },
+            StoreError::Moved => EngineError::new(Code::HeadMoved, message),
             StoreError::Ending => EngineError::new(Code::Busy, message),
             StoreError::Io { .. } | StoreError::Database(_) => EngineError::new(Code::Failed, message),
         }

@@ -342,7 +342,7 @@ impl Engine {
             match removal {
                 Removal::Volume { used, .. } if facts.is_free() && facts.used == used => {
                     if !dry_run {
-                        self.store.remove_volume(&volume)?;
+                        self.store.remove_volume(volume.id)?;
                         self.counters
                             .removed_volumes
                             .fetch_add(1, Ordering::Relaxed);

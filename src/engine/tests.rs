@@ -16,6 +16,7 @@ mod crashes;
 mod exclude;
 mod faults;
 mod full;
+mod heads;
 mod meanwhile;
 mod model;
 mod power;

@@ -262,7 +262,7 @@ impl Engine {
             };
             let Some(fork) = &live.fork else { continue };
             if let Some(root) = root {
-                fork.rebase(root, u64::MAX, None);
+                fork.rebase(root.root(), u64::MAX, None);
             }
             let rest = self.rest_of_spool(live.id);
             if let Err(error) = fork.spool.clear().and_then(|()| rest.give_back()) {
@@ -305,6 +305,7 @@ impl Engine {
             return false;
         };
         live.drop_lost();
+        live.drop_superseded();
         let ingest = live
             .ahead
             .lock()
@@ -340,14 +341,26 @@ impl Engine {
     }
 
     /// Abandons the fork of a job whose mount has been gone for long.
-    fn drop_orphan(&self, live: &Live) {
-        let idle = live.sessions.lock().idle();
-        let gone = idle.is_some_and(|idle| idle > self.config.orphan_after);
-        if gone && live.record.lock().options.job.is_some() {
-            log::info!("fork {} of a job that is gone is abandoned", live.id);
-            if let Err(error) = self.abandon(live.id) {
-                log::warn!("fork {} was not abandoned: {error}", live.id);
+    fn drop_orphan(&self, live: &Arc<Live>) {
+        let is_orphan = || {
+            let idle = live.sessions.lock().idle();
+            let is_gone = idle.is_some_and(|idle| idle > self.config.orphan_after);
+            is_gone && live.record.lock().options.job.is_some()
+        };
+        if !is_orphan() {
+            return;
+        }
+        // Whoever was busy with it may just have mounted it.
+        let _one = live.alone();
+        if !is_orphan() {
+            return;
+        }
+        log::info!("fork {} of a job that is gone is abandoned", live.id);
+        match self.drop_alone(live) {
+            Ok(_) => {
+                self.counters.abandoned.fetch_add(1, Ordering::Relaxed);
             }
+            Err(error) => log::warn!("fork {} was not abandoned: {error}", live.id),
         }
     }
 

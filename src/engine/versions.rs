@@ -41,7 +41,7 @@ impl Engine {
             Publish {
                 versions: vec![again],
                 takes_back: vec![(volume.id, version.number)],
-                forks: Vec::new(),
+                ..Publish::default()
             },
         )?;
         let made = made
@@ -82,7 +82,7 @@ impl Engine {
                 if !force {
                     self.refuse_pinned(&volume)?;
                 }
-                self.store.remove_volume(&volume)?;
+                self.store.remove_volume(volume.id)?;
                 log::info!("volume {name} removed");
                 return Ok(mounts);
             }
@@ -166,11 +166,20 @@ impl Engine {
         for volume in self.store.volumes()? {
             let head = crate::volume::head(&self.store, &volume)?;
             let number = head.map_or(0, |version| version.number);
-            if number != volume.head {
-                self.store
-                    .update_volume(volume.id, |volume| volume.head = number)?;
-                log::warn!("the head of {} is {number} now", volume.name);
-                repaired.heads.push((volume.name.clone(), number));
+            let damaged = volume.head;
+            if number != damaged {
+                let mut is_moved = false;
+                self.store.update_volume(volume.id, |volume| {
+                    // What was committed meanwhile is whole, and stays the head.
+                    is_moved = volume.head == damaged;
+                    if is_moved {
+                        volume.head = number;
+                    }
+                })?;
+                if is_moved {
+                    log::warn!("the head of {} is {number} now", volume.name);
+                    repaired.heads.push((volume.name.clone(), number));
+                }
             }
             for version in self.store.versions(volume.id)? {
                 let at = version.at();

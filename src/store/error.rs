@@ -29,6 +29,8 @@ pub enum StoreError {
     NoSpace { wants: u64 },
     #[error("content was lost with a write to the store that failed: run the command again")]
     Lost,
+    #[error("another commit was faster: run the command again")]
+    Moved,
     #[error("the daemon is stopping")]
     Ending,
     #[error("{what}: {source}")]

@@ -394,6 +394,8 @@ pub struct Publish {
     pub versions: Vec<Version>,
     /// Volumes of which the versions between this number and the new one are taken back.
     pub takes_back: Vec<(u64, u64)>,
+    /// Volumes, and the heads that they must have still.
+    pub heads: Vec<(u64, u64)>,
     pub forks: Vec<ForkChange>,
 }
 
@@ -402,7 +404,7 @@ impl Store {
     ///
     /// # Errors
     /// What the disk answered, or `Lost`; the heads are the old ones then. Where the disk failed and the database cannot be opened
-    /// again, that is known only when it can.
+    /// again, that is known only when it can. `Moved` where a head is not what it must be: the same ingests can be published then.
     pub fn publish(
         &self,
         ingests: &[Arc<Ingest>],
@@ -420,6 +422,7 @@ impl Store {
     ) -> Result<Vec<Version>, StoreError> {
         let mut batch = WriteBatch::default();
         let mut spilled = false;
+        let mut gathered = Vec::new();
         for ingest in ingests {
             let mut pending = ingest.pending.lock();
             let items = std::mem::take(&mut pending.items);
@@ -431,6 +434,7 @@ impl Store {
                 ingest.spill(items)?;
             } else {
                 self.put_items(&mut batch, &items)?;
+                gathered.push((ingest, items));
             }
         }
         self.reach(Step::Gathered)?;
@@ -442,6 +446,14 @@ impl Store {
             return Err(StoreError::Lost);
         }
         let _serial = self.changing(&self.publishing)?;
+        for (volume, head) in &publish.heads {
+            if self.volume_by_id(*volume)?.is_none_or(|volume| volume.head != *head) {
+                for (ingest, items) in gathered {
+                    ingest.pending.lock().items.extend(items);
+                }
+                return Err(StoreError::Moved);
+            }
+        }
         let mut format = None;
         for ingest in ingests {
             let kept = ingest.kept.lock();

@@ -392,18 +392,20 @@ impl Store {
     }
 
     /// Removes a volume with all its versions.
-    pub fn remove_volume(&self, volume: &Volume) -> Result<(), StoreError> {
+    pub fn remove_volume(&self, id: u64) -> Result<(), StoreError> {
         let _serial = self.changing(&self.publishing)?;
+        // Its name may be another one by now, and the old one another volume's.
+        let Some(volume) = self.volume_by_id(id)? else {
+            return Ok(());
+        };
         let mut batch = WriteBatch::default();
-        for version in self.versions(volume.id)? {
-            let number = version.number;
-            let volume = volume.id;
-            self.delete_version(&mut batch, VersionRef { volume, number })?;
+        for version in self.versions(id)? {
+            self.delete_version(&mut batch, version.at())?;
         }
         self.delete(
             &mut batch,
             Target::Meta,
-            &keys::one(keys::VOLUME, volume.id),
+            &keys::one(keys::VOLUME, id),
         )?;
         self.delete(&mut batch, Target::Meta, &keys::name(&volume.name))?;
         self.write_synced(batch)

@@ -175,6 +175,7 @@ impl Store {
         for (name, _) in super::files_of(&self.spools_dir()) {
             let id = name.to_str().and_then(|name| name.parse().ok());
             if let Some(ForkId(id)) = id
+                && !self.is_busy(id)?
                 && !self.is_named(id)?
             {
                 give_back(Rest::All(self.kept_spool(id)));

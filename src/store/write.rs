@@ -128,6 +128,10 @@ impl Store {
             return Err(full);
         }
         let opening = Opening::for_room(free);
+        // A compaction would hold it for long, and with it all who read.
+        if let Some(db) = &*self.db.read() {
+            db.cancel_all_background_work(false);
+        }
         let mut db = self.db.write();
         drop(db.take());
         #[cfg(test)]

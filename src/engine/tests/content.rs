@@ -88,12 +88,49 @@ fn a_hole_of_the_version_at_the_end_of_a_file_stays_one_when_the_file_grows() {
 pub(super) fn ingest_ahead(bench: &Bench, id: ForkId) {
     let live = bench.engine().live(id).unwrap();
     let ingest = Arc::new(bench.engine().store.ingest());
+    ingest_into(&live, &ingest);
+    *live.ahead.lock() = Some(ingest);
+}
+
+fn ingest_into(live: &Live, ingest: &Arc<Ingest>) {
     let until = Instant::now() + Duration::from_secs(20);
-    while crate::commit::ahead(live.fork().unwrap(), &ingest, 10, &live.waiting).unwrap() == 0 {
+    while crate::commit::ahead(live.fork().unwrap(), ingest, 10, &live.waiting).unwrap() == 0 {
         assert!(Instant::now() < until);
         std::thread::sleep(Duration::from_millis(50));
     }
-    *live.ahead.lock() = Some(ingest);
+}
+
+#[test]
+fn what_was_ingested_ahead_and_written_over_again_and_again_is_not_held_for_ever() {
+    let bench = Bench::copying();
+    let id = bench.fork("v");
+    let fs = bench.fs(id);
+    let len = 20 << 20;
+    let ino = put(&fs, "f", &codes(len, 1));
+    let live = bench.engine().live(id).unwrap();
+    let stored = || {
+        bench.engine().gc(false).unwrap();
+        bench.engine().stats().unwrap().stored_bytes
+    };
+    let mut most = 0;
+    for round in 0..6 {
+        live.drop_superseded();
+        let ingest = live.ahead.lock().clone();
+        let ingest = ingest.unwrap_or_else(|| Arc::new(bench.engine().store.ingest()));
+        *live.ahead.lock() = Some(ingest.clone());
+        ingest_into(&live, &ingest);
+        drop(ingest);
+        most = most.max(stored());
+        for (n, part) in codes(len, 2 + round).chunks(1 << 20).enumerate() {
+            fs.write(ME, ino, (n as u64) << 20, part, false).unwrap();
+        }
+    }
+    assert!(most > 60 << 20, "nothing of it is written over: {most}");
+    assert!(most < 90 << 20, "all of it is held: {most}");
+    drop(fs);
+    assert_eq!(bench.commit(id, false), Some(1));
+    check(&bench);
+    assert_eq!(get(&bench.fs(bench.fork("v")), "f"), Some(codes(len, 7)));
 }
 
 #[test]
