@@ -95,7 +95,11 @@ impl Packer {
 
     /// Returns a stored form of `raw` that is shorter than `most`, if there is one.
     pub fn pack(&mut self, raw: &[u8], most: usize) -> Option<Vec<u8>> {
-        let mut out = vec![if self.dictionary.is_some() { DICT } else { ZSTD }];
+        let mut out = vec![if self.dictionary.is_some() {
+            DICT
+        } else {
+            ZSTD
+        }];
         varint::put(&mut out, raw.len() as u64);
         if let Some(id) = self.dictionary {
             varint::put(&mut out, id);

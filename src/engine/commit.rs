@@ -149,10 +149,12 @@ impl Engine {
                         lives[*index].drop_ahead();
                     }
                     // Whatever it ran into then is no damage.
-                    return Err(match prepared.iter().any(|(_, done)| done.ingest.is_lost()) {
-                        true => StoreError::Lost.into(),
-                        false => error,
-                    });
+                    return Err(
+                        match prepared.iter().any(|(_, done)| done.ingest.is_lost()) {
+                            true => StoreError::Lost.into(),
+                            false => error,
+                        },
+                    );
                 }
             }
         };
@@ -160,11 +162,7 @@ impl Engine {
     }
 
     /// Fails if a head is not what the caller or the history of the volume says it must be; returns the volumes with their heads.
-    fn check_heads(
-        &self,
-        lives: &[Arc<Live>],
-        request: &CommitRequest,
-    ) -> Result<Vec<(u64, u64)>> {
+    fn check_heads(&self, lives: &[Arc<Live>], request: &CommitRequest) -> Result<Vec<(u64, u64)>> {
         let mut heads = Vec::new();
         let wanted = request
             .if_head
@@ -276,7 +274,7 @@ impl Engine {
         }
     }
 
-    /// Brings forks to where their publish has put them. That comes first: what fails behind it changes nothing any more.
+    /// Brings forks to where their publish has put them, whatever fails meanwhile.
     fn conclude(
         &self,
         lives: &[Arc<Live>],
@@ -284,51 +282,48 @@ impl Engine {
         prepared: &[(usize, Ingested)],
         published: &Published,
     ) -> Result<Vec<Committed>> {
-        let mut mounts = Vec::new();
-        for (index, done) in prepared {
+        let conclude = |(index, done): &(usize, Ingested)| {
             let (live, version) = (&lives[*index], published.get(index));
-            if !request.keep {
-                mounts.push(self.finish(live, Some(done.root)));
-                continue;
-            }
-            mounts.push(Vec::new());
-            match version {
-                Some(version) => {
-                    let segment = done.sealed.segment.unwrap_or(1);
-                    done.fork.rebase(version.root, segment, None);
-                    live.ahead.lock().take();
-                }
-                None => done.fork.thaw(),
-            }
-        }
-        let mut out = Vec::new();
-        for ((index, done), mounts) in prepared.iter().zip(mounts) {
-            let (fork, version) = (lives[*index].id, published.get(index));
             let counter = if version.is_some() {
                 &self.counters.commits
             } else {
                 &self.counters.unchanged
             };
             counter.fetch_add(1, Ordering::Relaxed);
-            let version = version
-                .map(|version| self.published_info(version))
-                .transpose()?;
+            // Before the fork is over: it keeps its volume.
+            let info = version.map(|version| self.published_info(version));
+            let mounts = match version {
+                _ if !request.keep => self.finish(live, Some(done.root)),
+                Some(version) => {
+                    let segment = done.sealed.segment.unwrap_or(1);
+                    done.fork.rebase(version.root, segment, None);
+                    live.ahead.lock().take();
+                    Vec::new()
+                }
+                None => {
+                    done.fork.thaw();
+                    Vec::new()
+                }
+            };
+            let version = info.transpose()?;
             if let Some(info) = &version {
                 log::info!(
-                    "fork {fork} committed as {}@{}, {} bytes new",
+                    "fork {} committed as {}@{}, {} bytes new",
+                    live.id,
                     info.volume,
                     info.number,
                     info.new_bytes
                 );
             }
-            out.push(Committed {
-                fork,
+            Ok(Committed {
+                fork: live.id,
                 version,
                 mounts,
                 excluded: done.sealed.left_out.clone(),
-            });
-        }
-        Ok(out)
+            })
+        };
+        let concluded: Vec<Result<Committed>> = prepared.iter().map(conclude).collect();
+        concluded.into_iter().collect()
     }
 
     pub(super) fn published_info(&self, version: &store::Version) -> Result<VersionInfo> {

@@ -447,7 +447,10 @@ impl Store {
         }
         let _serial = self.changing(&self.publishing)?;
         for (volume, head) in &publish.heads {
-            if self.volume_by_id(*volume)?.is_none_or(|volume| volume.head != *head) {
+            if self
+                .volume_by_id(*volume)?
+                .is_none_or(|volume| volume.head != *head)
+            {
                 for (ingest, items) in gathered {
                     ingest.pending.lock().items.extend(items);
                 }

@@ -402,11 +402,7 @@ impl Store {
         for version in self.versions(id)? {
             self.delete_version(&mut batch, version.at())?;
         }
-        self.delete(
-            &mut batch,
-            Target::Meta,
-            &keys::one(keys::VOLUME, id),
-        )?;
+        self.delete(&mut batch, Target::Meta, &keys::one(keys::VOLUME, id))?;
         self.delete(&mut batch, Target::Meta, &keys::name(&volume.name))?;
         self.write_synced(batch)
     }

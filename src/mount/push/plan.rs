@@ -14,7 +14,7 @@ pub const SMALL: u64 = 128 << 10;
 pub const FIRST: u64 = 256 << 10;
 /// What is pushed on one sign at most.
 pub const MOST: u64 = 4 << 20;
-/// So many folders are taken to be read in full from their first read on, after one that was.
+/// So many folders are taken to be read in full as soon as they have been listed, after one that was.
 pub const TRUST: u32 = 32;
 /// Files of listings that are remembered: some 2 MiB.
 pub const KEPT: usize = 32_768;
