@@ -159,6 +159,8 @@ struct Live {
     ahead: Mutex<Option<Arc<Ingest>>>,
     /// Published or abandoned: what is left goes with the session.
     over: AtomicBool,
+    /// A commit of it failed: if the disk has taken that all the same, the record of the fork may be gone.
+    in_doubt: AtomicBool,
     why_lost: Option<String>,
     /// Who made it and may still come to mount it.
     asker: Weak<()>,
@@ -514,6 +516,7 @@ impl Live {
             waiting: AtomicUsize::new(0),
             ahead: Mutex::default(),
             over: AtomicBool::new(false),
+            in_doubt: AtomicBool::new(false),
             why_lost,
             asker,
         }

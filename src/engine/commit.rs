@@ -147,6 +147,7 @@ impl Engine {
                     for (index, done) in &prepared {
                         done.thaw();
                         lives[*index].drop_ahead();
+                        lives[*index].in_doubt.store(true, Ordering::Release);
                     }
                     // Whatever it ran into then is no damage.
                     return Err(

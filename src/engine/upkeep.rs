@@ -124,10 +124,11 @@ fn repeat(
 
 impl Engine {
     /// Looks after every fork once; returns whether there is more to do at once.
-    fn look_after(&self) -> bool {
+    pub(super) fn look_after(&self) -> bool {
         let lives: Vec<Arc<Live>> = self.forks.lock().values().cloned().collect();
         let mut busy = false;
         for live in &lives {
+            self.remember(live);
             busy |= self.ingest_ahead(live);
             if let Some(fork) = &live.fork
                 && let Err(error) = tend_spool(fork)
@@ -140,6 +141,20 @@ impl Engine {
         self.free_what_lingers();
         self.forget();
         busy
+    }
+
+    /// Puts the record of a fork whose commit failed, once there is room: without it the fork would be over for the next daemon.
+    fn remember(&self, live: &Live) {
+        if !live.in_doubt.load(Ordering::Acquire) {
+            return;
+        }
+        let Some(_one) = live.committing.try_lock() else {
+            return;
+        };
+        let record = live.record.lock().clone();
+        if !live.over.load(Ordering::Acquire) && self.store.put_fork(&record).is_ok() {
+            live.in_doubt.store(false, Ordering::Release);
+        }
     }
 
     /// Lets go what retention lets go: once a day, and when the disk runs short.

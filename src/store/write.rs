@@ -123,6 +123,7 @@ impl Store {
         if !*poisoned {
             return Ok(());
         }
+        self.reach(Step::Writing)?;
         let (free, full) = (free_space(&self.dir), self.full());
         if matches!(full, StoreError::NoSpace { wants } if free < wants) {
             return Err(full);

@@ -103,6 +103,37 @@ fn a_commit_whose_write_was_done_and_answered_with_an_error_is_a_commit() {
 }
 
 #[test]
+fn a_fork_whose_commit_turns_out_to_be_done_after_it_was_refused_is_there_for_the_next_daemon() {
+    let mut bench = Bench::new();
+    let id = bench.fork("v");
+    put(&bench.fs(id), "f", b"text");
+    let store = bench.engine().store.clone();
+    store.steps.doubt();
+    let weak = Arc::downgrade(&store);
+    store.steps.meanwhile(move |step| {
+        if step == Step::Written {
+            weak.upgrade().unwrap().steps.fill(true);
+        }
+    });
+    let refused = bench.engine().commit(vec![id], request(false));
+    assert!(refused.is_err());
+    store.steps.over();
+    store.steps.fill(false);
+    drop(store);
+    put(&bench.fs(id), "later", b"text");
+    bench.engine().look_after();
+    assert_eq!(bench.engine().volume_record("v").unwrap().head, 1);
+    kill(&mut bench);
+    let fs = bench.fs(id);
+    for name in ["f", "later"] {
+        assert_eq!(get(&fs, name), Some(b"text".to_vec()), "{name}");
+    }
+    drop(fs);
+    assert_eq!(bench.commit(id, false), Some(2));
+    check(&bench);
+}
+
+#[test]
 fn a_fork_abandoned_on_a_full_disk_is_over_for_every_later_daemon_too() {
     let mut bench = Bench::new();
     let ids = ["v", "w"].map(|volume| {
