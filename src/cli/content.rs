@@ -1,18 +1,21 @@
 //! Content without a mount: export, import, cat, ls.
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io::{self, BufReader, Read, Write};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use super::Context;
+use super::client::Client;
 use super::forks::take;
 use super::output::{self, warn};
 use super::volumes::version_name;
 use crate::protocol::{Bytes, Code, Failure, Request};
+use crate::sys;
 
 /// What a compressed file begins with.
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
@@ -138,49 +141,97 @@ fn mode_text(mode: u32) -> String {
 pub fn export(context: &Context, version: String, output: &Path) -> Result<(), Failure> {
     let mut client = context.connect()?;
     let request = Request::Export { version };
-    if output == Path::new("-") {
+    if output == Path::new("-") || is_standard_output(output) {
         let mut out = output::progress(None).wrap_write(io::stdout().lock());
         let answer = client.fetch(&request, &mut out)?;
         out.flush().map_err(|e| output::cannot_print(&e))?;
         return tell(&answer);
     }
-    if output.is_dir() {
-        let message = format!("cannot write {}: it is a folder", output.display());
-        return Err(Failure::new(Code::Failed, message).hint("name a file in it"));
+    let there = match fs::metadata(output) {
+        Ok(there) if there.is_dir() => {
+            let message = format!("cannot write {}: it is a folder", output.display());
+            return Err(Failure::new(Code::Failed, message).hint("name a file in it"));
+        }
+        Ok(there) => Some(there),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+        Err(e) => return Err(cannot_write(output, &e)),
+    };
+    // A device or a pipe stays what it is.
+    if there.as_ref().is_some_and(|there| !there.is_file()) {
+        let file = File::options().write(true).open(output);
+        let file = file.map_err(|e| cannot_write(output, &e))?;
+        return tell(&fill(&mut client, &request, output, &file)?);
     }
     // Under its name only when it is whole.
-    let partial = beside(output);
-    let written = (|| {
-        let failed = |e: &io::Error| cannot_write(output, e);
-        let mut file = File::create(&partial).map_err(|e| failed(&e))?;
-        let is_compressed = output
-            .extension()
-            .is_some_and(|e| e == "zst" || e == "tzst");
-        let answer = if is_compressed {
-            let mut encoder =
-                zstd::stream::Encoder::new(file, ZSTD_LEVEL).map_err(|e| failed(&e))?;
-            let mut counted = output::progress(None).wrap_write(&mut encoder);
-            let answer = client.fetch(&request, &mut counted)?;
-            file = encoder.finish().map_err(|e| failed(&e))?;
-            answer
-        } else {
-            let mut counted = output::progress(None).wrap_write(&mut file);
-            client.fetch(&request, &mut counted)?
-        };
-        file.sync_all().map_err(|e| failed(&e))?;
-        fs::rename(&partial, output).map_err(|e| failed(&e))?;
+    let to = led_to(output).map_err(|e| cannot_write(output, &e))?;
+    let failed = |e: io::Error| cannot_write(&to, &e);
+    let (file, partial) = beside(&to, there.as_ref()).map_err(failed)?;
+    let written = fill(&mut client, &request, output, &file).and_then(|answer| {
+        file.sync_all().map_err(failed)?;
+        fs::rename(&partial, &to).map_err(failed)?;
         Ok(answer)
-    })();
-    if written.is_err() && partial.exists() {
+    });
+    if written.is_err() {
         fs::remove_file(&partial).map_err(|e| cannot_write(&partial, &e))?;
     }
     tell(&written?)
 }
 
-fn beside(path: &Path) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".partial");
-    path.with_file_name(name)
+/// Writes what is asked for into a file, compressed if it is called so.
+fn fill(
+    client: &mut Client,
+    request: &Request,
+    path: &Path,
+    mut file: &File,
+) -> Result<Value, Failure> {
+    let is_compressed = path.extension().is_some_and(|e| e == "zst" || e == "tzst");
+    if !is_compressed {
+        return client.fetch(request, &mut output::progress(None).wrap_write(&mut file));
+    }
+    let failed = |e: io::Error| cannot_write(path, &e);
+    let mut encoder = zstd::stream::Encoder::new(file, ZSTD_LEVEL).map_err(failed)?;
+    let mut counted = output::progress(None).wrap_write(&mut encoder);
+    let answer = client.fetch(request, &mut counted)?;
+    encoder.finish().map_err(failed)?;
+    Ok(answer)
+}
+
+/// Whether a path is what standard output leads to already, as `/dev/stdout` is: nobody else writes there meanwhile.
+fn is_standard_output(path: &Path) -> bool {
+    let file = |path: &Path| fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
+    file(path).is_some_and(|it| file(Path::new("/proc/self/fd/1")) == Some(it))
+}
+
+/// Where a path leads, which ends at a file or at nothing.
+fn led_to(path: &Path) -> io::Result<PathBuf> {
+    let mut at = path.to_owned();
+    while let Ok(target) = fs::read_link(&at) {
+        at.pop();
+        at.push(target);
+    }
+    fs::canonicalize(
+        at.parent()
+            .filter(|f| !f.as_os_str().is_empty())
+            .unwrap_or(Path::new(".")),
+    )
+    .map(|folder| folder.join(at.file_name().unwrap_or_default()))
+}
+
+/// A new file beside another, of which it takes the place later: as open to others as that is.
+fn beside(path: &Path, there: Option<&Metadata>) -> io::Result<(File, PathBuf)> {
+    let name = format!(".forkvol-{:016x}", u64::from_ne_bytes(sys::random()?));
+    let partial = path.with_file_name(name);
+    let file = File::options()
+        .write(true)
+        .create_new(true)
+        .mode(if there.is_some() { 0o600 } else { 0o666 })
+        .open(&partial)?;
+    if let Some(there) = there {
+        // Only root may give a file away.
+        fchown(&file, Some(there.uid()), Some(there.gid())).ok();
+        file.set_permissions(there.permissions())?;
+    }
+    Ok((file, partial))
 }
 
 /// Says what a tar file could not hold.

@@ -12,6 +12,7 @@ mod caches;
 mod damage;
 mod docker;
 mod environment;
+mod exports;
 mod few;
 mod full;
 mod jobs;
