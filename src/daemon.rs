@@ -317,7 +317,12 @@ impl Shared {
             };
             return Err(Failure::new(Code::Busy, message).hint(hint));
         }
-        self.shut_down(stop.force)?;
+        let ended = self.shut_down(stop.force);
+        // A fork may have been mounted meanwhile: the engine goes on then, and else is of no use any more.
+        let goes_on = matches!(&ended, Err(failure) if failure.code == Code::Busy);
+        self.closing.store(!goes_on, Ordering::Release);
+        self.stopped.store(!goes_on, Ordering::Release);
+        ended?;
         Ok(json!({"stopped": std::process::id()}))
     }
 }
@@ -395,15 +400,15 @@ impl Client {
                 }
                 _ => calls::answer(&self.shared, who, connection, request, fds)?,
             };
-            let stop = matches!(&result, Ok(value) if value.get("stopped").is_some());
-            connection.send(&result.map_or_else(Answer::Error, Answer::Done))?;
-            if stop {
-                self.shared.stopped.store(true, Ordering::Release);
+            let sent = connection.send(&result.map_or_else(Answer::Error, Answer::Done));
+            // Whether or not anybody is left to hear the answer.
+            if self.shared.stopped.load(Ordering::Acquire) {
                 if let Err(error) = (&self.shared.wake).write_all(b"x") {
                     ::log::error!("cannot wake the daemon to end it: {error}");
                 }
-                return Ok(());
+                return sent;
             }
+            sent?;
         }
     }
 

@@ -268,7 +268,8 @@ impl Call<'_> {
             return Err(Failure::new(
                 Code::Busy,
                 "the daemon is stopping and takes no new forks",
-            ));
+            )
+            .hint("try again when those that `forkvol forks` lists as live are committed or abandoned"));
         }
         if fork.suid || fork.dev {
             self.who.mount_suid(self.shared.options.shared_socket)?;

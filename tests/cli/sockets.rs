@@ -219,6 +219,36 @@ fn an_embedded_daemon_ends_when_it_is_idle() {
 }
 
 #[test]
+fn a_daemon_that_was_told_to_stop_ends_though_who_told_it_has_gone() {
+    let cli = Cli::new();
+    let fork = cli.ok(&["fork", "v", "m"]);
+    let pid = cli.daemon_pid();
+    let mut stop = cli
+        .command(&["daemon", "stop", "--drain=60s"])
+        .spawn()
+        .unwrap();
+    let begun = Instant::now();
+    let refused = loop {
+        let output = cli.call(&["fork", "w", "n"]);
+        if !output.status.success() {
+            break String::from_utf8(output.stderr).unwrap();
+        }
+        cli.ok(&["abandon", "./n"]);
+        assert!(begun.elapsed() < Duration::from_secs(10), "it drains");
+    };
+    assert!(refused.contains("; try again when"), "{refused}");
+    stop.kill().unwrap();
+    stop.wait().unwrap();
+    cli.ok(&["abandon", &fork]);
+    while cli.call(&["daemon", "status"]).status.success() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "it has ended");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    cli.ok(&["fork", "w", "n"]);
+    assert_ne!(cli.daemon_pid(), pid);
+}
+
+#[test]
 fn who_is_not_in_the_services_group_is_told_so_and_gets_no_store_of_his_own() {
     let lines = super::environment::surrounded(
         r#"mount -t tmpfs -o mode=755 none /run
