@@ -212,10 +212,37 @@ fn a_job_whose_daemon_was_killed_is_attached_again() {
     fs::write(cli.path("c/f"), "kept").unwrap();
     cli.finish("0", "0");
     cli.attach("1", &["-v", "v", "-p", "c"]);
+    fs::write(cli.path("c/first"), "half").unwrap();
     cli.kill_daemon();
+    let attach = |more: &[&str]| {
+        let output = cli.call(&[&["attach", "--job", "1"], more].concat());
+        let said = String::from_utf8(output.stderr).unwrap();
+        (output.status.code(), said)
+    };
+    let (code, said) = attach(&["--add", "-v", "w", "-p", "d", "--strict"]);
+    assert!(
+        code == Some(1) && said.contains("has lost its forks"),
+        "{said}"
+    );
+    let (code, said) = attach(&["-v", "v", "-p", "c"]);
+    assert!(
+        code == Some(0) && said.contains("nothing of it will be committed"),
+        "{said}"
+    );
     assert_eq!(cli.attach("1", &["-v", "v", "-p", "c"])["hit"], "exact");
     assert_eq!(fs::read_to_string(cli.path("c/f")).unwrap(), "kept");
-    cli.finish("1", "0");
+    fs::write(cli.path("c/second"), "half").unwrap();
+    let ended = cli.call(&["finish", "--job", "1", "--status", "0"]);
+    let said = String::from_utf8(ended.stderr).unwrap();
+    assert!(
+        said.contains("nothing is committed: the forks of job 1 were lost"),
+        "{said}"
+    );
+    assert_eq!(cli.numbers("v"), [1]);
+    // The next of that name is another job.
+    cli.attach("1", &["-v", "v", "-p", "c"]);
+    fs::write(cli.path("c/f"), "whole").unwrap();
+    assert_eq!(cli.finish("1", "0")["v"], "committed as v@2");
 }
 
 #[test]

@@ -218,11 +218,14 @@ fn make(
     let live = live_forks(&mut client)?;
     let _alone = jobs.lock(name)?;
     let strict = options.options.strict;
-    let mut job = match known(&mut client, &jobs, name, &live)? {
-        Some(job) if job.asked == asked => return Ok(job),
-        Some(job) if options.add && job.joined.is_none() => job,
-        Some(_) => return Err(otherwise(name)),
-        None => Job::new(name.into(), When::OnSuccess, strict, agents(options)),
+    let mut job = match known(&mut client, &jobs, name, &live, options.add)? {
+        Known::Job(job) if job.asked == asked => return Ok(job),
+        Known::Job(job) if options.add && job.joined.is_none() => job,
+        Known::Job(_) => return Err(otherwise(name)),
+        Known::None { lost } => {
+            let job = Job::new(name.into(), When::OnSuccess, strict, agents(options));
+            begun(job, lost)
+        }
     };
     let is_new = |plan: &&Plan| {
         !job.asked
@@ -257,26 +260,55 @@ fn make(
     Ok(job)
 }
 
+/// What an attach finds of its job.
+pub(super) enum Known {
+    Job(Job),
+    /// Nothing any more. `lost`: it was at work, and what it wrote is gone.
+    None {
+        lost: bool,
+    },
+}
+
+/// A job that begins, or begins once more.
+pub(super) fn begun(mut job: Job, lost: bool) -> Job {
+    job.lost = lost;
+    if lost && job.commit != When::Never {
+        let name = &job.job;
+        warn(&format!(
+            "the forks of job {name} were lost while it ran: it is attached anew, and nothing of it will be committed"
+        ));
+    }
+    job
+}
+
 /// The job as it is; what is left of an earlier one of that name, of an attach or of an end that was cut off, is taken away.
 pub(super) fn known(
     client: &mut Client,
     jobs: &Jobs,
     name: &str,
     live: &HashSet<String>,
-) -> Result<Option<Job>, Failure> {
+    add: bool,
+) -> Result<Known, Failure> {
     let Some(mut job) = jobs.load(name)? else {
-        return Ok(None);
+        return Ok(Known::None { lost: false });
     };
     let unfinished = job.unfinished();
     if job.is_stale(live) || job.end.is_some() || (unfinished.start == 0 && job.shared.is_none()) {
+        let lost = job.has_lost(live);
+        if lost && add {
+            let message = format!("job {name} has lost its forks while it ran: nothing is added");
+            return Err(Failure::new(Code::Failed, message).hint(
+                "attach it without --add: it goes on with the last versions, and commits nothing",
+            ));
+        }
         finish::drop_job(client, jobs, &job)?;
-        return Ok(None);
+        return Ok(Known::None { lost });
     }
     for volume in job.volumes.drain(unfinished).rev() {
         finish::drop_volume(client, &volume)?;
     }
     jobs.save(&job)?;
-    Ok(Some(job))
+    Ok(Known::Job(job))
 }
 
 /// That a job has something else than what is asked for.

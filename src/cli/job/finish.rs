@@ -302,6 +302,11 @@ fn settle(
     keep: bool,
     settled: &mut Settled,
 ) -> Result<(), Failure> {
+    if job.lost && when.iter().any(Option::is_some) {
+        let why = format!("the forks of job {} were lost while it ran", job.job);
+        settled.losses.push(format!("nothing is committed: {why}"));
+        when.fill(None);
+    }
     // All or none: what one path lost says that the job was not what it seemed.
     if when.iter().any(Option::is_some) {
         // The job was told that it goes without those that are degraded.

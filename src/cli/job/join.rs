@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use clap::ValueEnum;
 
-use super::attach;
+use super::attach::{self, Known};
 use super::placing::{self, Waiter, Work};
 use super::plan::Plan;
 use super::state::{self, Job, Jobs, Spot, Volume};
@@ -81,10 +81,11 @@ pub fn make(
     let asked: String = plans.iter().map(line).collect();
     let live = super::live_forks(&mut client)?;
     let _alone = jobs.lock(name)?;
-    match attach::known(&mut client, &jobs, name, &live)? {
-        Some(job) if job.asked == asked => return Ok(job),
-        Some(_) => return Err(attach::otherwise(name)),
-        None => {}
+    match attach::known(&mut client, &jobs, name, &live, false)? {
+        Known::Job(job) if job.asked == asked => return Ok(job),
+        Known::Job(_) => return Err(attach::otherwise(name)),
+        // It is the workspace that commits.
+        Known::None { .. } => {}
     }
     let shared = job_of(workspace);
     let _nobody_else = jobs.lock(&shared)?;
@@ -95,6 +96,7 @@ pub fn make(
             job
         }
         left => {
+            let lost = left.as_ref().is_some_and(|left| left.has_lost(&live));
             if let Some(left) = left {
                 finish::drop_job(&mut client, &jobs, &left)?;
             }
@@ -103,7 +105,8 @@ pub fn make(
                 Lifetime::Pipeline => options.commit.unwrap_or(When::OnSuccess),
                 _ => When::Never,
             };
-            let mut job = Job::new(shared.clone(), when, true, Vec::new());
+            let job = Job::new(shared.clone(), when, true, Vec::new());
+            let mut job = attach::begun(job, lost);
             job.shared = Some(Shared {
                 lifetime,
                 touched: state::now(),

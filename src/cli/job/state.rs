@@ -50,6 +50,9 @@ pub struct Job {
     pub volumes: Vec<Volume>,
     /// How it ended, once that is known.
     pub end: Option<End>,
+    /// It was attached anew after it had lost its forks: what it holds is a part of its work, which is not committed.
+    #[serde(default)]
+    pub lost: bool,
     /// It is a workspace, for others to join.
     #[serde(default)]
     pub shared: Option<Shared>,
@@ -146,6 +149,7 @@ impl Job {
             created: now(),
             volumes: Vec::new(),
             end: None,
+            lost: false,
             shared: None,
             joined: None,
         }
@@ -184,16 +188,25 @@ impl Job {
     /// Whether one of its processes, its boot or its mounts are gone. The daemon says which forks are live: what this process sees of mounts
     /// and other processes depends on the container it runs in.
     pub fn is_stale(&self, live: &HashSet<String>) -> bool {
-        let other_boot = sys::boot_id().is_ok_and(|boot| boot != self.boot);
-        let agent_gone = self.agents.iter().any(Agent::is_gone);
         let mut forks = self
             .volumes
             .iter()
             .filter_map(|v| v.fork.as_ref())
             .peekable();
-        other_boot
-            || agent_gone
-            || (forks.peek().is_some() && forks.all(|fork| !live.contains(fork)))
+        self.is_over() || (forks.peek().is_some() && forks.all(|fork| !live.contains(fork)))
+    }
+
+    /// Whether nobody can be at work in it any more: one of its processes or its boot is gone.
+    fn is_over(&self) -> bool {
+        let other_boot = sys::boot_id().is_ok_and(|boot| boot != self.boot);
+        other_boot || self.agents.iter().any(Agent::is_gone)
+    }
+
+    /// Whether somebody may still be at work in it who has lost what was written before, as when its daemon was killed.
+    pub fn has_lost(&self, live: &HashSet<String>) -> bool {
+        let was_attached = self.unfinished().start > 0;
+        let goes_on = self.end.is_none() && !self.is_over();
+        goes_on && (self.lost || (was_attached && self.is_stale(live)))
     }
 }
 
@@ -551,6 +564,11 @@ mod tests {
             job.volumes.push(volume("v"));
             job.volumes[0].fork = Some(fork.into());
             assert_eq!(job.is_stale(&live), stale, "{fork}");
+            assert!(!job.has_lost(&live), "its attach was cut off");
+            job.asked = "v\n".into();
+            assert_eq!(job.has_lost(&live), stale, "{fork}");
+            job.end = Some(End::Success);
+            assert!(!job.has_lost(&live));
         }
     }
 
