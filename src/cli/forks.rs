@@ -358,8 +358,13 @@ pub fn commit(context: &Context, options: &CommitOptions) -> Result<(), Failure>
     };
     let answer = watched(&mut client, request)?;
     let commit: Value = take(&answer, "/commits/0")?;
-    for mount in take::<Vec<Mount>>(&commit, "/mounts")? {
-        mounting::detach(&mut client, &mount);
+    let mut mounts: Vec<Mount> = take(&commit, "/mounts")?;
+    if fork.state != "live" && !options.keep {
+        // What its last daemon has left there.
+        mounts.extend(fork.mounts);
+    }
+    for mount in &mounts {
+        mounting::detach(&mut client, mount);
     }
     if commit.pointer("/version").is_none_or(Value::is_null) {
         output::note(&format!(

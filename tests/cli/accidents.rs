@@ -141,3 +141,22 @@ fn the_mount_of_another_fork_at_the_same_place_is_left_alone() {
     cli.ok(&["commit", "./m"]);
     assert_eq!(cli.ok(&["cat", "w:f"]), "of the second");
 }
+
+#[test]
+fn a_commit_of_a_fork_that_nobody_serves_takes_away_what_is_left_of_its_mount() {
+    let cli = Cli::new();
+    for by_hand in [false, true] {
+        let fork = cli.ok(&["fork", "v", "m"]);
+        fs::write(cli.path("m/f"), format!("{by_hand}")).unwrap();
+        if by_hand {
+            let unmounted = Command::new("umount").arg(cli.path("m")).status();
+            assert!(unmounted.unwrap().success());
+        } else {
+            cli.kill_daemon();
+        }
+        cli.ok(&["commit", &fork]);
+        cli.is_unmounted();
+        assert!(!cli.path("m").exists(), "{by_hand}");
+        assert_eq!(cli.ok(&["cat", "v:f"]), format!("{by_hand}"));
+    }
+}
