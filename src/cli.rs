@@ -305,7 +305,7 @@ struct CommitOptions {
     #[arg(long, value_name = "K=V", value_parser = values::label)]
     label: Vec<(String, String)>,
     /// Recorded with the version
-    #[arg(short, long)]
+    #[arg(short, long, value_parser = values::message)]
     message: Option<String>,
     /// Only if this is still the head
     #[arg(long, value_name = "VERSION", conflicts_with = "if_base")]
@@ -361,11 +361,22 @@ pub fn main() -> u8 {
     let json = own.clone().any(|a| a == "--json");
     match parse(&arguments) {
         Ok((cli, matches)) => dispatch(cli, &matches),
-        Err(error) => {
-            let is_run = own
-                .filter(|a| !a.to_string_lossy().starts_with('-'))
-                .any(|a| a == "run");
-            misused(&error, is_run, json)
+        Err(error) => misused(
+            &error,
+            subcommand(own).is_some_and(|name| name == "run"),
+            json,
+        ),
+    }
+}
+
+/// The first word that is no option, nor the value of one.
+fn subcommand<'a>(mut own: impl Iterator<Item = &'a OsString>) -> Option<&'a OsString> {
+    loop {
+        let word = own.next()?;
+        if word == "--store" {
+            own.next();
+        } else if !word.as_encoded_bytes().starts_with(b"-") {
+            return Some(word);
         }
     }
 }
@@ -386,8 +397,8 @@ fn misused(error: &clap::Error, is_run: bool, json: bool) -> u8 {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             process::default_sigpipe();
-            print!("{error}");
-            0
+            let printed = output::print(error.to_string().as_bytes());
+            printed.map_or_else(|failure| exit::report(&failure, 1, json, None), |()| 0)
         }
         kind => {
             let text = error.to_string();
@@ -411,6 +422,7 @@ fn misused(error: &clap::Error, is_run: bool, json: bool) -> u8 {
                 _ if rest.is_empty() => first.into(),
                 _ => format!("{first}: {}", rest.join(", ")),
             };
+            let message = output::elided(message);
             let failure = Failure::new(Code::Usage, message).hint("see forkvol --help");
             exit::report(&failure, before(is_run, &failure), json, None)
         }

@@ -22,6 +22,17 @@ pub fn one_line(message: &str) -> String {
     message.replace(char::is_control, " ")
 }
 
+/// A message without the middle of what was said at great length.
+pub fn elided(message: String) -> String {
+    const END: usize = 500;
+    let all = message.chars().count();
+    if all <= 2 * END {
+        return message;
+    }
+    let (head, tail) = (message.chars().take(END), message.chars().skip(all - END));
+    head.chain(" ... ".chars()).chain(tail).collect()
+}
+
 /// What the system answered, in words and without its number.
 pub fn reason(error: &io::Error) -> String {
     match error.kind() {
@@ -150,9 +161,11 @@ pub fn table(rows: &[Value], columns: &[Column]) -> String {
     for line in lines {
         let mut text = String::new();
         for ((cell, width), (_, _, shown)) in line.iter().zip(&widths).zip(columns) {
+            // A format takes no width beyond that of a u16.
+            let padding = " ".repeat(width - cell.chars().count());
             match shown {
-                Shown::Size => text.push_str(&format!("{cell:>width$}  ")),
-                _ => text.push_str(&format!("{cell:width$}  ")),
+                Shown::Size => text.extend([&padding, cell.as_str(), "  "]),
+                _ => text.extend([cell, padding.as_str(), "  "]),
             }
         }
         out.push_str(text.trim_end());
@@ -272,6 +285,8 @@ mod tests {
             "NAME        SIZE\nnpm      2.0 KiB\ncargo/x        -\n"
         );
         assert_eq!(table(&[], &columns), "");
+        let long = "x".repeat(70_000);
+        assert!(table(&[json!({"name": long})], &columns).contains(&long));
     }
 
     #[test]

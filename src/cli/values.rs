@@ -87,8 +87,33 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(number * unit).map_err(|_| wrong())
 }
 
+/// What is recorded with a version: it is shown, sent and kept with everything else that is known of it.
+const MESSAGE_MAX: usize = 64 << 10;
+const LABEL_KEY_MAX: usize = 256;
+const LABEL_VALUE_MAX: usize = 4 << 10;
+
+/// What a version says of itself.
+pub fn message(text: &str) -> Result<String, String> {
+    within("the message", text, MESSAGE_MAX)?;
+    Ok(text.into())
+}
+
+fn within(what: &str, text: &str, most: usize) -> Result<(), String> {
+    match text.len() > most {
+        true => Err(format!(
+            "{what} has {} bytes, and {most} is the most",
+            text.len()
+        )),
+        false => Ok(()),
+    }
+}
+
 /// `K=V`, with a key that is not empty.
 pub fn label(text: &str) -> Result<(String, String), String> {
+    if let Some((key, value)) = text.split_once('=') {
+        within("the key of a label", key, LABEL_KEY_MAX)?;
+        within("the value of a label", value, LABEL_VALUE_MAX)?;
+    }
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.into(), value.into())),
         _ => Err(format!("{text:?} is not a label of the form KEY=VALUE")),
@@ -235,6 +260,11 @@ mod tests {
         assert!(owner("root").is_err() && owner("4294967295").is_err() && owner("7:").is_err());
         assert_eq!(label("a=b=c"), Ok(("a".into(), "b=c".into())));
         assert!(label("=b").is_err() && label("a").is_err());
+        let long = |n| "x".repeat(n);
+        assert!(label(&format!("{}={}", long(256), long(4096))).is_ok());
+        assert!(label(&format!("{}=", long(257))).is_err());
+        assert!(label(&format!("k={}", long(4097))).is_err());
+        assert!(message(&long(64 << 10)).is_ok() && message(&long((64 << 10) + 1)).is_err());
         assert_eq!(busy("wait=2s"), Ok(Busy::Wait(Duration::from_secs(2))));
         assert!(busy("wait").is_err());
     }

@@ -187,7 +187,18 @@ fn what_is_no_value_is_a_mistake_of_the_caller() {
     }
     let (_, text) = cli.fails(&["attach", "--job", "1", "-p", "c"]);
     assert!(!text.contains(store.to_str().unwrap()), "{text}");
+    let long = format!("k={}", "x".repeat(5000));
+    let (code, text) = cli.fails(&["fork", "v", "m", "--label", &long]);
+    assert!(
+        code == 2 && text.contains("5000 bytes, and 4096 is") && text.len() < 1100,
+        "{text}"
+    );
+    for line in ["log run run", "abandon run --bogus", "--store run log"] {
+        let (code, text) = cli.fails(&line.split(' ').collect::<Vec<_>>());
+        assert_eq!(code, 2, "{line}: {text}");
+    }
     for line in [
+        "--store x run -v ../x -- true",
         "run -v ../x -- true",
         "run -v v --size 3q -- true",
         "run -v v -p c",

@@ -465,6 +465,11 @@ fn help_can_be_asked_for_in_two_ways_and_says_the_exit_statuses() {
         text.contains("Exit status: 0 done") && text.contains("15 busy"),
         "{text}"
     );
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let unread = cli.command(&["--help"]).stdout(full).output().unwrap();
+    assert_eq!(unread.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&unread.stderr);
+    assert!(said.starts_with("forkvol: cannot write to"), "{said}");
     assert_eq!(cli.ok(&["help", "gc"]), cli.ok(&["gc", "--help"]));
     assert!(!cli.path("store").exists());
 }
