@@ -20,6 +20,7 @@ pub const SYSTEM_FILE: &str = "/etc/forkvol/config.toml";
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
+    #[serde(default, deserialize_with = "folder")]
     store: Option<PathBuf>,
     group: Option<String>,
     #[serde(default, deserialize_with = "duration")]
@@ -36,7 +37,7 @@ struct File {
     cache: Option<u64>,
     #[serde(default, deserialize_with = "size")]
     reserve: Option<u64>,
-    #[serde(default, deserialize_with = "size")]
+    #[serde(default, deserialize_with = "room")]
     size: Option<u64>,
     threads: Option<u16>,
     wakeful: Option<bool>,
@@ -146,6 +147,24 @@ fn shown(volumes: &str, keep: Keep) -> Value {
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
     let text = String::deserialize(deserializer)?;
     values::duration(&text)
+        .map(Some)
+        .map_err(serde::de::Error::custom)
+}
+
+/// A folder that is the same one for the daemon and for every caller, wherever it stands and whoever's home it has.
+fn folder<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    let path = PathBuf::deserialize(deserializer)?;
+    match path.is_absolute() {
+        true => Ok(Some(path)),
+        false => Err(serde::de::Error::custom(format!(
+            "{path:?} is no whole path, which begins with a slash"
+        ))),
+    }
+}
+
+fn room<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    values::room(&text)
         .map(Some)
         .map_err(serde::de::Error::custom)
 }
@@ -482,6 +501,10 @@ mod tests {
             ("\n  cache = \"lots\"", "/c.toml:2:"),
             ("threads = -1", "/c.toml:1:11:"),
             ("store = ", "/c.toml:1:"),
+            ("store = \"\"", "/c.toml:1:9: \"\" is no whole path"),
+            ("store = \"~/x\"", "/c.toml:1:9: \"~/x\" is no whole path"),
+            ("store = \"x/y\"", "/c.toml:1:9: \"x/y\" is no whole path"),
+            ("size = \"0\"", "/c.toml:1:8: nothing could be written"),
         ] {
             let message = parse(text).unwrap_err();
             assert!(message.contains(part), "{message}");
