@@ -61,7 +61,7 @@ impl Import {
                 (true, io::ErrorKind::Other | io::ErrorKind::UnexpectedEof) => {
                     bad("it is no tar file, or compressed otherwise than with zstd")
                 }
-                (false, io::ErrorKind::UnexpectedEof) => bad("it is cut off"),
+                (false, _) if input.is_cut_off() => bad("it is cut off"),
                 _ => bad(error),
             })?;
             is_first = false;
@@ -150,7 +150,8 @@ impl Import {
             }
             EntryType::XGlobalHeader => return self.global(entry),
             other => {
-                self.warn(path, format!("entries of type {other:?} cannot be kept"));
+                let kind = other.as_byte().escape_ascii();
+                self.warn(path, format!("entries of type '{kind}' cannot be kept"));
                 return Ok(());
             }
         };

@@ -160,6 +160,10 @@ fn a_tar_file_that_is_cut_off_anywhere_is_refused() {
         let error = import(&bench, &tar[..end]).unwrap_err();
         assert_eq!(error.code, Code::Failed, "{end} bytes: {error}");
     }
+    let head = tar.len() - 1024 - 512 - 512;
+    for end in [head + 1, head + 511] {
+        refused(&bench, &tar[..end], "it is cut off");
+    }
     refused(&bench, b"", "it has no end mark");
     assert!(import(&bench, &tar).unwrap().version.is_some());
 }
@@ -207,6 +211,12 @@ fn numbers_that_make_no_sense_are_refused_and_never_believed() {
         .file("f", b"x");
     let imported = import(&bench, &tar.done()).unwrap();
     assert_eq!(imported.warnings, ["f: its time cannot be kept"]);
+    let tar = Tar::new()
+        .other(EntryType::new(b'Z'), "z", "")
+        .other(EntryType::new(1), "one", "");
+    let imported = import(&bench, &tar.done()).unwrap();
+    let said = |path, kind| format!("{path}: entries of type '{kind}' cannot be kept");
+    assert_eq!(imported.warnings, [said("z", "Z"), said("one", "\\x01")]);
 }
 
 /// > | holes of the sparse files of a tar file | 1 TiB in all | import is refused |
