@@ -163,13 +163,20 @@ fn labels(options: &ForkOptions) -> Result<BTreeMap<String, String>, Failure> {
     for path in &options.label_file {
         let wrong = |why: String| Failure::new(Code::Usage, format!("{}: {why}", path.display()));
         let text = fs::read_to_string(path).map_err(|e| cannot_read("--label-file", path, &e))?;
+        let mut own = BTreeMap::new();
         for line in text
             .lines()
             .map(str::trim)
             .filter(|l| !l.is_empty() && !l.starts_with('#'))
         {
-            labels.extend([values::label(line).map_err(wrong)?]);
+            let parts: Vec<&str> = line.splitn(2, '=').map(str::trim).collect();
+            let (key, value) = values::label(&parts.join("=")).map_err(wrong)?;
+            if own.contains_key(&key) {
+                return Err(wrong(format!("the label {key} is there twice")));
+            }
+            own.insert(key, value);
         }
+        labels.extend(own);
     }
     for path in &options.lock_file {
         let hash = || -> std::io::Result<String> {
@@ -206,9 +213,12 @@ impl ForkFacts {
 
 /// Drops a fork that could not be put to use. What fails here is only a warning: it is about something else already.
 pub fn drop_unused(client: &mut Client, fork: &str) {
-    if let Err(failure) = client.call(&Request::Abandon {
+    let dropped = client.call(&Request::Abandon {
         forks: vec![fork.into()],
-    }) {
+    });
+    if let Err(failure) = dropped
+        && failure.code != Code::NotFound
+    {
         output::warn(&format!("fork {fork} is left over: {failure}"));
     }
 }
@@ -318,7 +328,7 @@ pub fn find(client: &mut Client, fork: &OsStr) -> Result<ForkFacts, Failure> {
 }
 
 /// Whether a path lies in a fork's mount. The one that the working folder is in does not count: every word is a path in that.
-fn leads_into_a_fork(path: &Path) -> bool {
+pub fn leads_into_a_fork(path: &Path) -> bool {
     let folder = std::env::current_dir().unwrap_or_default();
     mounting::fork_mount_of(path).is_ok_and(|found| !folder.starts_with(found.path))
 }

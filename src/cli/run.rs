@@ -397,11 +397,15 @@ impl<'a> Job<'a> {
         let ids: Vec<String> = self.forks.iter().map(|used| used.fork.id.clone()).collect();
         let options = &self.run.options;
         for id in &ids {
-            if forks::was_lost(&mut client, id)? == Some(true) {
-                client.call(&Request::Abandon { forks: ids.clone() })?;
-                let message = "nothing is committed: the daemon was lost while the command ran";
-                return Err(Failure::new(Code::Failed, message));
-            }
+            let why = match forks::was_lost(&mut client, id)? {
+                Some(false) => continue,
+                Some(true) => "the daemon was lost while the command ran".to_owned(),
+                None => format!("fork {id} was committed or abandoned while the command ran"),
+            };
+            ids.iter()
+                .for_each(|id| forks::drop_unused(&mut client, id));
+            let message = format!("nothing is committed at the end: {why}");
+            return Err(Failure::new(Code::Failed, message));
         }
         let traffic = ids.iter().map(|id| forks::traffic(&mut client, id));
         let traffic: Vec<Traffic> = traffic.collect();

@@ -1,6 +1,7 @@
 //! What looks at volumes, versions and the store, or tidies them up.
 
 use std::ffi::OsStr;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -99,9 +100,15 @@ fn state(version: &Value) -> Option<String> {
 
 pub fn diff(context: &Context, a: &OsStr, b: &OsStr, stat: bool) -> Result<(), Failure> {
     let mut client = context.connect()?;
-    let mut side = |text: &OsStr| match forks::is_path(text) {
-        true => forks::find(&mut client, text).map(|fork| fork.id),
-        false => Ok(text.to_string_lossy().into_owned()),
+    let mut side = |text: &OsStr| {
+        let name = text.to_string_lossy().into_owned();
+        // A volume goes before a folder of that name.
+        let mut is_folder =
+            || forks::leads_into_a_fork(Path::new(text)) && !forks::has_version(&mut client, &name);
+        match forks::is_path(text) || is_folder() {
+            true => forks::find(&mut client, text).map(|fork| fork.id),
+            false => Ok(name),
+        }
     };
     let (a, b) = (side(a)?, side(b)?);
     let answer = client.call(&Request::Diff { a, b })?;

@@ -160,3 +160,20 @@ fn a_commit_of_a_fork_that_nobody_serves_takes_away_what_is_left_of_its_mount() 
         assert_eq!(cli.ok(&["cat", "v:f"]), format!("{by_hand}"));
     }
 }
+
+#[test]
+fn a_command_that_ends_its_fork_itself_is_told_that_nothing_more_is_committed() {
+    let cli = Cli::new();
+    let program = env!("CARGO_BIN_EXE_forkvol");
+    let script = format!("echo 1 > c/f; {program} commit ./c");
+    let output = cli.run("v", &cli.path("c"), &script);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(
+        said.contains("was committed or abandoned while the command ran"),
+        "{said}"
+    );
+    assert!(!said.contains("left over"), "{said}");
+    assert_eq!(cli.ok(&["cat", "v:f"]), "1");
+    cli.is_unmounted();
+}

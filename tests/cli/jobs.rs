@@ -177,6 +177,17 @@ fn labels_make_a_hit_exact_or_stale_and_parents_make_it_a_fallback() {
 }
 
 #[test]
+fn the_labels_of_a_file_are_those_around_its_signs() {
+    let cli = Cli::new();
+    fs::write(cli.path("labels"), "# of the image\n os =  debian 12 \n").unwrap();
+    let fork = cli.ok(&["fork", "v", "m", "--label-file", "labels"]);
+    fs::write(cli.path("m/f"), "x").unwrap();
+    cli.ok(&["commit", &fork]);
+    let labels = cli.json(&["log", "v"])["versions"][0]["labels"].clone();
+    assert_eq!(labels, serde_json::json!({"os": "debian 12"}));
+}
+
+#[test]
 fn a_job_whose_agent_was_killed_is_cleared_away_and_the_next_one_is_warm() {
     let cli = Cli::new();
     cli.attach("0", &["-v", "v", "-p", "c"]);

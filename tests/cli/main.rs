@@ -485,6 +485,7 @@ fn a_version_is_compared_with_a_fork_by_its_id_or_a_path_inside_its_mount() {
     fs::write(cli.path("m/d/g"), "2").unwrap();
     for side in [
         &fork,
+        "m",
         "./m",
         "m/../m/d",
         cli.path("m/d/g").to_str().unwrap(),

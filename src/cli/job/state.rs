@@ -264,11 +264,12 @@ pub fn safe_name(name: &str) -> String {
         .map(|c| if harmless(c) { c } else { '-' })
         .take(NAME_MAX - 17)
         .collect();
-    format!(
-        "{}-{}",
-        kept.trim_start_matches(['-', '.', '_']),
-        &hash[..8]
-    )
+    // A name that began with a dash would be an option.
+    let kept = match kept.trim_start_matches(['-', '.', '_']) {
+        "" => "x",
+        kept => kept,
+    };
+    format!("{kept}-{}", &hash[..8])
 }
 
 /// Held by whoever attaches or ends a job. The file goes with it.
@@ -507,7 +508,9 @@ mod tests {
         for name in hostile {
             let safe = safe_name(name);
             assert!(
-                safe.len() <= NAME_MAX && !safe.contains('/') && !safe.starts_with('.'),
+                safe.len() <= NAME_MAX
+                    && !safe.contains('/')
+                    && safe.starts_with(|c: char| c.is_ascii_alphanumeric()),
                 "{safe}"
             );
             assert!(!safe.is_empty() && seen.insert(safe));
@@ -656,7 +659,7 @@ mod tests {
         #[test]
         fn any_name_is_made_harmless(name in ".{0,120}", other in ".{0,12}") {
             let safe = safe_name(&name);
-            assert!((1..=NAME_MAX).contains(&safe.len()) && !safe.contains('/') && !safe.starts_with('.'), "{safe}");
+            assert!((1..=NAME_MAX).contains(&safe.len()) && !safe.contains('/') && safe.starts_with(|c: char| c.is_ascii_alphanumeric()), "{safe}");
             assert_eq!(safe_name(&safe_name(&safe)), safe_name(&safe));
             assert!(name == other || safe_name(&other) != safe, "{name:?} and {other:?}");
         }
