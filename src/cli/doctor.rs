@@ -13,6 +13,7 @@ use super::client::{Client, ends_with_its_cgroup};
 use super::mounting;
 use super::output::{self, warn};
 use super::place::Place;
+use crate::engine::Engine;
 use crate::protocol::{Code, Failure, VERSION};
 use crate::sys::mount as kernel;
 use crate::sys::namespace;
@@ -274,6 +275,14 @@ fn store(context: &Context) -> Finding {
         .ancestors()
         .find(|dir| dir.is_dir())
         .unwrap_or(Path::new("/"));
+    // Nothing is made: that of another user would be root's.
+    if store.join("lock").exists()
+        && let Err(error) = Engine::recognise(store)
+    {
+        let remedy =
+            "put back what is missing, or name another store with --store or FORKVOL_STORE";
+        return Finding::error("store", error.message, error.hint.unwrap_or(remedy.into()));
+    }
     let text = context.place.to_string();
     let elsewhere = "choose a folder on a local disk with --store or FORKVOL_STORE";
     match fs_kind(existing) {

@@ -187,6 +187,12 @@ fn what_is_no_value_is_a_mistake_of_the_caller() {
     }
     let (_, text) = cli.fails(&["attach", "--job", "1", "-p", "c"]);
     assert!(!text.contains(store.to_str().unwrap()), "{text}");
+    fs::write(cli.path("twice"), "k=v\n k = w\n").unwrap();
+    let (code, text) = cli.fails(&["fork", "v", "m", "--label-file", "twice"]);
+    assert!(
+        code == 2 && text.contains("twice: the label k is there twice"),
+        "{text}"
+    );
     let long = format!("k={}", "x".repeat(5000));
     let (code, text) = cli.fails(&["fork", "v", "m", "--label", &long]);
     assert!(
@@ -435,6 +441,7 @@ fn a_store_that_cannot_be_written_to_says_so_and_is_as_it_was() {
         mount -o remount,ro ro
         says forkvol --store ro/s volumes
         says forkvol --store ro/new volumes
+        { forkvol --store ro/s doctor 2> err || true; } | grep -o ' store: .*'
         says forkvol --store ro/s run -v v -p c -- true
         mount -o remount,rw ro
         forkvol --store ro/s cat v:f 2> err
@@ -452,6 +459,7 @@ fn a_store_that_cannot_be_written_to_says_so_and_is_as_it_was() {
         &[
             ("1", &["ro/s", "Read-only file system", "--store"]),
             ("1", &["ro/new", "Read-only file system", "--store"]),
+            ("", &["store:", "ro/s", "Read-only file system"]),
             ("125", &["ro/s", "Read-only file system", "--store"]),
             ("kept", &[]),
             ("No", &["space left"]),
