@@ -7,6 +7,7 @@ use clap::ValueEnum;
 use super::Cache;
 use super::names::Scope;
 use super::yaml::{Entry, Fault, Kind, Node, Place};
+use crate::cli::ending::When;
 use crate::cli::values;
 
 /// The least room that a volume is granted.
@@ -128,6 +129,18 @@ fn map(
         let nodes = of(key).map(list).unwrap_or_default();
         nodes.iter().map(|file| path(file, scope)).collect()
     };
+    let read_only = of("read-only").map(|value| {
+        let wrong = || value.fault(format!("read-only is true or false, not {}", value.is_a()));
+        value.as_bool().ok_or_else(wrong)
+    });
+    let read_only = read_only.transpose()?;
+    let commit = of("commit").map(|value| Ok((value, one_of(value)?)));
+    let commit = commit.transpose()?;
+    if let (Some(true), Some((value, when))) = (read_only, &commit)
+        && *when != When::Never
+    {
+        return Err(value.fault("what is read-only commits nothing"));
+    }
     let parents = of("parents").map(list).unwrap_or_default();
     let exclude = of("exclude").map(list).unwrap_or_default();
     Ok(Cache {
@@ -148,14 +161,8 @@ fn map(
             .iter()
             .map(|p| text(p, "a pattern").map(str::to_owned))
             .collect::<Result<_, _>>()?,
-        read_only: of("read-only")
-            .map(|value| {
-                let wrong =
-                    || value.fault(format!("read-only is true or false, not {}", value.is_a()));
-                value.as_bool().ok_or_else(wrong)
-            })
-            .transpose()?,
-        commit: of("commit").map(|value| one_of(value)).transpose()?,
+        read_only,
+        commit: commit.map(|(_, when)| when),
         link: of("link").map(|value| one_of(value)).transpose()?,
         existing: of("existing").map(|value| one_of(value)).transpose()?,
     })
@@ -266,7 +273,6 @@ mod tests {
     use super::*;
     use crate::cli::caches::names::Matrix;
     use crate::cli::caches::yaml;
-    use crate::cli::ending::When;
     use crate::cli::job::{Existing, Link};
 
     fn variable(name: &str) -> Option<String> {
@@ -367,7 +373,7 @@ mod tests {
             lock-file: [./package-lock.json, x]
             parents: [main, main@3, shop]
             exclude: '*.log'
-            read-only: true
+            read-only: false
             commit: on-change
             link: symlink
             existing: seed
@@ -383,7 +389,7 @@ mod tests {
             lock_files: vec!["package-lock.json".into(), "x".into()],
             parents: vec!["shop/main".into(), "shop/main@3".into(), "shop".into()],
             exclude: vec!["*.log".into()],
-            read_only: Some(true),
+            read_only: Some(false),
             commit: Some(When::OnChange),
             link: Some(Link::Symlink),
             existing: Some(Existing::Seed),
@@ -440,6 +446,10 @@ mod tests {
             (
                 "paths: a\nread-only: maybe",
                 "2:12: read-only is true or false",
+            ),
+            (
+                "paths: a\nread-only: true\ncommit: always",
+                "3:9: what is read-only commits nothing",
             ),
             ("paths: a\nlabels: k", "2:9: labels are a map"),
             ("paths: a\nparents: 'a@x'", "2:10: "),
