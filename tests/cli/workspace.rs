@@ -112,6 +112,25 @@ fn the_workspace_of_a_pipeline_is_committed_at_its_end_without_credentials() {
 }
 
 #[test]
+fn a_workspace_that_lost_its_daemon_goes_on_and_commits_nothing() {
+    let cli = Cli::new();
+    let pipeline = ["-v", "work", "-p", "a", "--lifetime", "pipeline"];
+    join(&cli, "a", &pipeline);
+    fs::write(cli.path("a/first"), "half").unwrap();
+    cli.kill_daemon();
+    join(&cli, "a", &pipeline);
+    fs::write(cli.path("a/second"), "half").unwrap();
+    let ended = cli.call(&["finish", "--join", "build-7", "--status", "0"]);
+    let said = String::from_utf8(ended.stderr).unwrap();
+    assert!(
+        said.contains("nothing is committed: the forks of"),
+        "{said}"
+    );
+    let head = cli.json(&["volume", "show", "work"])["volume"]["head"].clone();
+    assert_eq!(head, serde_json::Value::Null);
+}
+
+#[test]
 fn a_member_that_asked_to_read_only_cannot_write_and_others_can() {
     let cli = Cli::new();
     join(&cli, "a", &["-v", "work", "-p", "a"]);

@@ -80,14 +80,17 @@ pub fn make(
     let line = |plan| format!("{workspace:?} {}", attach::question(plan));
     let asked: String = plans.iter().map(line).collect();
     let live = super::live_forks(&mut client)?;
+    let shared = job_of(workspace);
     let _alone = jobs.lock(name)?;
     match attach::known(&mut client, &jobs, name, &live, false)? {
-        Known::Job(job) if job.asked == asked => return Ok(job),
+        Known::Job(job) if job.asked == asked => match jobs.load(&shared)? {
+            Some(common) if !common.is_stale(&live) => return Ok(job),
+            _ => finish::drop_job(&mut client, &jobs, &job)?,
+        },
         Known::Job(_) => return Err(attach::otherwise(name)),
         // It is the workspace that commits.
         Known::None { .. } => {}
     }
-    let shared = job_of(workspace);
     let _nobody_else = jobs.lock(&shared)?;
     let mut work = Work::new(context, options, &jobs, &live, by, waiter)?;
     let mut common = match jobs.load(&shared)? {
