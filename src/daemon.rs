@@ -320,8 +320,10 @@ impl Shared {
         let ended = self.shut_down(stop.force);
         // A fork may have been mounted meanwhile: the engine goes on then, and else is of no use any more.
         let goes_on = matches!(&ended, Err(failure) if failure.code == Code::Busy);
-        self.closing.store(!goes_on, Ordering::Release);
-        self.stopped.store(!goes_on, Ordering::Release);
+        match goes_on {
+            true => self.closing.store(false, Ordering::Release),
+            false => self.stopped.store(true, Ordering::Release),
+        }
         ended?;
         Ok(json!({"stopped": std::process::id()}))
     }

@@ -184,19 +184,27 @@ fn fill(
     path: &Path,
     mut file: &File,
 ) -> Result<Value, Failure> {
+    let named = |failure: Failure| match failure.message.strip_prefix("cannot copy the content:") {
+        Some(why) => Failure {
+            message: format!("cannot write {}:{why}", path.display()),
+            ..failure
+        },
+        None => failure,
+    };
     let is_compressed = path.extension().is_some_and(|e| e == "zst" || e == "tzst");
     if !is_compressed {
-        return client.fetch(request, &mut output::progress(None).wrap_write(&mut file));
+        let mut counted = output::progress(None).wrap_write(&mut file);
+        return client.fetch(request, &mut counted).map_err(named);
     }
     let failed = |e: io::Error| cannot_write(path, &e);
     let mut encoder = zstd::stream::Encoder::new(file, ZSTD_LEVEL).map_err(failed)?;
     let mut counted = output::progress(None).wrap_write(&mut encoder);
-    let answer = client.fetch(request, &mut counted)?;
+    let answer = client.fetch(request, &mut counted).map_err(named)?;
     encoder.finish().map_err(failed)?;
     Ok(answer)
 }
 
-/// Whether a path is what standard output leads to already, as `/dev/stdout` is: nobody else writes there meanwhile.
+/// Whether a path is what standard output leads to already, as `/dev/stdout` is: who opened it may go on writing there.
 fn is_standard_output(path: &Path) -> bool {
     let file = |path: &Path| fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
     file(path).is_some_and(|it| file(Path::new("/proc/self/fd/1")) == Some(it))
@@ -209,12 +217,9 @@ fn led_to(path: &Path) -> io::Result<PathBuf> {
         at.pop();
         at.push(target);
     }
-    fs::canonicalize(
-        at.parent()
-            .filter(|f| !f.as_os_str().is_empty())
-            .unwrap_or(Path::new(".")),
-    )
-    .map(|folder| folder.join(at.file_name().unwrap_or_default()))
+    let folder = at.parent().filter(|f| !f.as_os_str().is_empty());
+    let folder = fs::canonicalize(folder.unwrap_or(Path::new(".")))?;
+    Ok(folder.join(at.file_name().unwrap_or_default()))
 }
 
 /// A new file beside another, of which it takes the place later: as open to others as that is.

@@ -275,7 +275,7 @@ fn store(context: &Context) -> Finding {
         .ancestors()
         .find(|dir| dir.is_dir())
         .unwrap_or(Path::new("/"));
-    // Nothing is made: that of another user would be root's.
+    // A lock that is not there yet would belong to who looks.
     if store.join("lock").exists()
         && let Err(error) = Engine::recognise(store)
     {

@@ -397,14 +397,17 @@ impl<'a> Job<'a> {
         let ids: Vec<String> = self.forks.iter().map(|used| used.fork.id.clone()).collect();
         let options = &self.run.options;
         for id in &ids {
-            let why = match forks::was_lost(&mut client, id)? {
+            let message = match forks::was_lost(&mut client, id)? {
                 Some(false) => continue,
-                Some(true) => "the daemon was lost while the command ran".to_owned(),
-                None => format!("fork {id} was committed or abandoned while the command ran"),
+                Some(true) => {
+                    "nothing is committed: the daemon was lost while the command ran".to_owned()
+                }
+                None => format!(
+                    "nothing more is committed: fork {id} was committed or abandoned while the command ran"
+                ),
             };
             ids.iter()
                 .for_each(|id| forks::drop_unused(&mut client, id));
-            let message = format!("nothing is committed at the end: {why}");
             return Err(Failure::new(Code::Failed, message));
         }
         let traffic = ids.iter().map(|id| forks::traffic(&mut client, id));

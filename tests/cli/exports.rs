@@ -72,7 +72,10 @@ fn an_export_goes_through_devices_pipes_and_what_standard_output_is() {
     );
     assert_eq!(fs::read_to_string(cli.path("piped")).unwrap(), tar);
     let (code, line) = cli.fails(&["export", "v", "-o", "full"]);
-    assert!(code == 1 && line.contains("no space left"), "{line}");
+    assert!(
+        code == 1 && line.contains("cannot write full: no space left"),
+        "{line}"
+    );
     use std::os::unix::fs::FileTypeExt;
     let kind = |name: &str| fs::symlink_metadata(cli.path(name)).unwrap().file_type();
     assert!(kind("full").is_char_device() && kind("pipe").is_fifo());
