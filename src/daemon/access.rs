@@ -1,7 +1,6 @@
 //! Who may do what. Identity is what the kernel says of the socket's other end, never a field of a message.
 
-use std::cell::OnceCell;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Weak};
 
@@ -13,21 +12,28 @@ use crate::sys::socket::{self, Peer};
 /// Who is at the other end of a connection.
 pub struct Who {
     pub peer: Peer,
-    process: Option<OwnedFd>,
     /// The user that the daemon runs as.
     daemon: u32,
-    is_local: OnceCell<bool>,
+    /// A process in a container may have the uid of anybody: it has the rights of a job.
+    is_local: bool,
     /// Lives as long as the connection.
     connected: Arc<()>,
 }
 
 impl Who {
     pub fn of(stream: &UnixStream, daemon: u32) -> std::io::Result<Who> {
+        let peer = socket::peer(stream)?;
+        // Looked at once, at the beginning: later its number may be another's. What has ended by then is nobody that is known.
+        let is_local = match socket::peer_process(stream) {
+            Ok(process) => {
+                process::shares_pid_namespace(peer.pid, process.as_ref().map(AsFd::as_fd))
+            }
+            Err(_) => false,
+        };
         Ok(Who {
-            peer: socket::peer(stream)?,
-            process: socket::peer_process(stream),
+            peer,
             daemon,
-            is_local: OnceCell::new(),
+            is_local,
             connected: Arc::default(),
         })
     }
@@ -39,13 +45,6 @@ impl Who {
 
     fn owns_the_store(&self) -> bool {
         self.peer.uid == 0 || self.peer.uid == self.daemon
-    }
-
-    /// A process in a container may have the uid of anybody: it has the rights of a job.
-    fn is_local(&self) -> bool {
-        let look =
-            || process::shares_pid_namespace(self.peer.pid, self.process.as_ref().map(AsFd::as_fd));
-        *self.is_local.get_or_init(look)
     }
 
     /// A private socket is for root and the store's owner; who may open a shared one is said by its mode and group.
@@ -69,7 +68,7 @@ impl Who {
             )
             .hint(format!("ask root or user {}", self.daemon)));
         }
-        if !self.is_local() {
+        if !self.is_local {
             return Err(Failure::new(
                 Code::Policy,
                 "from inside a container only forks can be made and ended",
@@ -79,15 +78,18 @@ impl Who {
         Ok(())
     }
 
-    /// A fork is for who made it, beside root and the store's owner.
-    pub fn use_fork(&self, owner: u32, fork: &str) -> Result<(), Failure> {
-        if self.peer.uid == owner || self.owns_the_store() {
-            return Ok(());
-        }
-        Err(Failure::new(
-            Code::Policy,
-            format!("fork {fork} belongs to user {owner}"),
-        ))
+    /// A fork is for who made it, beside root and the store's owner. From inside a container nobody is either, whatever his uid, and
+    /// nobody has made a fork that commits to a trusted volume.
+    pub fn use_fork(&self, owner: u32, is_trusted: bool, fork: &str) -> Result<(), Failure> {
+        let why = match self.is_local {
+            true if self.peer.uid == owner || self.owns_the_store() => return Ok(()),
+            false if self.peer.uid == owner && !is_trusted => return Ok(()),
+            false if self.peer.uid == owner => {
+                format!("fork {fork} is a trusted job's, which is none from inside a container")
+            }
+            _ => format!("fork {fork} belongs to user {owner}"),
+        };
+        Err(Failure::new(Code::Policy, why))
     }
 
     /// Files with a suid bit may only come from a store that root alone may use.
@@ -104,7 +106,7 @@ impl Who {
 
     /// Who asks, as far as trust is concerned. What is said of a job counts only where an agent says it.
     pub fn asker(&self, policy: &TrustPolicy, said: Option<JobFacts>) -> Asker {
-        if !self.is_local() {
+        if !self.is_local {
             return Asker::User(self.peer.uid);
         }
         let believed = self.owns_the_store() || policy.agents.contains(&self.peer.uid);
@@ -129,9 +131,8 @@ mod tests {
         };
         Who {
             peer,
-            process: None,
             daemon,
-            is_local: OnceCell::new(),
+            is_local: true,
             connected: Arc::default(),
         }
     }
@@ -149,8 +150,29 @@ mod tests {
         }
         assert!(who(8, 7).administer().is_err());
         assert!(who(7, 7).administer().is_ok());
-        assert!(who(8, 7).use_fork(8, "f-a").is_ok());
-        assert_eq!(who(9, 7).use_fork(8, "f-a").unwrap_err().code, Code::Policy);
+    }
+
+    #[test]
+    fn a_fork_is_for_who_made_it_and_from_a_container_for_nobody_else() {
+        for (uid, is_local, owner, is_trusted, allowed) in [
+            (8, true, 8, true, true),
+            (9, true, 8, false, false),
+            (0, true, 8, true, true),
+            (7, true, 8, true, true),
+            (0, false, 8, false, false),
+            (7, false, 8, false, false),
+            (0, false, 0, false, true),
+            (0, false, 0, true, false),
+        ] {
+            let mut who = who(uid, 7);
+            who.is_local = is_local;
+            let used = who.use_fork(owner, is_trusted, "f-a");
+            assert_eq!(
+                used.is_ok(),
+                allowed,
+                "{uid} {is_local} {owner} {is_trusted}"
+            );
+        }
     }
 
     #[test]
@@ -168,7 +190,7 @@ mod tests {
     #[test]
     fn who_is_not_seen_in_the_own_pid_namespace_has_the_rights_of_a_job() {
         let mut who = who(0, 0);
-        who.peer.pid = 0;
+        who.is_local = false;
         let failure = who.administer().unwrap_err();
         assert!(failure.message.contains("container"), "{failure}");
         let policy = TrustPolicy::default();

@@ -255,7 +255,8 @@ impl Call<'_> {
     /// Finds a fork that the client may change.
     fn own(&self, fork: &str) -> Result<(ForkId, ForkInfo), Failure> {
         let info = self.engine.find_fork(fork).map_err(failure)?;
-        self.who.use_fork(info.uid, fork)?;
+        let is_trusted = info.verdict == Verdict::Trusted;
+        self.who.use_fork(info.uid, is_trusted, fork)?;
         let id = info
             .id
             .parse()

@@ -48,7 +48,10 @@ pub fn peer(socket: &UnixStream) -> io::Result<Peer> {
 
 /// Returns a descriptor of the process at the other end, which stands for it even when its number is given to another; `None` where
 /// the kernel has no such thing.
-pub fn peer_process(socket: &UnixStream) -> Option<OwnedFd> {
+///
+/// # Errors
+/// What the kernel answered, as of a process that has ended.
+pub fn peer_process(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
     const SO_PEERPIDFD: libc::c_int = 77;
     let mut fd: libc::c_int = -1;
     let mut length = size_of::<libc::c_int>() as libc::socklen_t;
@@ -62,8 +65,12 @@ pub fn peer_process(socket: &UnixStream) -> Option<OwnedFd> {
             &raw mut length,
         )
     };
-    // SAFETY: the kernel has just made this descriptor for us.
-    (result == 0 && fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
+    match check(result) {
+        // SAFETY: the kernel has just made this descriptor for us.
+        Ok(_) => Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) })),
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Runs `f` on a name for `path` that is short enough for a socket's address, by way of the folder's descriptor.

@@ -341,7 +341,7 @@ fn settle(
         };
         settled.outcomes.insert(name.clone(), outcome);
     }
-    let result = commit(client, &chosen, keep, &mut settled.outcomes);
+    let result = commit(client, &chosen, keep, settled);
     if !keep {
         for volume in &job.volumes {
             drop_fork(client, volume)?;
@@ -355,7 +355,7 @@ fn commit(
     client: &mut Client,
     chosen: &[(&Volume, protocol::When)],
     keep: bool,
-    outcomes: &mut BTreeMap<String, Outcome>,
+    settled: &mut Settled,
 ) -> Result<(), Failure> {
     let forks = chosen.iter();
     let forks = forks.filter_map(|(volume, when)| Some((volume.fork.clone()?, *when)));
@@ -402,11 +402,12 @@ fn commit(
                         _ => Outcome::of("unchanged"),
                     },
                 };
-                outcomes.insert(name.clone(), outcome);
+                settled.outcomes.insert(name.clone(), outcome);
             }
         }
-        // One batch: where one fork is over already, an earlier finish had got that far, or somebody has abandoned it.
+        // One batch: where all forks are over an earlier finish had got that far, and else somebody has ended some of them.
         Err(failure) if failure.code == Code::NotFound => {
+            let mut left = Vec::new();
             for volume in volumes {
                 let lost = volume
                     .fork
@@ -414,9 +415,19 @@ fn commit(
                     .map(|fork| forks::was_lost(client, fork));
                 let what = match lost.transpose()?.flatten() {
                     None => "ended before",
-                    Some(_) => "not committed",
+                    Some(_) => {
+                        left.push(volume.volume.as_str());
+                        "not committed"
+                    }
                 };
-                outcomes.insert(volume.volume.clone(), Outcome::of(what));
+                let outcome = Outcome::of(what);
+                settled.outcomes.insert(volume.volume.clone(), outcome);
+            }
+            if !left.is_empty() {
+                let left = left.join(", ");
+                settled.losses.push(format!(
+                    "{left}: not committed, for another fork of the job was ended while it ran"
+                ));
             }
         }
         Err(failure) => return Err(failure),

@@ -289,7 +289,11 @@ impl Drop for Lock {
 
 /// The folder of one user's jobs in one store.
 #[derive(Clone, Debug)]
-pub struct Jobs(PathBuf);
+pub struct Jobs {
+    folder: PathBuf,
+    /// Where everybody may make folders, the one above counts too.
+    above: Option<PathBuf>,
+}
 
 impl Jobs {
     pub fn of(place: &Place) -> Result<Jobs, Failure> {
@@ -299,9 +303,16 @@ impl Jobs {
                 .unwrap_or_else(|| place::temporary_folder(process::euid()))
                 .join("jobs"),
         };
-        // Where everybody may make folders, the one above counts too.
         let above = folder.parent().filter(|_| *place == Place::Service);
-        for folder in above.into_iter().chain([folder.as_path()]) {
+        let above = above.map(Path::to_owned);
+        let jobs = Jobs { folder, above };
+        jobs.check()?;
+        Ok(jobs)
+    }
+
+    /// Fails where the folder is there and somebody else's.
+    fn check(&self) -> Result<(), Failure> {
+        for folder in self.above.iter().chain([&self.folder]) {
             let metadata = match fs::symlink_metadata(folder) {
                 Ok(metadata) => metadata,
                 // Made with the first job, which knows that there is a store.
@@ -315,11 +326,11 @@ impl Jobs {
                 return Err(Failure::new(Code::Policy, message).hint("remove it"));
             }
         }
-        Ok(Jobs(folder))
+        Ok(())
     }
 
     fn file(&self, job: &str) -> PathBuf {
-        self.0.join(format!("{job}.json"))
+        self.folder.join(format!("{job}.json"))
     }
 
     /// Reads a job's file, if there is one.
@@ -354,10 +365,10 @@ impl Jobs {
     /// All jobs that can be read; why another cannot goes to `unreadable`.
     pub fn readable(&self, unreadable: impl Fn(&Failure)) -> Result<Vec<Job>, Failure> {
         let mut jobs = Vec::new();
-        let entries = match fs::read_dir(&self.0) {
+        let entries = match fs::read_dir(&self.folder) {
             Ok(entries) => entries,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(jobs),
-            Err(e) => return Err(cannot(&self.0, &e)),
+            Err(e) => return Err(cannot(&self.folder, &e)),
         };
         for entry in entries.flatten() {
             let name = entry.file_name();
@@ -376,9 +387,11 @@ impl Jobs {
     /// Puts a job's file in place as one step.
     pub fn save(&self, job: &Job) -> Result<(), Failure> {
         let path = self.file(&job.job);
-        let aside = self.0.join(format!(".{}.{}", job.job, std::process::id()));
+        let aside = self
+            .folder
+            .join(format!(".{}.{}", job.job, std::process::id()));
+        self.make()?;
         let write = || -> io::Result<()> {
-            self.make()?;
             let mut file = fs::File::options()
                 .write(true)
                 .create(true)
@@ -412,9 +425,9 @@ impl Jobs {
         job: &str,
         way: impl Fn(&fs::File) -> io::Result<bool>,
     ) -> Result<Option<Lock>, Failure> {
-        let path = self.0.join(format!("{job}.lock"));
+        let path = self.folder.join(format!("{job}.lock"));
+        self.make()?;
         let lock = || -> io::Result<Option<Lock>> {
-            self.make()?;
             loop {
                 let file = fs::File::options()
                     .write(true)
@@ -444,7 +457,7 @@ impl Jobs {
 
     /// Removes what a kill leaves: locks that nobody holds, and files that did not come to their place.
     pub fn sweep(&self) {
-        for entry in fs::read_dir(&self.0).into_iter().flatten().flatten() {
+        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
             let name = entry.file_name();
             let name = name.to_string_lossy();
             let half = name
@@ -464,11 +477,14 @@ impl Jobs {
         }
     }
 
-    fn make(&self) -> io::Result<()> {
+    /// Makes the folder. Somebody may have been faster, so it is looked at behind that.
+    fn make(&self) -> Result<(), Failure> {
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
-            .create(&self.0)
+            .create(&self.folder)
+            .map_err(|e| cannot(&self.folder, &e))?;
+        self.check()
     }
 
     pub fn remove(&self, job: &str) -> Result<(), Failure> {
@@ -587,7 +603,10 @@ mod tests {
 
     fn jobs() -> (tempfile::TempDir, Jobs) {
         let dir = tempfile::tempdir().unwrap();
-        let jobs = Jobs(dir.path().join("jobs"));
+        let jobs = Jobs {
+            folder: dir.path().join("jobs"),
+            above: None,
+        };
         (dir, jobs)
     }
 
