@@ -34,6 +34,7 @@ use crate::tree::NodeId;
 use error::FsError;
 pub use exclude::{Excludes, default_patterns_at, excluded_inodes};
 use extent::{Extent, PAGE};
+use known::Known;
 use log::Log;
 pub use seal::Sealed;
 use spool::Spool;
@@ -115,8 +116,8 @@ pub struct Fork {
     layers: RwLock<Layers>,
     log: Mutex<Log>,
     numbers: Mutex<Numbers>,
-    /// For each session by its epoch: how often its kernel was told of an inode and has not forgotten it.
-    lookups: Mutex<Vec<(u64, HashMap<Ino, u64>)>>,
+    /// For each session by its epoch: the inodes that its kernel was told of and has not forgotten.
+    lookups: Mutex<Vec<(u64, HashMap<Ino, Known>)>>,
     created: AtomicU64,
     private: Mutex<Option<Private>>,
     /// 512-byte blocks and inodes of the view.

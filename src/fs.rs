@@ -166,13 +166,23 @@ impl Fs {
         self.fork.forget(self.session, ino, times);
     }
 
-    /// Whether a file may have a name outside the folder that this session serves, so that another kernel caches it too. Only names
-    /// that the base knows and that are still there count as inside: what is not known to be inside is shared.
+    /// Whether another kernel may cache a file too: it may have a name outside the folder that this session serves, or another
+    /// session's kernel knows it, by a name that it had.
     ///
     /// # Errors
     /// What the store answered.
     pub fn is_shared(&self, ino: Ino, attr: &Attr) -> Result<bool, FsError> {
-        if !self.shares_links || attr.kind == Kind::Directory || attr.nlink < 2 {
+        if !self.shares_links || attr.kind == Kind::Directory {
+            return Ok(false);
+        }
+        let by_names = self.has_names_outside(ino, attr)?;
+        Ok(self.fork.is_shared(self.session, ino, by_names))
+    }
+
+    /// Whether a file may have a name outside the folder at the top. Only names that the base knows and that are still there count
+    /// as inside: what is not known to be inside is outside. A file with one name was found by it, or is known to be shared.
+    fn has_names_outside(&self, ino: Ino, attr: &Attr) -> Result<bool, FsError> {
+        if attr.nlink < 2 {
             return Ok(false);
         }
         let store = &self.fork.store;

@@ -7,6 +7,15 @@ use super::log::Request;
 use super::table::Edit;
 use crate::record::Ino;
 
+/// What the kernel of a session knows of an inode.
+#[derive(Default)]
+pub(super) struct Known {
+    /// How often it was told of it.
+    times: u64,
+    /// Another kernel may have cached it too since.
+    shared: bool,
+}
+
 impl Fork {
     /// Counts that the kernel of a session was told of an inode once more.
     pub fn looked_up(&self, session: u64, ino: Ino) {
@@ -16,7 +25,7 @@ impl Fork {
         }
         // One that a newer session has ended is not counted any more.
         if let Some((_, known)) = lookups.iter_mut().find(|(of, _)| *of == session) {
-            *known.entry(ino).or_default() += 1;
+            known.entry(ino).or_default().times += 1;
         }
     }
 
@@ -32,7 +41,7 @@ impl Fork {
             let Some((_, known)) = lookups.iter_mut().find(|(of, _)| *of == session) else {
                 return;
             };
-            let Some(count) = known.get_mut(&ino) else {
+            let Some(count) = known.get_mut(&ino).map(|known| &mut known.times) else {
                 return;
             };
             *count = count.saturating_sub(times);
@@ -54,6 +63,23 @@ impl Fork {
         };
         if is_orphan {
             self.drop_orphan(ino);
+        }
+    }
+
+    /// Whether an inode is shared by the kernels of several sessions: it is so by its names, or another kernel has not forgotten it,
+    /// as an open file outlives its name. Once it was, it stays so until the kernel of this session has forgotten it, which may
+    /// have it open since then.
+    pub fn is_shared(&self, session: u64, ino: Ino, by_names: bool) -> bool {
+        let mut lookups = self.lookups.lock();
+        let mut elsewhere = lookups.iter().filter(|(of, _)| ![0, session].contains(of));
+        let now = by_names || elsewhere.any(|(_, known)| known.contains_key(&ino));
+        let mut here = lookups.iter_mut().filter(|(of, _)| *of == session);
+        match here.find_map(|(_, known)| known.get_mut(&ino)) {
+            Some(known) => {
+                known.shared |= now;
+                known.shared
+            }
+            None => now,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use crate::common::{TestStore, sh};
 
@@ -86,6 +86,50 @@ fn a_file_with_names_in_two_folders_is_one_file_for_both() {
     second.seek(SeekFrom::Start(0)).unwrap();
     second.set_len(2).unwrap();
     assert_eq!(fs::read(&in_b).unwrap(), b"on");
+}
+
+/// > A file with names in two of them is cached by neither and cannot be mapped shared.
+#[test]
+fn a_file_that_is_open_in_one_folder_and_has_its_names_in_the_other_is_one_file_for_both() {
+    let bench = TestStore::new();
+    for (round, inside) in [1, 2, 1].into_iter().enumerate() {
+        let volume = format!("w{round}");
+        let whole = bench.fork(&volume);
+        fs::create_dir(whole.path.join("a")).unwrap();
+        fs::create_dir(whole.path.join("b")).unwrap();
+        fs::write(whole.path.join("a/s"), "one\n").unwrap();
+        for n in 0..inside {
+            fs::hard_link(whole.path.join("a/s"), whole.path.join(format!("b/s{n}"))).unwrap();
+        }
+        fs::write(whole.path.join("a/other"), "other").unwrap();
+        bench.commit(whole);
+        let id = bench.fork_only(&volume);
+        let (a, b) = (bench.mount_folder(id, "a"), bench.mount_folder(id, "b"));
+        let (in_a, in_b) = (a.path.join("s"), b.path.join("s0"));
+        let append = || OpenOptions::new().read(true).append(true).clone();
+        let mut first = append().open(&in_a).unwrap();
+        match round {
+            2 => fs::rename(a.path.join("other"), &in_a).unwrap(),
+            _ => fs::remove_file(&in_a).unwrap(),
+        }
+        assert_eq!(first.metadata().unwrap().nlink(), inside as u64);
+        let mut second = append().open(&in_b).unwrap();
+        assert_eq!(fs::read(&in_b).unwrap(), b"one\n");
+        first.write_all(b"written by A\n").unwrap();
+        second.write_all(b"B\n").unwrap();
+        let expected = "one\nwritten by A\nB\n";
+        assert_eq!(fs::read_to_string(&in_b).unwrap(), expected);
+        let mut text = String::new();
+        first.seek(SeekFrom::Start(0)).unwrap();
+        first.read_to_string(&mut text).unwrap();
+        assert_eq!(text, expected);
+        for (file, other, mode) in [(&first, &second, 0o600), (&second, &first, 0o640)] {
+            file.set_permissions(fs::Permissions::from_mode(mode))
+                .unwrap();
+            assert_eq!(other.metadata().unwrap().mode() & 0o777, mode);
+            assert_eq!(other.metadata().unwrap().len(), expected.len() as u64);
+        }
+    }
 }
 
 /// > A file with names in two of them is cached by neither and cannot be mapped shared.
