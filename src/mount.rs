@@ -369,6 +369,10 @@ impl Filesystem for Mount {
             false => self.fs.write(caller, ino, offset, data, kill),
         };
         match written {
+            // Of a page that is written back the kernel takes any answer but an error for all of it.
+            Ok(written) if written < data.len() && flags.contains(WriteFlags::FUSE_WRITE_CACHE) => {
+                reply.error(Errno::ENOSPC);
+            }
             Ok(written) => reply.written(written as u32),
             Err(error) => reply.error(self.fail("write", &error)),
         }

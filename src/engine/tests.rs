@@ -561,11 +561,14 @@ fn beyond_its_size_a_fork_answers_no_space_and_nothing_else_breaks() {
     let id = bench.fork_sized("v", 1 << 20);
     let fs = bench.fs(id);
     let ino = put(&fs, "a", &vec![1; 900_000]);
+    // Up to the end of the page that is there.
+    let rest = vec![1; 300_000];
+    assert_eq!(fs.write(ME, ino, 900_000, &rest, false).unwrap(), 1120);
     assert!(matches!(
-        fs.write(ME, ino, 900_000, &vec![1; 300_000], false),
+        fs.write(ME, ino, 901_120, &rest, false),
         Err(FsError::NoSpace)
     ));
-    assert_eq!(get(&fs, "a"), Some(vec![1; 900_000]));
+    assert_eq!(get(&fs, "a"), Some(vec![1; 901_120]));
     fs.unlink(ME, ROOT, b"a").unwrap();
     fs.forget(ino, 10);
     put(&fs, "b", &vec![2; 900_000]);

@@ -50,7 +50,7 @@ impl Fs {
         Ok(buffer)
     }
 
-    /// Writes `data` at `offset`, and clears suid and sgid where the kernel says that the writer loses them.
+    /// Writes `data` at `offset`, as much of it as there is room for and at least something, and clears suid and sgid where the kernel says that the writer loses them.
     pub fn write(
         &self,
         caller: Caller,
@@ -95,25 +95,24 @@ impl Fs {
             return Ok(0);
         }
         let offset = offset.unwrap_or(inode.attr.size);
-        let end = offset
-            .checked_add(data.len() as u64)
-            .filter(|end| *end <= SIZE_MAX);
-        let end = end.ok_or(FsError::TooLarge)?;
+        let end = offset.checked_add(data.len() as u64);
+        end.filter(|end| *end <= SIZE_MAX)
+            .ok_or(FsError::TooLarge)?;
         let mut change = Change::new(self, &inode, root.id, ino);
         if offset > inode.attr.size {
             change.zero_tail(&mut inode, offset / PAGE)?;
         }
-        change.write(&mut inode, offset, data)?;
+        let written = change.write(&mut inode, offset, data)?;
         let time = now();
         let attr = &mut change.attr;
-        attr.size = attr.size.max(end);
+        attr.size = attr.size.max(offset + written as u64);
         attr.mtime = time;
         attr.ctime = time;
         if kill_suidgid {
             attr.kill_suidgid();
         }
         change.finish(caller, &mut inode)?;
-        Ok(data.len())
+        Ok(written)
     }
 
     /// Cuts or lengthens a file; new bytes are a hole.
@@ -331,15 +330,30 @@ impl<'a> Change<'a> {
         }
     }
 
-    /// Writes bytes: in place where the inode owns the room, to new room elsewhere.
-    pub fn write(&mut self, inode: &mut Inode, offset: u64, data: &[u8]) -> Result<(), FsError> {
+    /// Writes bytes: in place where the inode owns the room, to new room elsewhere. What changed in place has changed, so where
+    /// only a beginning could be written it is that which counts; returns its length.
+    pub fn write(&mut self, inode: &mut Inode, offset: u64, data: &[u8]) -> Result<usize, FsError> {
+        let mut at = offset / PAGE;
+        match self.write_parts(inode, &mut at, offset, data) {
+            Ok(()) => Ok(data.len()),
+            Err(_) if at * PAGE > offset => Ok((at * PAGE - offset) as usize),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Writes one part after the other, and moves `at` to the page behind each that is done.
+    fn write_parts(
+        &mut self,
+        inode: &mut Inode,
+        at: &mut u64,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), FsError> {
         let end = offset + data.len() as u64;
-        let (first, last) = (offset / PAGE, pages(end));
-        self.attr.blocks += (last - first - self.data_pages(inode, first, last)?) * 8;
+        let last = pages(end);
         // Bytes change in place, without an edit that says so.
-        inode.content.touch(first);
-        let mut at = first;
-        for extent in inode.content.extents.within(first, last) {
+        inode.content.touch(*at);
+        for extent in inode.content.extents.within(*at, last) {
             let Origin::Spool {
                 at: room,
                 owned: true,
@@ -347,7 +361,8 @@ impl<'a> Change<'a> {
             else {
                 continue;
             };
-            self.write_new(inode, at, extent.page, offset, data)?;
+            self.write_new(inode, *at, extent.page, offset, data)?;
+            *at = extent.page;
             let from = (extent.page * PAGE).max(offset);
             let to = (extent.end() * PAGE).min(end);
             let skip = from - extent.page * PAGE;
@@ -363,9 +378,9 @@ impl<'a> Change<'a> {
             }
             let bytes = &data[(from - offset) as usize..(to - offset) as usize];
             self.fs.fork.spool.write(bytes, room * PAGE + skip)?;
-            at = extent.end();
+            *at = extent.end();
         }
-        self.write_new(inode, at, last, offset, data)
+        self.write_new(inode, *at, last, offset, data)
     }
 
     /// Writes the part of `data` that falls into pages `[from, to)`, none of which the inode owns.
@@ -411,9 +426,10 @@ impl<'a> Change<'a> {
         self.place(inode, from, &bytes)
     }
 
-    /// Writes bytes to new room, to stand at `page` and behind it.
+    /// Writes bytes to new room, to stand at `page` and behind it, and counts the blocks that the file has more.
     fn place(&mut self, inode: &mut Inode, page: u64, bytes: &[u8]) -> Result<(), FsError> {
         let count = pages(bytes.len() as u64);
+        let blocks = (count - self.data_pages(inode, page, page + count)?) * 8;
         let reserved: u64 = inode
             .content
             .extents
@@ -432,8 +448,12 @@ impl<'a> Change<'a> {
             pages: count,
             origin: Origin::Spool { at, owned: true },
         };
+        if let Err(error) = fork.spool.write(bytes, at * PAGE) {
+            fork.spool.release([extent]);
+            return Err(error.into());
+        }
         self.taken.push(extent);
-        fork.spool.write(bytes, at * PAGE)?;
+        self.attr.blocks += blocks;
         self.edits.push(Edit::Extent {
             ino: self.ino,
             extent,
@@ -465,27 +485,30 @@ impl<'a> Change<'a> {
         at
     }
 
-    /// Reserves the holes of `[from, to)`.
+    /// Reserves the holes of `[from, to)`, those of the base too.
     fn reserve(&mut self, inode: &Inode, from: u64, to: u64) -> Result<(), FsError> {
-        let held = inode.content.extents.within(from, to);
-        let mut wanted = 0;
-        let held_at = |page: u64| held.iter().any(|e| e.page <= page && page < e.end());
-        for piece in inode.content.pieces(from, to) {
-            if let Piece::Hole { page, pages } = piece
-                && !held_at(page)
-            {
-                wanted += pages;
-                let origin = Origin::Hole { reserved: true };
+        let root = inode.base.unwrap_or(self.root);
+        let (store, content) = (&self.fs.fork.store, &inode.content);
+        let mut held = view::content_runs(store, root, self.ino, content, from, to)?;
+        let reserved = content.extents.within(from, to).into_iter();
+        let reserved = reserved.filter(|e| e.origin == Origin::Hole { reserved: true });
+        held.extend(reserved.map(|e| (e.page, e.pages)));
+        held.sort_unstable();
+        let (mut wanted, mut at) = (0, from);
+        for (page, pages) in held.into_iter().chain([(to, 0)]) {
+            if at < page {
+                wanted += page - at;
                 let extent = Extent {
-                    page,
-                    pages,
-                    origin,
+                    page: at,
+                    pages: page - at,
+                    origin: Origin::Hole { reserved: true },
                 };
                 self.edits.push(Edit::Extent {
                     ino: self.ino,
                     extent,
                 });
             }
+            at = page + pages;
         }
         self.fs.fork.want_pages(wanted)?;
         self.retain_edits();
@@ -545,7 +568,9 @@ impl<'a> Change<'a> {
         if from >= to || self.data_pages(inode, from / PAGE, from / PAGE + 1)? == 0 {
             return Ok(());
         }
+        // Within one page: all of it, or nothing.
         self.write(inode, from, &vec![0; (to - from) as usize])
+            .map(drop)
     }
 
     /// Becomes the owner of the reserved holes among the edits.

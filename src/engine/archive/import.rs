@@ -252,7 +252,7 @@ impl Import {
             if sparse {
                 self.write_data(ino, at, part)?;
             } else {
-                self.fs.write(ROOT_CALLER, ino, at, part, false)?;
+                self.write(ino, at, part)?;
             }
             at += part.len() as u64;
         }
@@ -278,11 +278,19 @@ impl Import {
         {
             let length: usize = run.iter().map(|page| page.len()).sum();
             if run.first().is_some_and(is_data) {
-                self.fs.write(ROOT_CALLER, ino, at, &run.concat(), false)?;
+                self.write(ino, at, &run.concat())?;
             }
             at += length as u64;
         }
         Ok(())
+    }
+
+    /// Writes all of it.
+    fn write(&self, ino: Ino, at: u64, bytes: &[u8]) -> Result<()> {
+        match self.fs.write(ROOT_CALLER, ino, at, bytes, false)? {
+            written if written < bytes.len() => Err(FsError::NoSpace.into()),
+            _ => Ok(()),
+        }
     }
 
     fn xattrs(&mut self, head: &Head, path: &[u8], ino: Ino) -> Result<()> {

@@ -622,3 +622,123 @@ fn a_fork_is_charged_its_own_pages_once_and_its_inodes() {
     fs.forget(one, 2);
     assert_eq!(charged(), 2 * 4096);
 }
+
+/// Takes all the room that a fork has left, in whole pages.
+fn fill(fs: &Fs, name: &str) -> Ino {
+    let file = put(fs, name, b"");
+    let mut at = 0;
+    while fs.write(ME, file, at, &[9; 4096], false).is_ok() {
+        at += 4096;
+    }
+    assert_eq!(fs.statfs().free, 0);
+    file
+}
+
+#[test]
+fn a_write_that_runs_out_of_room_says_how_much_it_wrote_and_changes_nothing_where_that_is_nothing()
+{
+    let bench = Bench::new();
+    let id = bench.fork_sized("v", 1 << 20);
+    let fs = bench.fs(id);
+    let file = put(&fs, "file", &noise(8192, 1));
+    let end = put(&fs, "end", &noise(4000, 2));
+    let old = SetAttr {
+        mtime: Some(5),
+        ..SetAttr::default()
+    };
+    let size = SetAttr {
+        size: Some(20_000),
+        ..SetAttr::default()
+    };
+    fs.setattr(ME, file, size).unwrap();
+    let full = fill(&fs, "full");
+    let mut expected = noise(8192, 1);
+    expected.resize(20_000, 0);
+
+    fs.setattr(ME, file, old).unwrap();
+    assert_eq!(fs.write(ME, file, 5000, &[7; 9000], false).unwrap(), 3192);
+    expected[5000..8192].fill(7);
+    let attr = fs.getattr(file).unwrap();
+    assert!(attr.mtime > 5);
+    assert_eq!((attr.size, attr.blocks), (20_000, 16));
+    assert!(get(&fs, "file").unwrap() == expected);
+    let copied = fs.copy_range(ME, (full, 1), (file, 4096), 8192).unwrap();
+    assert_eq!(copied, 4096);
+    expected[4096..8192].fill(9);
+    assert!(get(&fs, "file").unwrap() == expected);
+
+    let before = fs.setattr(ME, file, old).unwrap();
+    let error = fs.write(ME, file, 8192, &[7; 9000], false).unwrap_err();
+    assert!(matches!(error, FsError::NoSpace));
+    assert_eq!(fs.getattr(file).unwrap(), before);
+    assert!(get(&fs, "file").unwrap() == expected);
+
+    assert_eq!(fs.append(ME, end, &[7; 200], false).unwrap(), 96);
+    let attr = fs.getattr(end).unwrap();
+    assert_eq!((attr.size, attr.blocks), (4096, 8));
+    assert_eq!(get(&fs, "end").unwrap()[4000..], [7; 96]);
+    drop(fs);
+    bench.commit(id, false);
+    check(&bench);
+    assert!(get(&bench.fs(bench.fork("v")), "file").unwrap() == expected);
+}
+
+#[test]
+fn room_is_reserved_for_every_kind_of_hole() {
+    const SIZE: u64 = 40_960;
+    let bench = Bench::new();
+    let id = bench.fork("v");
+    let size = SetAttr {
+        size: Some(SIZE),
+        ..SetAttr::default()
+    };
+    let fs = bench.fs(id);
+    for name in ["of the base", "of the base too"] {
+        let file = put(&fs, name, b"data");
+        fs.setattr(ME, file, size).unwrap();
+    }
+    drop(fs);
+    bench.commit(id, false);
+
+    let fs = bench.fs(bench.fork_sized("v", 1 << 20));
+    let ino = |name: &str| fs.lookup(ROOT, name.as_bytes()).unwrap().unwrap().ino;
+    let punched = put(&fs, "punched", &noise(SIZE as usize, 3));
+    fs.fallocate(ME, punched, 4096, SIZE - 4096, Allocate::Punch)
+        .unwrap();
+    let new = put(&fs, "new", b"data");
+    fs.setattr(ME, new, size).unwrap();
+    let copies = [
+        ("copy", new),
+        ("copy of the base's", ino("of the base too")),
+    ];
+    for (name, source) in copies {
+        let copy = put(&fs, name, b"");
+        assert_eq!(
+            fs.copy_range(ME, (source, 0), (copy, 0), SIZE).unwrap(),
+            SIZE
+        );
+    }
+    let names = [
+        "of the base",
+        "punched",
+        "new",
+        "copy",
+        "copy of the base's",
+    ];
+    for name in names {
+        let before = fs.statfs().free;
+        for _ in 0..2 {
+            let reserve = Allocate::Reserve { keep_size: false };
+            fs.fallocate(ME, ino(name), 0, SIZE, reserve).unwrap();
+            assert_eq!(before - fs.statfs().free, 9, "{name}");
+        }
+    }
+    fill(&fs, "full");
+    let bytes = noise(SIZE as usize - 4096, 4);
+    for name in names {
+        let written = fs.write(ME, ino(name), 4096, &bytes, false);
+        assert_eq!(written.unwrap(), bytes.len(), "{name}");
+        assert!(get(&fs, name).unwrap()[4096..] == bytes, "{name}");
+        assert_eq!(fs.getattr(ino(name)).unwrap().blocks, 80, "{name}");
+    }
+}
