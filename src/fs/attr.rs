@@ -5,8 +5,9 @@ use crate::fork::error::FsError;
 use crate::fork::table::Edit;
 use crate::record::{Attr, Ino, Kind, Nanos};
 
-/// What setattr changes; None leaves it as it is.
-#[derive(Clone, Copy, Default, Debug)]
+/// What setattr changes; None leaves it as it is. Where it is nothing, suid and sgid go: a kernel asks so for that alone, as for a
+/// chown that names neither user nor group.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct SetAttr {
     pub mode: Option<u16>,
     pub uid: Option<u32>,
@@ -15,6 +16,13 @@ pub struct SetAttr {
     pub atime: Option<Nanos>,
     pub mtime: Option<Nanos>,
     pub ctime: Option<Nanos>,
+}
+
+impl SetAttr {
+    /// Whether a file does not keep what it granted under its owner.
+    fn takes_rights(&self) -> bool {
+        self.uid.is_some() || self.gid.is_some() || *self == SetAttr::default()
+    }
 }
 
 const CAPABILITY: &[u8] = b"security.capability";
@@ -34,7 +42,7 @@ impl Fs {
             }
             self.truncate(caller, ino, size)?;
         }
-        let drops_capability = set.uid.is_some() || set.gid.is_some() || set.size.is_some();
+        let drops_capability = set.takes_rights() || set.size.is_some();
         let sets_acl = set.mode.is_some() && self.options.acl;
         let store = &self.fork.store;
         let mut tx = self.begin()?;
@@ -85,12 +93,10 @@ fn change(attr: &mut Attr, set: SetAttr, time: Nanos) {
     if let Some(mode) = set.mode {
         attr.mode = mode & 0o7777;
     }
-    if set.uid.is_some() || set.gid.is_some() {
-        attr.uid = set.uid.unwrap_or(attr.uid);
-        attr.gid = set.gid.unwrap_or(attr.gid);
-        if attr.kind != Kind::Directory && set.mode.is_none() {
-            attr.kill_suidgid();
-        }
+    attr.uid = set.uid.unwrap_or(attr.uid);
+    attr.gid = set.gid.unwrap_or(attr.gid);
+    if set.takes_rights() && attr.kind != Kind::Directory && set.mode.is_none() {
+        attr.kill_suidgid();
     }
     attr.atime = set.atime.unwrap_or(attr.atime);
     attr.mtime = set.mtime.unwrap_or(attr.mtime);

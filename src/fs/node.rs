@@ -76,16 +76,7 @@ impl Fs {
         let inherited = self.inherit(&tx, dir, &node)?;
         tx.lock(&[dir])?;
         let time = now();
-        let parent = tx.attr(dir).clone();
-        let attr = self.new_attr(caller, &parent, dir, &node, &inherited, time);
-        let ino = tx.create(attr.clone())?;
-        for (name, value) in inherited.xattrs {
-            tx.push(Edit::Xattr {
-                ino,
-                name: name.into(),
-                value: Some(value.into()),
-            });
-        }
+        let (ino, attr) = self.create(&mut tx, caller, dir, &node, inherited, time)?;
         if let Some(extent) = room {
             tx.push(Edit::Extent { ino, extent });
         }
@@ -130,6 +121,28 @@ impl Fs {
             return Err(FsError::NoSpace);
         }
         Ok(())
+    }
+
+    /// Makes an inode for a locked directory, with what it gets from there, and no name yet.
+    pub(super) fn create(
+        &self,
+        tx: &mut Tx<'_>,
+        caller: Caller,
+        dir: Ino,
+        node: &NewNode<'_>,
+        inherited: Inherited,
+        time: Nanos,
+    ) -> Result<(Ino, Attr), FsError> {
+        let attr = self.new_attr(caller, tx.attr(dir), dir, node, &inherited, time);
+        let ino = tx.create(attr.clone())?;
+        for (name, value) in inherited.xattrs {
+            tx.push(Edit::Xattr {
+                ino,
+                name: name.into(),
+                value: Some(value.into()),
+            });
+        }
+        Ok((ino, attr))
     }
 
     fn new_attr(

@@ -81,6 +81,13 @@ impl Fs {
             (RenameMode::Exchange, Some(target)) => self.check_no_cycle(&tx.layers, target, from),
             _ => self.check_replace(&tx, source.1, target, old, new),
         }?;
+        let whiteout = NewNode::new(Kind::CharDevice, 0);
+        let inherited = match mode {
+            RenameMode::Whiteout | RenameMode::WhiteoutNoReplace => {
+                Some(self.inherit(&tx, from, &whiteout)?)
+            }
+            _ => None,
+        };
         // Names stand still now; what follows needs the inodes themselves, and looks nothing up any more.
         let mut inos = vec![from, to, source.0];
         inos.extend(target.map(|(ino, _)| ino));
@@ -90,32 +97,12 @@ impl Fs {
             exchange(&mut tx, source, target, old, new, time);
         } else {
             replace(&mut tx, source, target, old, new, time);
-            if matches!(mode, RenameMode::Whiteout | RenameMode::WhiteoutNoReplace) {
-                let attr = self.whiteout(caller, time);
-                let ino = tx.create(attr)?;
+            if let Some(inherited) = inherited {
+                let (ino, _) = self.create(&mut tx, caller, from, &whiteout, inherited, time)?;
                 tx.set_entry(old.dir, old.hash, old.name, Some((ino, Kind::CharDevice)));
             }
         }
         tx.finish(caller.request)
-    }
-
-    fn whiteout(&self, caller: Caller, time: Nanos) -> Attr {
-        let node = NewNode::new(Kind::CharDevice, 0);
-        Attr {
-            kind: node.kind,
-            mode: node.mode,
-            uid: caller.uid,
-            gid: caller.gid,
-            rdev: 0,
-            nlink: 1,
-            size: 0,
-            blocks: 0,
-            atime: time,
-            mtime: time,
-            ctime: time,
-            btime: time,
-            parent: Ino(0),
-        }
     }
 
     /// Fails if the new name may not be taken by an inode of this kind.

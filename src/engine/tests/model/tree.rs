@@ -392,12 +392,8 @@ impl Tree {
             .into_iter()
             .for_each(|target| self.drop_orphan(target));
         if matches!(mode, RenameMode::Whiteout | RenameMode::WhiteoutNoReplace) {
-            let ino = white.expect("a whiteout");
-            assert!(!self.nodes.contains_key(&ino));
-            let mut node = Node::new(Kind::CharDevice, 0);
-            (node.uid, node.gid, node.names) = (uid, uid, 0);
-            self.nodes.insert(ino, node);
-            self.put(old, ino);
+            let white = white.expect("a whiteout");
+            self.make(uid, old, &NewNode::new(Kind::CharDevice, 0), white);
         }
     }
 
@@ -446,7 +442,8 @@ impl Tree {
         }
         self.get(ino)?;
         let node = self.node(ino);
-        if set.size.is_some() || set.uid.is_some() || set.gid.is_some() {
+        let takes_rights = set.uid.is_some() || set.gid.is_some() || set == SetAttr::default();
+        if set.size.is_some() || takes_rights {
             node.xattrs.remove(CAPABILITY);
         }
         if let Some(mode) = set.mode {
@@ -455,11 +452,9 @@ impl Tree {
                 grant(acl, |_, bits| bits, mode);
             }
         }
-        if set.uid.is_some() || set.gid.is_some() {
-            (node.uid, node.gid) = (set.uid.unwrap_or(node.uid), set.gid.unwrap_or(node.gid));
-            if !node.is_dir() && set.mode.is_none() {
-                node.lose_suidgid();
-            }
+        (node.uid, node.gid) = (set.uid.unwrap_or(node.uid), set.gid.unwrap_or(node.gid));
+        if takes_rights && !node.is_dir() && set.mode.is_none() {
+            node.lose_suidgid();
         }
         node.times.access = set.atime.or(node.times.access);
         node.times.content = set.mtime.or(node.times.content);
