@@ -507,6 +507,7 @@ impl Filesystem for Mount {
             0 => XattrMode::Any,
             1 => XattrMode::Create,
             2 => XattrMode::Replace,
+            3 => XattrMode::CreateReplace,
             _ => {
                 reply.error(Errno::EINVAL);
                 return;

@@ -19,6 +19,8 @@ pub enum XattrMode {
     Create,
     /// XATTR_REPLACE
     Replace,
+    /// XATTR_CREATE | XATTR_REPLACE: nothing is both there and not.
+    CreateReplace,
 }
 
 impl Fs {
@@ -65,8 +67,12 @@ impl Fs {
         let store = &self.fork.store;
         let before = tx.layers.xattr(store, ino, name)?;
         match mode {
-            XattrMode::Create if before.is_some() => return Err(FsError::Exists),
-            XattrMode::Replace if before.is_none() => return Err(FsError::NoAttribute),
+            XattrMode::Create | XattrMode::CreateReplace if before.is_some() => {
+                return Err(FsError::Exists);
+            }
+            XattrMode::Replace | XattrMode::CreateReplace if before.is_none() => {
+                return Err(FsError::NoAttribute);
+            }
             _ => {}
         }
         if before.is_none() {

@@ -34,6 +34,38 @@ fn rename_takes_its_three_flags() {
     assert_eq!(text("d"), "a");
 }
 
+#[test]
+fn a_whiteout_gets_from_its_folder_what_any_device_gets() {
+    let store = TestStore::new();
+    let mount = store.fork_with("v", |request| request.acl = true);
+    let at = |name: &str| mount.path.join(name);
+    sh(
+        &mount.path,
+        "mkdir d; chgrp 77 d; chmod 2775 d; setfacl -d -m u:4242:rwx d; touch d/a",
+    );
+    renameat_with(CWD, at("d/a"), CWD, at("d/b"), RenameFlags::WHITEOUT).unwrap();
+    let left = fs::symlink_metadata(at("d/a")).unwrap();
+    assert!(left.file_type().is_char_device() && left.rdev() == 0);
+    assert_eq!((left.gid(), left.mode() & 0o7777), (77, 0));
+    let acl = sh(&mount.path, "getfacl -cE d/a");
+    assert!(
+        acl.contains("user:4242:rwx\n") && acl.contains("mask::---"),
+        "{acl}"
+    );
+}
+
+#[test]
+fn an_attribute_that_is_to_be_both_there_and_not_is_never_set() {
+    use rustix::fs::{XattrFlags, setxattr};
+    let store = TestStore::new();
+    let mount = store.fork("v");
+    let both = XattrFlags::CREATE | XattrFlags::REPLACE;
+    let set = |flags| setxattr(&mount.path, "user.k", b"v", flags);
+    assert_eq!(set(both), Err(Errno::NODATA));
+    set(XattrFlags::CREATE).unwrap();
+    assert_eq!(set(both), Err(Errno::EXIST));
+}
+
 /// > `fallocate` takes allocation, `KEEP_SIZE`, `PUNCH_HOLE` and `ZERO_RANGE` and refuses the others with EOPNOTSUPP.
 #[test]
 fn fallocate_takes_four_modes_and_refuses_the_others() {

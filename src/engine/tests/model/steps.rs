@@ -169,7 +169,7 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(node, mode, owner, group, times)| Step::Change { node, mode, owner, group, times }),
         9 => (pick(), bytes(), bytes(), 0_u8..5, uid()).prop_map(|(node, from, len, how, uid)| Step::Allocate { node, from, len, how, uid }),
         9 => ((pick(), bytes()), (pick(), bytes()), bytes(), uid()).prop_map(|(from, to, len, uid)| Step::Copy { from, to, len, uid }),
-        6 => (pick(), 0_u8..8, 0_u16..6000, 0_u8..3).prop_map(|(node, name, len, how)| Step::Set { node, name, len, how }),
+        6 => (pick(), 0_u8..8, 0_u16..6000, 0_u8..4).prop_map(|(node, name, len, how)| Step::Set { node, name, len, how }),
         3 => (pick(), 0_u8..10).prop_map(|(node, name)| Step::Unset { node, name }),
         4 => (pick(), any::<bool>(), prop::option::weighted(0.8, prop::array::uniform5(0_u8..8)))
             .prop_map(|(node, default, perms)| Step::Acl { node, default, perms }),
@@ -398,7 +398,12 @@ pub fn work(fs: &Fs, tree: &mut Tree, step: &Step) {
             len,
             how,
         } => {
-            let how = [XattrMode::Any, XattrMode::Create, XattrMode::Replace][usize::from(how)];
+            let how = [
+                XattrMode::Any,
+                XattrMode::Create,
+                XattrMode::Replace,
+                XattrMode::CreateReplace,
+            ][usize::from(how)];
             let (ino, name) = (node(tree, pick), xattr(tree, pick, name));
             let len = if name == b"user.large" {
                 60_000 + usize::from(len)

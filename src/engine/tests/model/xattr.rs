@@ -29,8 +29,12 @@ impl Tree {
             .get(&ino)
             .map(|node| node.xattrs.contains_key(name));
         match how {
-            XattrMode::Create if there == Some(true) => return Err(FsError::Exists),
-            XattrMode::Replace if there != Some(true) => return Err(FsError::NoAttribute),
+            XattrMode::Create | XattrMode::CreateReplace if there == Some(true) => {
+                return Err(FsError::Exists);
+            }
+            XattrMode::Replace | XattrMode::CreateReplace if there != Some(true) => {
+                return Err(FsError::NoAttribute);
+            }
             _ => {}
         }
         self.get(ino)?;
