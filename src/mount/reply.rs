@@ -21,22 +21,18 @@ fn system_time(time: Nanos) -> SystemTime {
     }
 }
 
-fn nanos(time: SystemTime) -> Nanos {
-    match time.duration_since(UNIX_EPOCH) {
-        Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
-        Err(before) => i64::try_from(before.duration().as_nanos()).map_or(i64::MIN, |n| -n),
-    }
-}
-
-/// Returns the time that a SETATTR carried: fuser takes the fraction of one before 1970 away instead of adding it.
+/// Returns the time that a SETATTR carried, or the nearest that can be kept: fuser takes the fraction of one before 1970 away
+/// instead of adding it.
 pub fn sent(time: SystemTime) -> Nanos {
-    match time.duration_since(UNIX_EPOCH) {
-        Ok(_) => nanos(time),
+    let (seconds, fraction) = match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => (i128::from(after.as_secs()), after.subsec_nanos()),
         Err(before) => {
-            let fraction = 2 * i64::from(before.duration().subsec_nanos());
-            nanos(time).saturating_add(fraction)
+            let before = before.duration();
+            (-i128::from(before.as_secs()), before.subsec_nanos())
         }
-    }
+    };
+    let nanos = seconds * 1_000_000_000 + i128::from(fraction);
+    nanos.clamp(Nanos::MIN.into(), Nanos::MAX.into()) as Nanos
 }
 
 pub fn file_type(kind: Kind) -> FileType {
@@ -147,5 +143,31 @@ impl Mount {
             Ok(value) => reply.data(&value),
             Err(error) => reply.error(self.fail(what, &error)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_taken_to_the_nanosecond_or_to_the_nearest_that_can_be_kept() {
+        const SECOND: Nanos = 1_000_000_000;
+        for (seconds, fraction, expected) in [
+            (2, 500_000_000, -3 * SECOND / 2),
+            (
+                9_223_372_037,
+                500_000_000,
+                -9_223_372_036 * SECOND - SECOND / 2,
+            ),
+            (9_223_372_037, 3, Nanos::MIN),
+            (9_300_000_000, 3, Nanos::MIN),
+            (1 << 62, 0, Nanos::MIN),
+        ] {
+            let time = UNIX_EPOCH - Duration::new(seconds, fraction);
+            assert_eq!(sent(time), expected, "{seconds} {fraction}");
+        }
+        assert_eq!(sent(UNIX_EPOCH + Duration::new(7, 5)), 7 * SECOND + 5);
+        assert_eq!(sent(UNIX_EPOCH + Duration::new(1 << 62, 5)), Nanos::MAX);
     }
 }

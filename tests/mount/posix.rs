@@ -197,7 +197,8 @@ fn a_commit_with_keep_while_a_writer_runs_is_one_point_in_time() {
     store.check();
 }
 
-/// > After a fork has been committed, what still holds its mount reads the committed state; every write fails.
+/// > `forkvol commit` ends the mount: what is still open there gets ENOTCONN. Where a mount could not be ended, what holds it reads
+/// > the committed state; every write fails.
 #[test]
 fn later_writes_through_what_is_left_of_a_committed_mount_fail_and_the_head_stays() {
     let store = TestStore::new();
@@ -208,8 +209,10 @@ fn later_writes_through_what_is_left_of_a_committed_mount_fail_and_the_head_stay
     assert_eq!(store.commit_as(&mount, false), Some(1));
     assert!(file.write_all(b"late").is_err());
     assert_eq!(fs::read_to_string(&path).unwrap(), "committed");
+    // What the command does, if it can.
     drop(mount);
-    assert!(file.write_all(b"late").is_err());
+    let error = file.write_all(b"late").unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::NotConnected);
     assert_eq!(
         fs::read_to_string(store.fork("v").path.join("f")).unwrap(),
         "committed"
@@ -314,12 +317,28 @@ fn acls_are_inherited_where_the_fork_has_them_and_refused_where_not() {
     );
 }
 
+/// > Times are kept from 1677 to 2262; one outside of that becomes the nearest within.
 #[test]
 fn times_are_kept_to_the_nanosecond_on_both_sides_of_1970() {
     let store = TestStore::new();
     let mount = store.fork("v");
     let path = mount.path.join("f");
     let file = File::create(&path).unwrap();
+    let set = |seconds, nanos| {
+        let time = rustix::fs::Timespec {
+            tv_sec: seconds,
+            tv_nsec: nanos,
+        };
+        let times = rustix::fs::Timestamps {
+            last_access: time,
+            last_modification: time,
+        };
+        rustix::fs::futimens(&file, &times).unwrap();
+        let found = fs::metadata(&path).unwrap();
+        let modified = (found.mtime(), found.mtime_nsec());
+        assert_eq!((found.atime(), found.atime_nsec()), modified);
+        modified
+    };
     for (seconds, nanos) in [
         (0, 0),
         (0, 1),
@@ -331,19 +350,69 @@ fn times_are_kept_to_the_nanosecond_on_both_sides_of_1970() {
         (5_000_000_000, 1),
         (-5_000_000_000, 1),
     ] {
-        let time = rustix::fs::Timespec {
-            tv_sec: seconds,
-            tv_nsec: nanos,
-        };
-        let times = rustix::fs::Timestamps {
-            last_access: time,
-            last_modification: time,
-        };
-        rustix::fs::futimens(&file, &times).unwrap();
-        let found = fs::metadata(&path).unwrap();
-        assert_eq!((found.mtime(), found.mtime_nsec()), (seconds, nanos));
-        assert_eq!((found.atime(), found.atime_nsec()), (seconds, nanos));
+        assert_eq!(set(seconds, nanos), (seconds, nanos));
     }
+    for seconds in [9_300_000_000, 1 << 60] {
+        assert_eq!(set(seconds, 3), (9_223_372_036, 854_775_807));
+        assert_eq!(set(-seconds, 3), (-9_223_372_037, 145_224_192));
+    }
+}
+
+#[test]
+fn a_chown_that_names_nobody_takes_suid_and_sgid_from_a_file_and_nothing_from_a_folder() {
+    let store = TestStore::new();
+    let mount = store.fork("v");
+    fs::write(mount.path.join("f"), "x").unwrap();
+    fs::create_dir(mount.path.join("d")).unwrap();
+    for (name, before, after) in [
+        ("f", 0o6755, 0o755),
+        ("f", 0o6745, 0o2745),
+        ("d", 0o6755, 0o6755),
+    ] {
+        let path = mount.path.join(name);
+        fs::set_permissions(&path, fs::Permissions::from_mode(before)).unwrap();
+        std::os::unix::fs::chown(&path, None, None).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, after);
+    }
+}
+
+#[test]
+fn a_page_that_is_written_back_without_room_is_an_error_of_msync() {
+    let store = TestStore::new();
+    let mount = store.fork_with("v", |request| request.size = 1 << 20);
+    let out = sh(
+        &mount.path,
+        r#"head -c 100 /dev/urandom > f; truncate -s 20000 f; dd if=/dev/zero of=full bs=4096 status=none 2>/dev/null || true
+        python3 - <<'E'
+import mmap
+with open('f', 'r+b') as f:
+    m = mmap.mmap(f.fileno(), 20000)
+    m[0:20000] = b'x' * 20000
+    try: m.flush(); print('all written')
+    except OSError as e: print(e.strerror)
+E"#,
+    );
+    assert_eq!(out.trim(), "No space left on device");
+}
+
+/// > `SEEK_DATA` and `SEEK_HOLE` find what was stored through a mapping as data behind its `msync`, and not surely before.
+#[test]
+fn what_was_stored_through_a_mapping_is_found_as_data_behind_msync() {
+    let store = TestStore::new();
+    let mount = store.fork("v");
+    let out = sh(
+        &mount.path,
+        r#"truncate -s 40960 f; python3 - <<'E'
+import mmap, os
+f = os.open('f', os.O_RDWR)
+m = mmap.mmap(f, 40960)
+m[8192] = 1
+m.flush()
+data = os.lseek(f, 0, os.SEEK_DATA)
+print(data, os.lseek(f, data, os.SEEK_HOLE))
+E"#,
+    );
+    assert_eq!(out.trim(), "8192 12288");
 }
 
 /// > Holes stay holes, on 4 KiB boundaries, and zeros that were written stay data.
@@ -366,7 +435,7 @@ fn holes_are_found_and_zeros_stay_data() {
     assert_eq!(sh(&next.path, runs), before, "the same after a commit");
 }
 
-/// > After a fork has been committed, what still holds its mount reads the committed state; every write fails.
+/// > Where a mount could not be ended, what holds it reads the committed state; every write fails.
 #[test]
 fn the_room_of_a_committed_fork_comes_back_though_its_mount_lingers_and_it_still_reads_right() {
     let store = TestStore::new();
