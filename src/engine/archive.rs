@@ -1,4 +1,5 @@
-//! Versions as tar files, both ways: PAX records carry what plain tar cannot (nanoseconds, extended attributes, long names).
+//! Versions as tar files, both ways: PAX records carry what plain tar cannot (nanoseconds, extended attributes, long names), and
+//! files with large holes are written without them, in the PAX form of GNU tar, version 1.0.
 
 mod head;
 mod import;
@@ -10,6 +11,7 @@ use std::sync::{Arc, Weak};
 use tar::{Builder, EntryType, Header};
 
 use super::{Code, CommitRequest, Engine, EngineError, ForkRequest, Owner, Result, VersionInfo};
+use crate::fork::extent::{PAGE, pages};
 use crate::fork::view;
 use crate::fs::{Fs, Options, Ownership};
 use crate::record::{self, Attr, Ino, Key, Kind, ROOT, Value};
@@ -34,6 +36,9 @@ pub struct Imported {
     /// What the tar file held and a volume cannot.
     pub warnings: Vec<String>,
 }
+
+/// A file is written without its holes if they have at least so many blocks of 512 bytes.
+const HOLES_MIN: u64 = 128;
 
 const XATTR: &str = "SCHILY.xattr.";
 
@@ -162,25 +167,49 @@ impl Engine {
                 pax.push((name, view::load(&self.store, &value)?));
             }
         }
+        let mut parts = vec![(0, attr.size)];
+        let mut map = Vec::new();
+        if header.entry_type() == EntryType::Regular
+            && (pages(attr.size) * 8).saturating_sub(attr.blocks) >= HOLES_MIN
+        {
+            parts = self.data(root, ino, attr.size)?;
+            map = head::map(&parts);
+            pax.extend(head::sparse(path, attr.size));
+        }
         let records = pax
             .iter()
             .map(|(key, value)| (key.as_str(), value.as_slice()));
         builder.append_pax_extensions(records).map_err(output)?;
         if header.entry_type() == EntryType::Regular && attr.size > 0 {
-            header.set_size(attr.size);
+            let stored = parts.iter().map(|(_, len)| len).sum::<u64>() + map.len() as u64;
+            header.set_size(stored);
             header.set_cksum();
             let out = builder.get_mut();
             out.write_all(header.as_bytes()).map_err(output)?;
-            self.copy_out(root, ino, attr.size, *out)?;
-            let padding = attr.size.next_multiple_of(512) - attr.size;
-            builder
-                .get_mut()
-                .write_all(&vec![0; padding as usize])
-                .map_err(output)
+            out.write_all(&map).map_err(output)?;
+            for (at, len) in parts {
+                self.copy_out(root, ino, at..at + len, *out)?;
+            }
+            let padding = stored.next_multiple_of(512) - stored;
+            out.write_all(&vec![0; padding as usize]).map_err(output)
         } else {
             header.set_cksum();
             builder.append(&header, std::io::empty()).map_err(output)
         }
+    }
+
+    /// The parts of a file that hold data, as (offset, length), and an empty one at the end of a file that ends in a hole.
+    fn data(&self, root: tree::NodeId, ino: Ino, size: u64) -> Result<Vec<(u64, u64)>> {
+        let runs = view::base_runs(&self.store, root, ino, 0, pages(size))?;
+        let part = |(page, pages): (u64, u64)| {
+            let at = page * PAGE;
+            (at, (pages * PAGE).min(size - at))
+        };
+        let mut parts: Vec<(u64, u64)> = runs.into_iter().map(part).collect();
+        if parts.last().is_none_or(|(at, len)| at + len < size) {
+            parts.push((size, 0));
+        }
+        Ok(parts)
     }
 
     fn export_kind(

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
+use std::ops::Range;
 
 use super::{Code, Engine, EngineError, Result};
 use crate::fork::view;
@@ -206,20 +207,20 @@ impl Engine {
                 format!("/{path} in {text} is no regular file"),
             ));
         }
-        self.copy_out(held.root, ino, attr.size, out)
+        self.copy_out(held.root, ino, 0..attr.size, out)
     }
 
     pub(super) fn copy_out(
         &self,
         root: NodeId,
         ino: Ino,
-        size: u64,
+        bytes: Range<u64>,
         out: &mut dyn Write,
     ) -> Result<()> {
         let mut buffer = vec![0; 1 << 20];
-        let mut at = 0;
-        while at < size {
-            let part = ((size - at) as usize).min(buffer.len());
+        let mut at = bytes.start;
+        while at < bytes.end {
+            let part = (bytes.end - at).min(buffer.len() as u64) as usize;
             view::read_base(&self.store, root, ino, at, &mut buffer[..part])?;
             out.write_all(&buffer[..part])
                 .map_err(|e| EngineError::new(Code::Failed, format!("output: {e}")))?;

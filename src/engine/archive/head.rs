@@ -12,6 +12,13 @@ use tar::{Archive, EntryType, Header};
 
 /// The longest head: a path and all extended attributes that an inode can have fit.
 const HEAD_MAX: usize = 16 << 20;
+const HEAD_TOO_LONG: &str = "what an entry says of itself is longer than 16 MiB";
+/// What the records of sparse files are called.
+const SPARSE: &str = "GNU.sparse.";
+const SPARSE_MAJOR: &str = "GNU.sparse.major";
+const SPARSE_MINOR: &str = "GNU.sparse.minor";
+const SPARSE_NAME: &str = "GNU.sparse.name";
+const SPARSE_SIZE: &str = "GNU.sparse.realsize";
 /// The unit of a tar file.
 const BLOCK: u64 = 512;
 
@@ -68,7 +75,7 @@ impl Read for &Input<'_> {
         }
         if let Some((_, head)) = self.head.borrow_mut().as_mut() {
             if head.len() + count > HEAD_MAX {
-                return Err(wrong("what an entry says of itself is longer than 16 MiB"));
+                return Err(wrong(HEAD_TOO_LONG));
             }
             head.extend_from_slice(&buffer[..count]);
         }
@@ -121,7 +128,9 @@ impl Head {
     }
 
     pub fn path(&self) -> Vec<u8> {
-        let said = self.records.get("path").map(<[u8]>::to_vec);
+        // A program that knows nothing of holes finds another name in `path`.
+        let said = self.records.get(SPARSE_NAME);
+        let said = said.or(self.records.get("path")).map(<[u8]>::to_vec);
         said.or_else(|| self.long_name.clone())
             .unwrap_or_else(|| self.header.path_bytes().into_owned())
     }
@@ -139,6 +148,20 @@ impl Head {
             Some(size) => Ok(size),
             None => self.header.entry_size(),
         }
+    }
+
+    /// How long a file is whose holes are left out in the PAX form; `None` for any other.
+    pub fn sparse_size(&self) -> io::Result<Option<u64>> {
+        if self.records.below(SPARSE).next().is_none() {
+            return Ok(None);
+        }
+        let number = |key| self.records.number(key);
+        if (number(SPARSE_MAJOR)?, number(SPARSE_MINOR)?) != (Some(1), Some(0)) {
+            return Err(wrong("sparse files in an older PAX form cannot be read"));
+        }
+        let size = number(SPARSE_SIZE)?;
+        size.ok_or_else(|| wrong("it does not say its size"))
+            .map(Some)
     }
 
     /// A user or group.
@@ -169,6 +192,71 @@ impl Head {
         let minor = self.header.device_minor()?.ok_or_else(missing)?;
         Ok((major, minor))
     }
+}
+
+/// What is said of a sparse file: its own name too, for `path`, in the place of an earlier one, is where a program puts it that
+/// cannot read it.
+pub fn sparse(path: &[u8], size: u64) -> Vec<(String, Vec<u8>)> {
+    let name = path.iter().rposition(|b| *b == b'/').map_or(0, |at| at + 1);
+    let (dir, name) = path.split_at(name);
+    [
+        ("path", [dir, b"GNUSparseFile.0/", name].concat()),
+        (SPARSE_MAJOR, b"1".to_vec()),
+        (SPARSE_MINOR, b"0".to_vec()),
+        (SPARSE_NAME, path.to_vec()),
+        (SPARSE_SIZE, size.to_string().into_bytes()),
+    ]
+    .map(|(key, value)| (key.into(), value))
+    .into()
+}
+
+/// Writes where the parts lie that are stored of a sparse file: how many, then offset and length of each, a number a line, up to a
+/// whole block.
+pub fn map(parts: &[(u64, u64)]) -> Vec<u8> {
+    let numbers = parts.iter().flat_map(|(at, len)| [*at, *len]);
+    let lines = std::iter::once(parts.len() as u64).chain(numbers);
+    let mut map: Vec<u8> = lines.flat_map(|n| format!("{n}\n").into_bytes()).collect();
+    map.resize(map.len().next_multiple_of(BLOCK as usize), 0);
+    map
+}
+
+/// Reads that of a file of `size` bytes; returns the parts, in order and apart, and the length of the map.
+pub fn read_map(input: &mut impl Read, size: u64) -> io::Result<(Vec<(u64, u64)>, u64)> {
+    let senseless = || wrong("where its data lies makes no sense");
+    let mut block = [0; BLOCK as usize];
+    let (mut at, mut length) = (block.len(), 0);
+    let mut line = || {
+        let mut number: Option<u64> = None;
+        loop {
+            if at == block.len() {
+                if length == HEAD_MAX {
+                    return Err(wrong(HEAD_TOO_LONG));
+                }
+                input.read_exact(&mut block)?;
+                (at, length) = (0, length + block.len());
+            }
+            let byte = block[at];
+            at += 1;
+            if let (b'\n', Some(number)) = (byte, number) {
+                return Ok(number);
+            }
+            let digit = char::from(byte).to_digit(10).ok_or_else(senseless)?;
+            let next = number.unwrap_or(0).checked_mul(10);
+            number = next.and_then(|n| n.checked_add(digit.into()));
+            number.ok_or_else(senseless)?;
+        }
+    };
+    let (mut parts, mut end) = (Vec::new(), 0);
+    for _ in 0..line()? {
+        let (from, len): (u64, u64) = (line()?, line()?);
+        let to = from.checked_add(len).filter(|to| *to <= size);
+        if from < end {
+            return Err(senseless());
+        }
+        end = to.ok_or_else(senseless)?;
+        parts.push((from, len));
+    }
+    Ok((parts, length as u64))
 }
 
 /// The names of GNU tar end with a NUL.

@@ -226,12 +226,13 @@ impl Import {
         ino: Ino,
         entry: &mut tar::Entry<'_, R>,
     ) -> Result<()> {
-        if head.records.below("GNU.sparse.").next().is_some() {
-            let why = "sparse files in the PAX form cannot be read";
-            return Err(bad(why).hint("make the tar file without --sparse, or with --format=gnu"));
-        }
         let (size, stored) = (entry.size(), head.size().map_err(bad)?);
         let sparse = head.header.entry_type() == EntryType::GNUSparse;
+        let older = "make the tar file without --sparse, or with --format=gnu";
+        let real = head.sparse_size().map_err(|error| bad(error).hint(older))?;
+        if let (Some(real), false) = (real, sparse) {
+            return self.parts(ino, real, stored, entry);
+        }
         if sparse {
             self.holes = self.holes.saturating_add(size.saturating_sub(stored));
             if self.holes > HOLES_MAX {
@@ -240,28 +241,55 @@ impl Import {
         } else if size != stored {
             return Err(bad("its size is said in two ways"));
         }
-        let mut buffer = vec![0; 1 << 20];
-        let mut at = 0;
-        while at < size {
-            let part = (size - at).min(buffer.len() as u64) as usize;
+        self.copy(ino, (0, size), entry, sparse)?;
+        if sparse {
+            self.resize(ino, size)?;
+        }
+        Ok(())
+    }
+
+    /// A file of `size` bytes of which the parts that hold data are stored, behind where they lie.
+    fn parts(&self, ino: Ino, size: u64, stored: u64, entry: &mut impl Read) -> Result<()> {
+        let (parts, map) = head::read_map(entry, size).map_err(cut_off)?;
+        let data: u64 = parts.iter().map(|(_, len)| len).sum();
+        if map.checked_add(data) != Some(stored) {
+            return Err(bad("its size is said in two ways"));
+        }
+        for part in parts {
+            self.copy(ino, part, entry, false)?;
+        }
+        self.resize(ino, size)
+    }
+
+    fn resize(&self, ino: Ino, size: u64) -> Result<()> {
+        let size = SetAttr {
+            size: Some(size),
+            ..SetAttr::default()
+        };
+        self.fs.setattr(ROOT_CALLER, ino, size)?;
+        Ok(())
+    }
+
+    /// Writes what comes to a part of a file, `sparse` without its pages of zeros.
+    fn copy(
+        &self,
+        ino: Ino,
+        (from, len): (u64, u64),
+        entry: &mut impl Read,
+        sparse: bool,
+    ) -> Result<()> {
+        let mut buffer = vec![0; len.min(1 << 20) as usize];
+        let (mut at, end) = (from, from + len);
+        while at < end {
+            let part = (end - at).min(buffer.len() as u64) as usize;
             let part = &mut buffer[..part];
-            entry.read_exact(part).map_err(|error| match error.kind() {
-                io::ErrorKind::UnexpectedEof => bad("the content is cut off"),
-                _ => bad(error),
-            })?;
+            entry.read_exact(part).map_err(cut_off)?;
             if sparse {
                 self.write_data(ino, at, part)?;
             } else {
                 self.write(ino, at, part)?;
             }
             at += part.len() as u64;
-        }
-        let size = SetAttr {
-            size: Some(size),
-            ..SetAttr::default()
-        };
-        if sparse {
-            self.fs.setattr(ROOT_CALLER, ino, size)?;
         }
         Ok(())
     }
@@ -374,6 +402,13 @@ impl Import {
         }
         self.fs.link(ROOT_CALLER, there.ino, dir, name)?;
         Ok(())
+    }
+}
+
+fn cut_off(error: io::Error) -> EngineError {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => bad("the content is cut off"),
+        _ => bad(error),
     }
 }
 
