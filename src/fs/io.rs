@@ -50,7 +50,8 @@ impl Fs {
         Ok(buffer)
     }
 
-    /// Writes `data` at `offset`, as much of it as there is room for and at least something, and clears suid and sgid where the kernel says that the writer loses them.
+    /// Writes `data` at `offset`, and clears suid and sgid where the kernel says that the writer loses them. Returns how much was
+    /// written: a beginning, where the rest failed.
     pub fn write(
         &self,
         caller: Caller,
