@@ -120,6 +120,7 @@ pub fn run(mut options: Options) -> Result<(), Failure> {
     let ended = accept(&shared, &signals, &listening, woken, options.idle);
     drop(listening);
     shared.wait_for_clients();
+    crate::mount::end_pushing();
     ended
 }
 

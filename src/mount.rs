@@ -26,6 +26,7 @@ use crate::fs::{Allocate, Caller, Fs, NewNode, RenameMode, Seek, SetAttr, XattrM
 use crate::record::{Ino, Kind, ROOT};
 pub use negotiate::negotiate;
 use push::Readers;
+pub use push::end as end_pushing;
 pub use reply::{FOREVER, nothing};
 use reply::{file_attr, file_type, sent};
 pub use requests::Requests;

@@ -3,7 +3,7 @@
 use std::fs::{self, DirBuilder};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use clap::{ArgMatches, Args};
 
@@ -115,6 +115,22 @@ fn pair(volumes: Vec<(usize, String)>, paths: Vec<(usize, PathBuf)>) -> Result<V
 /// Refuses paths of one volume that lie in each other: each would have a folder of its own in the volume, and the inner one be
 /// hidden by the outer.
 pub fn refuse_nested(wish: &Wish) -> Result<(), Failure> {
+    if wish.has_folders() {
+        for (at, path) in wish.paths.iter().enumerate() {
+            let name = folder_name(path);
+            if let Some(other) = wish.paths.iter().take(at).find(|p| folder_name(p) == name) {
+                let message = format!(
+                    "volume {} has {} and {}, which would share a folder of it",
+                    wish.volume,
+                    other.display(),
+                    path.display()
+                );
+                return Err(
+                    Failure::new(Code::Usage, message).hint("give one of them a volume of its own")
+                );
+            }
+        }
+    }
     for inner in &wish.paths {
         if let Some(outer) = wish.paths.iter().find(|outer| lies_in(inner, outer)) {
             let (inner, outer) = (inner.display(), outer.display());
@@ -191,6 +207,7 @@ fn prepare(path: &Path, place: &Place) -> Result<PathBuf, Failure> {
         )
     };
     let real = real_path(path).map_err(|e| failed(e.to_string()))?;
+    refuse_to_lead_away(path, &real)?;
     refuse_dangerous(&real, place)?;
     refuse_to_hide_the_job(&real)?;
     match fs::metadata(&real) {
@@ -203,6 +220,25 @@ fn prepare(path: &Path, place: &Place) -> Result<PathBuf, Failure> {
             .map_err(|e| failed(e.to_string()))?,
     }
     Ok(real)
+}
+
+/// Refuses a path below the working folder that a link there leads out of it: whoever fills that folder, as a checkout does, would
+/// choose what is covered.
+fn refuse_to_lead_away(path: &Path, real: &Path) -> Result<(), Failure> {
+    let is_below =
+        path.is_relative() && !path.components().any(|part| part == Component::ParentDir);
+    let here = std::env::current_dir().and_then(fs::canonicalize);
+    if is_below && here.is_ok_and(|here| !real.starts_with(here)) {
+        let message = format!(
+            "cannot use {}: it leads to {}",
+            path.display(),
+            real.display()
+        );
+        return Err(
+            Failure::new(Code::Policy, message).hint("remove the link, or name that folder itself")
+        );
+    }
+    Ok(())
 }
 
 /// That a path would hide something that has to be seen.
@@ -235,10 +271,8 @@ fn folder_name(path: &Path) -> String {
     let parts: Vec<String> = path
         .components()
         .filter_map(|part| match part {
-            std::path::Component::Normal(name) => {
-                Some(String::from_utf8_lossy(name.as_bytes()).into_owned())
-            }
-            std::path::Component::ParentDir => Some("..".into()),
+            Component::Normal(name) => Some(String::from_utf8_lossy(name.as_bytes()).into_owned()),
+            Component::ParentDir => Some("..".into()),
             _ => None,
         })
         .collect();

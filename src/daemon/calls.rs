@@ -322,6 +322,9 @@ impl Call<'_> {
             ));
         }
         let (id, _) = self.own(&serve.fork)?;
+        if !serve.mountpoint.0.starts_with(b"/") {
+            return Err(usage("the mountpoint is not a whole path"));
+        }
         let served = Served {
             folder: OsString::from_vec(serve.folder.0.clone()),
             mountpoint: OsString::from_vec(serve.mountpoint.0.clone()),

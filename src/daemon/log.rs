@@ -30,6 +30,7 @@ pub fn start(dir: Option<PathBuf>) -> Result<(), Failure> {
     std::panic::set_hook(Box::new(|panic| {
         ::log::error!("{panic}");
         ::log::logger().flush();
+        crate::mount::end_pushing();
         std::process::abort();
     }));
     Ok(())

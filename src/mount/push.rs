@@ -2,7 +2,7 @@
 //!
 //! A push replaces what the page cache holds, even what somebody is just writing: so it takes a [`ReadOnly`], which a writable
 //! fork never gives. A push may wait for a page that waits for the answer to a request: so a thread of its own makes it, which no
-//! handler waits for and which holds no lock meanwhile.
+//! handler waits for and which holds no lock meanwhile that one takes.
 
 mod plan;
 #[cfg(test)]
@@ -10,16 +10,30 @@ mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 use std::{io, thread, vec};
 
 use crossbeam::channel::{self, Receiver, Sender};
 use fuser::{INodeNo, Notifier, ReplyDirectoryPlus};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 use super::Requests;
 use crate::fs::{Entry, ReadOnly};
 use crate::record::{Ino, Kind};
 use plan::{File, MOST, Plan, SMALL};
+
+/// Shared by who pushes, as long as it says that one may.
+static MAY_PUSH: RwLock<bool> = RwLock::new(true);
+/// A page that is waited for is one that a handler reads.
+const LAST_PUSH: Duration = Duration::from_secs(1);
+
+/// Lets nothing be pushed any more, before the process ends: the kernel would keep a thread, and with it all mounts of this process,
+/// that waits for a page of which no handler is left to answer.
+pub fn end() {
+    if let Some(mut may_push) = MAY_PUSH.try_write_for(LAST_PUSH) {
+        *may_push = false;
+    }
+}
 
 /// Windows that wait for the pusher; what they hold together is bounded by `MOST`.
 const WAITING: usize = 64;
@@ -175,7 +189,8 @@ impl Pusher {
             return Ok(());
         };
         // One that is being read would have to be waited for.
-        if bytes.len() == file.size as usize && !is_read() {
+        let may_push = MAY_PUSH.read();
+        if bytes.len() == file.size as usize && *may_push && !is_read() {
             notifier.store(INodeNo(file.ino.0), 0, &bytes)?;
             self.requests.count("store");
         }

@@ -348,3 +348,40 @@ fn who_waits_for_a_daemon_that_hangs_is_told_for_which_job_and_what_to_do() {
     }
     assert_eq!(cli.finish("1", "0")["v"], "committed as v@1");
 }
+
+#[test]
+fn a_job_one_of_whose_forks_was_committed_by_hand_says_that_the_others_are_not() {
+    let cli = Cli::new();
+    cli.attach("1", &["-v", "v", "-p", "c", "-v", "w", "-p", "d"]);
+    for path in ["c/f", "d/f"] {
+        fs::write(cli.path(path), "work").unwrap();
+    }
+    cli.ok(&["commit", "./c"]);
+    let end = ["finish", "--strict", "--job", "1", "--status", "0"];
+    let output = cli.call(&end);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("w: not committed"), "{said}");
+    assert_eq!(cli.ok(&["cat", "v:f"]), "work");
+    assert_eq!(cli.ok(&["forks"]), "");
+    cli.is_unmounted();
+}
+
+#[test]
+fn what_a_checkout_links_to_elsewhere_is_not_covered_and_no_two_paths_share_a_folder() {
+    let cli = Cli::new();
+    let elsewhere = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(elsewhere.path(), cli.path("node_modules")).unwrap();
+    for path in ["node_modules", "./node_modules/below"] {
+        let (status, line) =
+            cli.fails(&["attach", "--strict", "--job", "1", "-v", "v", "-p", path]);
+        assert!(status != 0 && line.contains("leads to"), "{line}");
+    }
+    assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0);
+    let named = elsewhere.path().to_str().unwrap();
+    cli.attach("2", &["-v", "v", "-p", named]);
+    cli.finish("2", "0");
+    let twice = ["attach", "--job", "3", "-v", "v", "-p", "a/b", "-p", "a__b"];
+    let (status, line) = cli.fails(&twice);
+    assert!(status == 2 && line.contains("share a folder"), "{line}");
+}
