@@ -349,6 +349,9 @@ pub struct Mount {
     pub device: u64,
     #[serde(default)]
     pub created: bool,
+    /// Who mounted it, which a command of somebody else's goes by: what a user says of a folder holds for his own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
     /// The mount namespace in which it was mounted, by its inode number, while it is served.
     #[serde(default)]
     pub namespace: Option<u64>,

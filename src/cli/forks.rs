@@ -271,6 +271,15 @@ pub fn mount(context: &Context, fork: &OsStr, mountpoint: Option<&Path>) -> Resu
                 .collect()
         }
     };
+    let somebody = |mount: &&Mount| mount.uid.is_some_and(|uid| uid != sys::process::euid());
+    if let Some(other) = fork.mounts.iter().find(somebody)
+        && mountpoint.is_none()
+        && sys::namespace::uid_map().is_none()
+    {
+        let at = mounting::mount_path(other).display();
+        let message = format!("fork {} was mounted at {at} by another user", fork.id);
+        return Err(Failure::new(Code::Usage, message).hint("name a path of your own"));
+    }
     if places.is_empty() {
         let message = format!("fork {} has no mountpoint", fork.id);
         return Err(Failure::new(Code::Usage, message).hint("name one"));

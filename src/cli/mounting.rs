@@ -7,7 +7,7 @@ use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -264,6 +264,7 @@ fn serve(
         folder: folder.clone(),
         device: kernel::device_number(device),
         created: at.created,
+        uid: Some(process::euid()),
         namespace: namespace::of_mounts(None),
         fork: Some(fork.into()),
     };
@@ -414,14 +415,7 @@ pub fn detach_by(client: Option<&mut Client>, mount: &Mount, by: By) {
         }
         // Unmounted by somebody else, or mounted in a namespace that is not ours.
         Ok(None) => {
-            if mount.created && path.is_dir() {
-                Mountpoint {
-                    path: path.into(),
-                    created: true,
-                }
-                .remove_if_created();
-            }
-            return;
+            return remove_folder(mount);
         }
         Err(failure) => return warn(&failure.message),
     }
@@ -455,15 +449,24 @@ pub fn detach_by(client: Option<&mut Client>, mount: &Mount, by: By) {
         warn(&failure.message);
     }
     match result {
-        Ok(()) if mount.created => {
-            Mountpoint {
-                path: path.into(),
-                created: true,
-            }
-            .remove_if_created();
-        }
-        Ok(()) => {}
+        Ok(()) => remove_folder(mount),
         Err(failure) => warn(&exit::line(&failure)),
+    }
+}
+
+/// Removes the folder that was made for a mount: of who mounted it alone, for he may have said so of somebody else's. Where users
+/// have other numbers than for the daemon nobody is more than himself.
+fn remove_folder(mount: &Mount) {
+    let path = mount_path(mount);
+    let is_mapped = namespace::uid_map().is_some();
+    let is_his = |folder: fs::Metadata| {
+        let by = mount.uid.filter(|_| !is_mapped);
+        folder.is_dir() && by.is_none_or(|uid| folder.uid() == uid)
+    };
+    if fs::symlink_metadata(path).is_ok_and(is_his) {
+        let created = mount.created;
+        let path = path.into();
+        Mountpoint { path, created }.remove_if_created();
     }
 }
 
@@ -572,6 +575,31 @@ mod tests {
     use super::*;
 
     #[test]
+    fn only_a_folder_of_who_said_that_he_made_it_goes_with_his_mount() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("m");
+        let own = process::euid();
+        for (created, uid, stays) in [
+            (true, Some(own), false),
+            (true, None, false),
+            (true, Some(own + 1), true),
+            (false, Some(own), true),
+        ] {
+            fs::create_dir_all(&folder).unwrap();
+            remove_folder(&Mount {
+                path: Bytes(folder.as_os_str().as_bytes().to_vec()),
+                folder: Bytes(Vec::new()),
+                device: 7,
+                created,
+                uid,
+                namespace: None,
+                fork: None,
+            });
+            assert_eq!(folder.exists(), stays, "{created} {uid:?}");
+        }
+    }
+
+    #[test]
     fn what_has_the_number_of_a_mount_is_bound_of_it_while_that_is_there_and_else_another_s() {
         let named = |path: &str, minor, source: &str| MountPoint {
             path: path.into(),
@@ -588,6 +616,7 @@ mod tests {
             folder: Bytes(Vec::new()),
             device: kernel::device_number((0, 50)),
             created: false,
+            uid: None,
             namespace: None,
             fork: Some("f-1".into()),
         };

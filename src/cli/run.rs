@@ -556,6 +556,7 @@ mod tests {
             path: protocol::Bytes(b"/x".to_vec()),
             device: 1,
             created: false,
+            uid: None,
             namespace: None,
             fork: None,
         };

@@ -33,6 +33,7 @@ pub fn mount(mount: &MountInfo) -> Value {
         folder: bytes(at.folder.as_bytes()),
         device: at.dev,
         created: at.created,
+        uid: at.uid,
         namespace: *namespace,
         fork: Some(fork.to_string()),
     })
@@ -200,6 +201,7 @@ mod tests {
                 folder: "".into(),
                 dev: 41,
                 created: true,
+                uid: Some(1000),
             },
             namespace: Some(4_026_531_841),
         };

@@ -217,6 +217,7 @@ impl Engine {
             folder: served.folder.clone(),
             dev: served.dev,
             created: served.created,
+            uid: Some(served.owner.0),
         });
         self.store.put_fork(&changed)?;
         *record = changed;

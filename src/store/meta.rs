@@ -216,8 +216,11 @@ pub struct MountPoint {
     pub folder: OsString,
     /// The device number of the mount.
     pub dev: u64,
-    /// The mountpoint was made for the fork and goes with it.
+    /// The mountpoint was made for the fork and goes with it, says who mounted it.
     pub created: bool,
+    /// Who mounted it; None if an older version wrote this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
 }
 
 /// How well what a fork was made from fits what was wanted, from best to worst.

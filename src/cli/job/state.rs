@@ -630,6 +630,7 @@ mod tests {
                 folder: crate::protocol::Bytes(b"n".to_vec()),
                 device: 7,
                 created: true,
+                uid: Some(1000),
                 namespace: Some(4_026_531_841),
                 fork: Some("f-000000000001".into()),
             }),

@@ -101,6 +101,7 @@ fn forks() -> impl Strategy<Value = Fork> + Clone {
                     folder: OsString::new(),
                     dev: segment,
                     created: true,
+                    uid: Some(uid),
                 })
                 .into_iter()
                 .collect(),
@@ -321,10 +322,11 @@ fn the_format_of_records_is_kept() {
                 folder: "n".into(),
                 dev: 12,
                 created: false,
+                uid: Some(13),
             }],
         },
         &format!(
-            r#"{{"id":"f-000000000012","volume":1,"base":null,"hit":"stale","verdict":"nothing","root":"{digits}","moved":{{"totals":{{"files":-1,"logical_bytes":2,"blocks":3,"has_links":true,"has_acl":false}},"changed":4,"charged":5,"new_bytes":6}},"first_segment":2,"next_epoch":3,"boot":"b","options":{{"read_only":false,"ephemeral":false,"size":0,"labels":{{}},"owner":[7,8],"acl":false,"suid":false,"dev":false,"job":null,"excludes":[],"default_excludes":false}},"uid":9,"gid":10,"uid_map":null,"created":11,"mounts":[{{"path":{{"Unix":[47,109]}},"folder":{{"Unix":[110]}},"dev":12,"created":false}}]}}"#
+            r#"{{"id":"f-000000000012","volume":1,"base":null,"hit":"stale","verdict":"nothing","root":"{digits}","moved":{{"totals":{{"files":-1,"logical_bytes":2,"blocks":3,"has_links":true,"has_acl":false}},"changed":4,"charged":5,"new_bytes":6}},"first_segment":2,"next_epoch":3,"boot":"b","options":{{"read_only":false,"ephemeral":false,"size":0,"labels":{{}},"owner":[7,8],"acl":false,"suid":false,"dev":false,"job":null,"excludes":[],"default_excludes":false}},"uid":9,"gid":10,"uid_map":null,"created":11,"mounts":[{{"path":{{"Unix":[47,109]}},"folder":{{"Unix":[110]}},"dev":12,"created":false,"uid":13}}]}}"#
         ),
     );
 }
