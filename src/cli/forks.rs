@@ -378,9 +378,9 @@ pub fn commit(context: &Context, options: &CommitOptions) -> Result<(), Failure>
     let answer = watched(&mut client, request)?;
     let commit: Value = take(&answer, "/commits/0")?;
     let mut mounts: Vec<Mount> = take(&commit, "/mounts")?;
-    if fork.state != "live" && !options.keep {
-        // What its last daemon has left there.
-        mounts.extend(fork.mounts);
+    if mounts.is_empty() && !options.keep {
+        // What its last daemon has left there, or who unmounted it by hand.
+        mounts = fork.mounts;
     }
     for mount in &mounts {
         mounting::detach(&mut client, mount);

@@ -189,7 +189,11 @@ impl Call<'_> {
                 }
                 answer
             }
-            Request::Check => json!({"check": engine.check().map_err(failure)?}),
+            Request::Check => {
+                // It reads all there is, and names paths of any volume.
+                self.administer()?;
+                json!({"check": engine.check().map_err(failure)?})
+            }
             Request::Repair { remove } => {
                 self.administer()?;
                 json!({"repair": engine.repair(remove).map_err(failure)?})

@@ -84,7 +84,7 @@ fn a_job_that_calls_the_daemon_itself_is_not_believed() {
             refused job forkvol export -o x secret
             job forkvol cat shop:f
             for verb in "volume rm shop" "volume rename shop x" "volume reset shop" "rollback shop 1" "pin shop" "unpin shop" \
-                "gc" "check --repair" "daemon stop --force"; do
+                "gc" "check" "check --repair" "daemon stop --force"; do
               refused job forkvol $verb
             done
             job tar -cf x.tar --files-from=/dev/null
@@ -109,18 +109,18 @@ fn a_job_that_calls_the_daemon_itself_is_not_believed() {
     );
     assert_eq!(lines[6], "good");
     assert!(
-        lines[7..17]
+        lines[7..18]
             .iter()
             .all(|l| l.contains("user 65534 does not own the store")),
         "{out}"
     );
     assert!(
-        lines[17..19]
+        lines[18..20]
             .iter()
             .all(|l| l.contains("belongs to user 1")),
         "{out}"
     );
-    assert_eq!(lines[19..], ["good"], "{out}");
+    assert_eq!(lines[20..], ["good"], "{out}");
 }
 
 #[test]
