@@ -118,8 +118,13 @@ impl Client {
         self.answer()
     }
 
-    /// Asks for content and writes it to `out`.
-    pub fn fetch(&mut self, request: &Request, out: &mut dyn io::Write) -> Result<Value, Failure> {
+    /// Asks for content and writes it to `out`, which errors call by the path that it has.
+    pub fn fetch(
+        &mut self,
+        request: &Request,
+        out: &mut dyn io::Write,
+        path: Option<&Path>,
+    ) -> Result<Value, Failure> {
         self.connection
             .send(request)
             .map_err(|e| lost(&self.socket, &e))?;
@@ -128,10 +133,11 @@ impl Client {
             other => return self.last(other),
         }
         io::copy(&mut Incoming::new(&mut self.connection), out).map_err(|e| {
-            Failure::new(
-                Code::Failed,
-                format!("cannot copy the content: {}", output::reason(&e)),
-            )
+            let what = match path {
+                Some(path) => format!("cannot write {}", path.display()),
+                None => "cannot copy the content".into(),
+            };
+            Failure::new(Code::Failed, format!("{what}: {}", output::reason(&e)))
         })?;
         self.answer()
     }

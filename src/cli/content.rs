@@ -78,7 +78,7 @@ pub fn cat(context: &Context, file: &OsStr) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     context
         .connect()?
-        .fetch(&Request::Cat { version, path }, &mut out)?;
+        .fetch(&Request::Cat { version, path }, &mut out, None)?;
     out.flush().map_err(|e| output::cannot_print(&e))
 }
 
@@ -143,7 +143,7 @@ pub fn export(context: &Context, version: String, output: &Path) -> Result<(), F
     let request = Request::Export { version };
     if output == Path::new("-") || is_standard_output(output) {
         let mut out = output::progress(None).wrap_write(io::stdout().lock());
-        let answer = client.fetch(&request, &mut out)?;
+        let answer = client.fetch(&request, &mut out, None)?;
         out.flush().map_err(|e| output::cannot_print(&e))?;
         return tell(&answer);
     }
@@ -184,22 +184,15 @@ fn fill(
     path: &Path,
     mut file: &File,
 ) -> Result<Value, Failure> {
-    let named = |failure: Failure| match failure.message.strip_prefix("cannot copy the content:") {
-        Some(why) => Failure {
-            message: format!("cannot write {}:{why}", path.display()),
-            ..failure
-        },
-        None => failure,
-    };
     let is_compressed = path.extension().is_some_and(|e| e == "zst" || e == "tzst");
     if !is_compressed {
         let mut counted = output::progress(None).wrap_write(&mut file);
-        return client.fetch(request, &mut counted).map_err(named);
+        return client.fetch(request, &mut counted, Some(path));
     }
     let failed = |e: io::Error| cannot_write(path, &e);
     let mut encoder = zstd::stream::Encoder::new(file, ZSTD_LEVEL).map_err(failed)?;
     let mut counted = output::progress(None).wrap_write(&mut encoder);
-    let answer = client.fetch(request, &mut counted).map_err(named)?;
+    let answer = client.fetch(request, &mut counted, Some(path))?;
     encoder.finish().map_err(failed)?;
     Ok(answer)
 }

@@ -414,9 +414,7 @@ pub fn detach_by(client: Option<&mut Client>, mount: &Mount, by: By) {
             ));
         }
         // Unmounted by somebody else, or mounted in a namespace that is not ours.
-        Ok(None) => {
-            return remove_folder(mount);
-        }
+        Ok(None) => return remove_folder(mount),
         Err(failure) => return warn(&failure.message),
     }
     match by {
@@ -457,16 +455,16 @@ pub fn detach_by(client: Option<&mut Client>, mount: &Mount, by: By) {
 /// Removes the folder that was made for a mount: of who mounted it alone, for he may have said so of somebody else's. Where users
 /// have other numbers than for the daemon nobody is more than himself.
 fn remove_folder(mount: &Mount) {
-    let path = mount_path(mount);
-    let is_mapped = namespace::uid_map().is_some();
-    let is_his = |folder: fs::Metadata| {
-        let by = mount.uid.filter(|_| !is_mapped);
-        folder.is_dir() && by.is_none_or(|uid| folder.uid() == uid)
+    let at = Mountpoint {
+        path: mount_path(mount).into(),
+        created: mount.created,
     };
-    if fs::symlink_metadata(path).is_ok_and(is_his) {
-        let created = mount.created;
-        let path = path.into();
-        Mountpoint { path, created }.remove_if_created();
+    let is_his = |folder: fs::Metadata| {
+        let is_of = |uid| folder.uid() == uid || namespace::uid_map().is_some();
+        folder.is_dir() && mount.uid.is_none_or(is_of)
+    };
+    if at.created && fs::symlink_metadata(&at.path).is_ok_and(is_his) {
+        at.remove_if_created();
     }
 }
 
