@@ -5,6 +5,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::check;
@@ -35,6 +37,43 @@ fn is_alive(process: BorrowedFd<'_>) -> bool {
     };
     // SAFETY: one pollfd is passed, which is valid for the call.
     unsafe { libc::poll(&raw mut poll, 1, 0) == 0 }
+}
+
+/// Starts a thread in whose table of descriptors there is `keep` alone, under its own number. The kernel may keep the thread in a call
+/// that nothing interrupts: when this process is killed meanwhile, all else that it had open is closed all the same.
+///
+/// The thread may use no other descriptor, and may not be the one that closes that number for the process.
+pub fn spawn_with_only(
+    name: &str,
+    keep: RawFd,
+    work: impl FnOnce() + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    let (ready, readied) = mpsc::sync_channel(1);
+    let thread = thread::Builder::new().name(name.into()).spawn(move || {
+        let alone = keep_only(keep);
+        let is_alone = alone.is_ok();
+        if ready.send(alone).is_ok() && is_alone {
+            work();
+        }
+    })?;
+    readied.recv().map_err(io::Error::other)??;
+    Ok(thread)
+}
+
+/// Gives this thread a table of descriptors of its own, with one of them.
+fn keep_only(keep: RawFd) -> io::Result<()> {
+    let number = libc::c_uint::try_from(keep).map_err(io::Error::other)?;
+    // SAFETY: it takes a number.
+    check(unsafe { libc::unshare(libc::CLONE_FILES) })?;
+    let close = |first: libc::c_uint, last: libc::c_uint| {
+        // SAFETY: this table is the thread's own, which has been told to use nothing of it.
+        check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } as libc::c_int)
+    };
+    if let Some(below) = number.checked_sub(1) {
+        close(0, below)?;
+    }
+    close(number + 1, libc::c_uint::MAX)?;
+    Ok(())
 }
 
 /// How much this thread has had read from disks so far, in blocks of 512 bytes; 0 where the kernel does not count it.
@@ -332,6 +371,22 @@ mod tests {
         })
         .join()
         .unwrap();
+    }
+
+    #[test]
+    fn a_thread_with_one_descriptor_has_no_other_and_takes_none_from_the_process() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let number = writer.as_raw_fd();
+        let open = || std::fs::read_dir("/proc/thread-self/fd").unwrap().count();
+        let before = open();
+        let thread = spawn_with_only("alone", number, move || {
+            // One more is that of the listing itself.
+            assert_eq!(open(), 2);
+            assert!(std::fs::read_link(format!("/proc/thread-self/fd/{number}")).is_ok());
+        });
+        thread.unwrap().join().unwrap();
+        assert_eq!(open(), before);
+        drop((reader, writer));
     }
 
     #[test]
