@@ -23,7 +23,7 @@ use crate::fork::{Fork, Inside, Layers, Tx};
 use crate::record::{Attr, Ino, Kind, NAME_MAX, ROOT, hash56};
 use crate::sys::now;
 
-pub use attr::SetAttr;
+pub use attr::{CAPABILITY, SetAttr};
 pub use io::{Allocate, Seek};
 pub use node::NewNode;
 pub use rename::RenameMode;
@@ -91,16 +91,6 @@ pub struct Fs {
     shares_links: bool,
 }
 
-/// The content of a fork that nobody writes: what may be pushed.
-pub struct ReadOnly(Fs);
-
-impl ReadOnly {
-    /// Reads as [`Fs::read`] does.
-    pub fn read(&self, ino: Ino, offset: u64, size: usize) -> Result<Vec<u8>, FsError> {
-        self.0.read(ino, offset, size)
-    }
-}
-
 /// Checks a name as every operation that takes one must.
 fn check_name(name: &[u8]) -> Result<(), FsError> {
     if name.len() > NAME_MAX {
@@ -146,11 +136,6 @@ impl Fs {
         Ok(self)
     }
 
-    /// Returns the content, if the fork is read-only.
-    pub fn read_only(&self) -> Option<ReadOnly> {
-        self.options.read_only.then(|| ReadOnly(self.clone()))
-    }
-
     /// The folder at the top.
     pub fn root(&self) -> Ino {
         self.root
@@ -164,6 +149,11 @@ impl Fs {
     /// Counts that the kernel forgot an inode so many times.
     pub fn forget(&self, ino: Ino, times: u64) {
         self.fork.forget(self.session, ino, times);
+    }
+
+    /// Notes that the kernel may hold pages of a file from now on; returns whether it may have had some before.
+    pub fn note_cached(&self, ino: Ino) -> bool {
+        self.fork.note_cached(self.session, ino)
     }
 
     /// Whether another kernel may cache a file too: it may have a name outside the folder that this session serves, or another

@@ -22,13 +22,13 @@ use fuser::{
 };
 
 use crate::fork::log::Request as RequestId;
-use crate::fs::{Allocate, Caller, Fs, NewNode, RenameMode, Seek, SetAttr, XattrMode};
+use crate::fs::{Allocate, CAPABILITY, Caller, Fs, NewNode, RenameMode, Seek, SetAttr, XattrMode};
 use crate::record::{Ino, Kind, ROOT};
 pub use negotiate::negotiate;
 use push::Readers;
 pub use push::end as end_pushing;
 pub use reply::{FOREVER, nothing};
-use reply::{file_attr, file_type, sent};
+use reply::{answer_xattr, file_attr, file_type, sent};
 pub use requests::Requests;
 pub use wakeful::Wakeful;
 
@@ -43,7 +43,7 @@ struct Mount {
     epoch: u64,
     requests: Arc<Requests>,
     wakeful: Arc<Wakeful>,
-    /// Of a read-only fork alone.
+    /// Where something may be pushed.
     readers: Option<Readers>,
 }
 
@@ -71,6 +71,14 @@ impl Mount {
         }
     }
 
+    /// Answers a request behind which the kernel may change what it holds of a file.
+    fn before_change(&self, ino: Ino, answer: impl FnOnce() + Send + 'static) {
+        match &self.readers {
+            Some(readers) => readers.before_change(ino, answer),
+            None => answer(),
+        }
+    }
+
     /// Whether another kernel may cache a file too, or it cannot be told.
     fn is_shared(&self, ino: Ino) -> bool {
         let look = || self.fs.is_shared(ino, &self.fs.getattr(ino)?);
@@ -85,7 +93,7 @@ impl Mount {
 
 impl Filesystem for Mount {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
-        negotiate(config, self.fs.options.acl, self.readers.is_some());
+        negotiate(config, self.fs.options.acl, self.fs.options.read_only);
         Ok(())
     }
 
@@ -146,12 +154,17 @@ impl Filesystem for Mount {
             mtime: mtime.map(time),
             ctime: ctime.map(sent),
         };
-        match self.fs.setattr(caller, self.ino(ino), set) {
-            Ok(attr) => reply.attr(
-                &self.ttl(self.ino(ino), &attr),
-                &file_attr(self.ino(ino), &attr),
-            ),
-            Err(error) => reply.error(self.fail("setattr", &error)),
+        let ino = self.ino(ino);
+        let set = self.fs.setattr(caller, ino, set);
+        let answer = set.map(|attr| (self.ttl(ino, &attr), file_attr(ino, &attr)));
+        let answer = answer.map_err(|error| self.fail("setattr", &error));
+        let send = move || match answer {
+            Ok((ttl, attr)) => reply.attr(&ttl, &attr),
+            Err(error) => reply.error(error),
+        };
+        match size {
+            Some(_) => self.before_change(ino, send),
+            None => send(),
         }
     }
 
@@ -337,9 +350,11 @@ impl Filesystem for Mount {
     ) {
         self.caller(request, "read");
         if let Some(readers) = &self.readers
-            && offset == 0
+            && let Err(error) = readers.read(self.ino(ino), offset)
         {
-            readers.read(self.ino(ino));
+            log::error!("read: {error}");
+            reply.error(Errno::EIO);
+            return;
         }
         match self.fs.read(self.ino(ino), offset, size as usize) {
             Ok(bytes) => {
@@ -365,6 +380,9 @@ impl Filesystem for Mount {
         let caller = self.caller(request, "write");
         let kill = flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         let ino = self.ino(ino);
+        if let Some(readers) = &self.readers {
+            readers.written(ino);
+        }
         let written = match open.0 & O_APPEND != 0 && self.is_shared(ino) {
             true => self.fs.append(caller, ino, data, kill),
             false => self.fs.write(caller, ino, offset, data, kill),
@@ -403,7 +421,9 @@ impl Filesystem for Mount {
         mut reply: ReplyDirectory,
     ) {
         self.caller(request, "readdir");
+        let mut is_all = true;
         let listed = self.fs.readdir(self.ino(ino), offset, |entry| {
+            is_all = false;
             let name = OsStr::from_bytes(&entry.name);
             !reply.add(
                 INodeNo(entry.ino.0),
@@ -412,9 +432,12 @@ impl Filesystem for Mount {
                 name,
             )
         });
-        match listed {
-            Ok(()) => reply.ok(),
-            Err(error) => reply.error(self.fail("readdir", &error)),
+        match (listed, &self.readers) {
+            (Ok(()), Some(readers)) if is_all => {
+                readers.listed_all(self.ino(ino), || reply.ok());
+            }
+            (Ok(()), _) => reply.ok(),
+            (Err(error), _) => reply.error(self.fail("readdir", &error)),
         }
     }
 
@@ -439,7 +462,7 @@ impl Filesystem for Mount {
         if let Some(readers) = &self.readers
             && entries.is_empty()
         {
-            readers.listed_all(self.ino(ino), reply);
+            readers.listed_all(self.ino(ino), || reply.ok());
             return;
         }
         let mut small = Vec::new();
@@ -531,22 +554,20 @@ impl Filesystem for Mount {
         reply: ReplyXattr,
     ) {
         self.caller(request, "getxattr");
-        self.answer_xattr(
-            "getxattr",
-            reply,
-            size,
-            self.fs.getxattr(self.ino(ino), name.as_bytes()),
-        );
+        let ino = self.ino(ino);
+        let value = self.fs.getxattr(ino, name.as_bytes());
+        let value = value.map_err(|error| self.fail("getxattr", &error));
+        match name.as_bytes() {
+            CAPABILITY => self.before_change(ino, move || answer_xattr(reply, size, value)),
+            _ => answer_xattr(reply, size, value),
+        }
     }
 
     fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         let caller = self.caller(request, "listxattr");
-        self.answer_xattr(
-            "listxattr",
-            reply,
-            size,
-            self.fs.listxattr(caller, self.ino(ino)),
-        );
+        let names = self.fs.listxattr(caller, self.ino(ino));
+        let names = names.map_err(|error| self.fail("listxattr", &error));
+        answer_xattr(reply, size, names);
     }
 
     fn removexattr(&self, request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -635,12 +656,13 @@ impl Filesystem for Mount {
                 return;
             }
         };
-        self.answer_empty(
-            "fallocate",
-            reply,
-            self.fs
-                .fallocate(caller, self.ino(ino), offset, length, mode),
-        );
+        let ino = self.ino(ino);
+        let done = self.fs.fallocate(caller, ino, offset, length, mode);
+        let done = done.map_err(|error| self.fail("fallocate", &error));
+        self.before_change(ino, move || match done {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(error),
+        });
     }
 
     fn lseek(
@@ -692,10 +714,12 @@ impl Filesystem for Mount {
         // The reply's count has 32 bits.
         let len = len.min(1 << 30);
         let (from, to) = ((self.ino(from), from_offset), (self.ino(to), to_offset));
-        match self.fs.copy_range(caller, from, to, len) {
+        let done = self.fs.copy_range(caller, from, to, len);
+        let done = done.map_err(|error| self.fail("copy_file_range", &error));
+        self.before_change(to.0, move || match done {
             Ok(copied) => reply.written(copied as u32),
-            Err(error) => reply.error(self.fail("copy_file_range", &error)),
-        }
+            Err(error) => reply.error(error),
+        });
     }
 }
 

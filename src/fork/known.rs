@@ -14,6 +14,8 @@ pub(super) struct Known {
     times: u64,
     /// Another kernel may have cached it too since.
     shared: bool,
+    /// It may hold pages of its content since.
+    cached: bool,
 }
 
 impl Fork {
@@ -81,6 +83,15 @@ impl Fork {
             }
             None => now,
         }
+    }
+
+    /// Notes that the kernel of a session may hold pages of a file from now on. Returns whether it may have had some before, which
+    /// cannot be told of an inode that it does not know.
+    pub fn note_cached(&self, session: u64, ino: Ino) -> bool {
+        let mut lookups = self.lookups.lock();
+        let mut here = lookups.iter_mut().filter(|(of, _)| *of == session);
+        let known = here.find_map(|(_, known)| known.get_mut(&ino));
+        known.is_none_or(|known| std::mem::replace(&mut known.cached, true))
     }
 
     pub(super) fn is_known(&self, ino: Ino) -> bool {

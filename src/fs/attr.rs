@@ -25,7 +25,8 @@ impl SetAttr {
     }
 }
 
-const CAPABILITY: &[u8] = b"security.capability";
+/// The attribute that lets a file grant capabilities.
+pub const CAPABILITY: &[u8] = b"security.capability";
 
 impl Fs {
     /// Changes attributes; returns them as they are then.

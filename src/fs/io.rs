@@ -33,21 +33,43 @@ impl Fs {
     /// Reads up to `size` bytes at `offset`: fewer at the end of the file.
     pub fn read(&self, ino: Ino, offset: u64, size: usize) -> Result<Vec<u8>, FsError> {
         let mut buffer = Vec::new();
+        self.read_to(ino, offset, size, |size| {
+            buffer.resize(size, 0);
+            &mut buffer
+        })?;
+        Ok(buffer)
+    }
+
+    /// Fills a buffer with what is at `offset`; returns how much that is.
+    pub fn read_into(&self, ino: Ino, offset: u64, buffer: &mut [u8]) -> Result<usize, FsError> {
+        let size = buffer.len();
+        self.read_to(ino, offset, size, |size| &mut buffer[..size])
+    }
+
+    /// Reads up to `size` bytes to where `room` has room for so many as there are; returns their number.
+    fn read_to<'a>(
+        &self,
+        ino: Ino,
+        offset: u64,
+        size: usize,
+        room: impl FnOnce(usize) -> &'a mut [u8],
+    ) -> Result<usize, FsError> {
         let _looking = self.look()?;
         match self.view(ino)? {
             InodeView::Base(attr, root) => {
-                buffer.resize(clip(&attr, offset, size)?, 0);
-                view::read_base(&self.fork.store, root.id, ino, offset, &mut buffer)?;
+                let size = clip(&attr, offset, size)?;
+                view::read_base(&self.fork.store, root.id, ino, offset, room(size))?;
+                Ok(size)
             }
             InodeView::Changed(cell, root) => {
                 // Held while the spool is read: so the room cannot become another file's meanwhile.
                 let inode = cell.state.read();
-                buffer.resize(clip(&inode.attr, offset, size)?, 0);
-                self.fork
-                    .read_inode(&inode, root.id, ino, offset, &mut buffer)?;
+                let size = clip(&inode.attr, offset, size)?;
+                let buffer = room(size);
+                self.fork.read_inode(&inode, root.id, ino, offset, buffer)?;
+                Ok(size)
             }
         }
-        Ok(buffer)
     }
 
     /// Writes `data` at `offset`, and clears suid and sgid where the kernel says that the writer loses them. Returns how much was

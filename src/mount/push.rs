@@ -1,25 +1,33 @@
-//! Pushes small files into the page cache ahead of a reader who goes through a folder of a read-only fork.
+//! Pushes small files into the page cache ahead of a reader who goes through a folder.
 //!
-//! A push replaces what the page cache holds, even what somebody is just writing: so it takes a [`ReadOnly`], which a writable
-//! fork never gives. A push may wait for a page that waits for the answer to a request: so a thread of its own makes it, which no
-//! handler waits for and which holds no lock meanwhile that one takes.
+//! [`Plan`] says what a reader will want, [`Claims`] what may be pushed. One thread fetches content, another one hands it to the
+//! kernel, which may keep that in a call that nothing interrupts: so it holds no lock that a handler takes, and has no descriptor
+//! open but the session's.
 
+mod claims;
 mod plan;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
-use std::{io, thread, vec};
+use std::{io, vec};
 
 use crossbeam::channel::{self, Receiver, Sender};
-use fuser::{INodeNo, Notifier, ReplyDirectoryPlus};
+use fuser::{INodeNo, Notifier};
 use parking_lot::{Mutex, RwLock};
 
 use super::Requests;
-use crate::fs::{Entry, ReadOnly};
+use crate::fs::{Entry, Fs};
 use crate::record::{Ino, Kind};
+use crate::sys::lent::{Lent, page_size};
+use crate::sys::process::spawn_with_only;
+use claims::Answer;
+pub use claims::Claims;
 use plan::{File, MOST, Plan, SMALL};
 
 /// Shared by who pushes, as long as it says that one may.
@@ -27,60 +35,90 @@ static MAY_PUSH: RwLock<bool> = RwLock::new(true);
 /// A page that is waited for is one that a handler reads.
 const LAST_PUSH: Duration = Duration::from_secs(1);
 
-/// Lets nothing be pushed any more, before the process ends: the kernel would keep a thread, and with it all mounts of this process,
-/// that waits for a page of which no handler is left to answer.
+/// Lets nothing be pushed any more, before the process ends: the kernel would keep a thread of it that waits for a page of which no
+/// handler is left to answer.
 pub fn end() {
     if let Some(mut may_push) = MAY_PUSH.try_write_for(LAST_PUSH) {
         *may_push = false;
     }
 }
 
-/// Windows that wait for the pusher; what they hold together is bounded by `MOST`.
+/// Windows that wait to be fetched; what they hold together is bounded by `MOST`.
 const WAITING: usize = 64;
+/// Room for files that are pushed one behind the other, in bytes; the largest fits.
+const BATCH: usize = 2 * SMALL as usize;
+/// So much is fetched before it is handed on.
+const ENOUGH: usize = 64 << 10;
+/// One is filled while another one is pushed.
+const BATCHES: usize = 2;
 
 /// Files to push, in this order.
 struct Window {
     files: vec::IntoIter<File>,
     /// Who listed the folder hears that there is no more of it when the first file has been pushed: without that head start it
     /// would ask for that file itself, and for others.
-    listing: Option<ReplyDirectoryPlus>,
+    listing: Option<Answer>,
+}
+
+/// Files that were fetched, and where they lie.
+struct Batch {
+    bytes: Arc<Lent>,
+    files: Vec<(Ino, Range<usize>)>,
+    listing: Option<Answer>,
+}
+
+/// What handlers and threads of a session share.
+struct Shared {
+    fs: Fs,
+    plan: Mutex<Plan>,
+    claims: Arc<Claims>,
+    /// Bytes in the queue.
+    waiting: AtomicU64,
+    requests: Arc<Requests>,
+    /// What the kernel refused a push with; the thread that pushes cannot say it.
+    failed: Mutex<Option<io::Error>>,
+}
+
+/// The threads of a session that push: few sessions need them.
+enum Threads {
+    /// They start with the first window, once it is known how to hand something to the kernel.
+    Wanted(Receiver<Window>, Option<(Notifier, RawFd)>),
+    Started([JoinHandle<()>; 2]),
+    Over,
 }
 
 /// What the handlers of a session tell of its readers.
 pub struct Readers {
-    plan: Arc<Mutex<Plan>>,
+    shared: Arc<Shared>,
     queue: Sender<Window>,
-    /// Bytes in the queue.
-    waiting: Arc<AtomicU64>,
+    threads: Arc<Mutex<Threads>>,
 }
 
-/// The thread that pushes.
+/// Who pushes, as the session sees it.
 pub struct Pusher {
-    content: ReadOnly,
-    plan: Arc<Mutex<Plan>>,
-    queue: Receiver<Window>,
-    waiting: Arc<AtomicU64>,
-    requests: Arc<Requests>,
+    claims: Arc<Claims>,
+    threads: Arc<Mutex<Threads>>,
 }
 
-/// Returns both ends for one session. The pusher ends when the readers are dropped.
-pub fn pair(content: ReadOnly, requests: Arc<Requests>) -> (Readers, Pusher) {
+/// Returns both ends for one session. The threads end when the readers are dropped.
+pub fn pair(fs: Fs, requests: Arc<Requests>) -> (Readers, Pusher) {
     let (sender, queue) = channel::bounded(WAITING);
-    let waiting = Arc::new(AtomicU64::new(0));
-    let plan = Arc::new(Mutex::default());
-    let readers = Readers {
-        plan: plan.clone(),
-        queue: sender,
-        waiting: waiting.clone(),
-    };
-    let pusher = Pusher {
-        content,
-        plan,
-        queue,
-        waiting,
+    let claims = Arc::new(Claims::new(fs.clone()));
+    let threads = Arc::new(Mutex::new(Threads::Wanted(queue, None)));
+    let shared = Shared {
+        fs,
+        plan: Mutex::default(),
+        claims: claims.clone(),
+        waiting: AtomicU64::new(0),
         requests,
+        failed: Mutex::default(),
     };
-    (readers, pusher)
+    let readers = Readers {
+        shared: Arc::new(shared),
+        queue: sender,
+        threads: threads.clone(),
+    };
+    (readers, Pusher { claims, threads })
 }
 
 /// An entry of a listing, if it may be pushed.
@@ -96,104 +134,228 @@ pub fn small(entry: &Entry) -> Option<File> {
 impl Readers {
     /// Notes the small files of one reply of a listing, and whether it was the first of them.
     pub fn listed(&self, dir: Ino, starts: bool, files: Vec<File>) {
-        self.plan.lock().listed(dir, starts, files);
+        self.shared.plan.lock().listed(dir, starts, files);
     }
 
     /// Answers that a listing has no more, soon.
-    pub fn listed_all(&self, dir: Ino, reply: ReplyDirectoryPlus) {
-        let files = self.plan.lock().listed_all(dir, self.room());
-        self.push(files, Some(reply));
+    pub fn listed_all(&self, dir: Ino, answer: impl FnOnce() + Send + 'static) {
+        let files = self.shared.plan.lock().listed_all(dir, self.room());
+        self.push(files, Some(Box::new(answer)));
     }
 
-    /// Notes that a file is read from its start.
-    pub fn read(&self, ino: Ino) {
-        let files = self.plan.lock().read(ino, self.room());
-        self.push(files, None);
+    /// Notes that a file is read, before the answer.
+    ///
+    /// # Errors
+    /// The request must fail.
+    pub fn read(&self, ino: Ino, offset: u64) -> io::Result<()> {
+        self.shared.claims.read(ino)?;
+        if offset == 0 {
+            let files = self.shared.plan.lock().read(ino, self.room());
+            self.push(files, None);
+        }
+        Ok(())
+    }
+
+    /// See [`Claims::before_change`].
+    pub fn before_change(&self, ino: Ino, answer: impl FnOnce() + Send + 'static) {
+        self.shared.claims.before_change(ino, answer);
+    }
+
+    /// See [`Claims::written`].
+    pub fn written(&self, ino: Ino) {
+        self.shared.claims.written(ino);
     }
 
     fn room(&self) -> u64 {
-        MOST.saturating_sub(self.waiting.load(Ordering::Relaxed))
+        MOST.saturating_sub(self.shared.waiting.load(Ordering::Relaxed))
     }
 
-    fn push(&self, files: Vec<File>, mut listing: Option<ReplyDirectoryPlus>) {
+    fn push(&self, files: Vec<File>, mut listing: Option<Answer>) {
         if !files.is_empty() {
+            self.start();
+            let waiting = &self.shared.waiting;
             let bytes = files.iter().map(|file| u64::from(file.size)).sum();
-            self.waiting.fetch_add(bytes, Ordering::Relaxed);
+            waiting.fetch_add(bytes, Ordering::Relaxed);
             let files = files.into_iter();
             let Err(refused) = self.queue.try_send(Window { files, listing }) else {
                 return;
             };
-            self.waiting.fetch_sub(bytes, Ordering::Relaxed);
+            waiting.fetch_sub(bytes, Ordering::Relaxed);
             listing = refused.into_inner().listing;
         }
         if let Some(listing) = listing {
-            listing.ok();
+            listing();
+        }
+    }
+
+    fn start(&self) {
+        let mut threads = self.threads.lock();
+        if !matches!(*threads, Threads::Wanted(_, Some(_))) {
+            return;
+        }
+        let Threads::Wanted(queue, Some((notifier, fuse))) =
+            std::mem::replace(&mut *threads, Threads::Over)
+        else {
+            return;
+        };
+        match start(self.shared.clone(), queue, notifier, fuse) {
+            Ok(started) => *threads = Threads::Started(started),
+            Err(error) => log::warn!("nothing is pushed: {error}"),
         }
     }
 }
 
 impl Pusher {
-    pub fn start(self, notifier: Notifier) -> io::Result<()> {
-        let thread = thread::Builder::new().name("push".into());
-        thread.spawn(move || self.run(&notifier))?;
-        Ok(())
+    /// Says how to hand something to the kernel; `fuse` is the descriptor of the session.
+    pub fn ready(&self, notifier: Notifier, fuse: RawFd) {
+        if let Threads::Wanted(_, how) = &mut *self.threads.lock() {
+            *how = Some((notifier, fuse));
+        }
     }
 
-    /// Whoever waits comes first, then the newest window: that is where a reader is.
-    fn run(&self, notifier: &Notifier) {
-        let mut windows = Vec::new();
-        let mut refused = false;
-        let mut push_first = |files: &mut vec::IntoIter<File>| {
-            let Some(file) = files.next() else {
-                return false;
-            };
-            self.waiting
-                .fetch_sub(u64::from(file.size), Ordering::Relaxed);
-            if !refused && let Err(error) = self.push(notifier, file) {
-                log::debug!("nothing more is pushed: {error}");
-                refused = true;
+    pub fn claims(&self) -> Arc<Claims> {
+        self.claims.clone()
+    }
+
+    /// Waits for the threads, when the readers have been dropped.
+    pub fn join(self) {
+        let threads = std::mem::replace(&mut *self.threads.lock(), Threads::Over);
+        if let Threads::Started(threads) = threads {
+            for thread in threads {
+                thread.join().expect("a panic ends the process");
             }
-            true
-        };
+        }
+    }
+}
+
+/// Starts the thread that fetches and the one that pushes.
+fn start(
+    shared: Arc<Shared>,
+    queue: Receiver<Window>,
+    notifier: Notifier,
+    fuse: RawFd,
+) -> io::Result<[JoinHandle<()>; 2]> {
+    let (spare, spares) = channel::bounded(BATCHES);
+    for _ in 0..BATCHES {
+        let bytes = Arc::new(Lent::new(BATCH)?);
+        spare.send(bytes).map_err(io::Error::other)?;
+    }
+    let (batches, fetched) = channel::bounded(BATCHES);
+    let pushing = shared.clone();
+    let push = spawn_with_only("push", fuse, move || {
+        pushing.push(&notifier, &fetched, &spare)
+    })?;
+    let fetch = thread::Builder::new().name("fetch".into());
+    let fetch = fetch.spawn(move || shared.fetch(&queue, &batches, &spares))?;
+    Ok([fetch, push])
+}
+
+impl Shared {
+    /// Fetches what is to be pushed: whoever waits comes first, then the newest window, for that is where a reader is.
+    fn fetch(
+        &self,
+        queue: &Receiver<Window>,
+        batches: &Sender<Batch>,
+        spares: &Receiver<Arc<Lent>>,
+    ) {
+        let mut windows: Vec<vec::IntoIter<File>> = Vec::new();
         loop {
             let came = match windows.is_empty() {
-                true => self.queue.recv().ok(),
-                false => self.queue.try_recv().ok(),
+                true => queue.recv().ok(),
+                false => queue.try_recv().ok(),
             };
-            match (came, windows.last_mut()) {
-                (Some(Window { mut files, listing }), _) => {
-                    push_first(&mut files);
-                    if let Some(listing) = listing {
-                        listing.ok();
-                    }
+            let listing = match (came, windows.last()) {
+                (Some(Window { files, listing }), _) => {
                     windows.push(files);
+                    listing
                 }
-                (None, Some(newest)) => {
-                    if !push_first(newest) {
-                        windows.pop();
-                    }
-                }
+                (None, Some(_)) => None,
                 (None, None) => return,
+            };
+            let (Some(newest), Ok(bytes)) = (windows.last_mut(), spares.recv()) else {
+                return;
+            };
+            if let Some(error) = self.failed.lock().take() {
+                log::debug!("nothing more is pushed: {error}");
+            }
+            let batch = self.batch(newest, bytes, listing);
+            if newest.len() == 0 {
+                windows.pop();
+            }
+            if batches.send(batch).is_err() {
+                return;
             }
         }
     }
 
-    /// Pushes a whole file; one that the kernel has forgotten is passed over.
-    fn push(&self, notifier: &Notifier, file: File) -> io::Result<()> {
-        let is_read = || self.plan.lock().is_read(file.ino);
-        if is_read() {
-            return Ok(());
+    /// Fetches some files of a window; the first alone, if somebody waits for it.
+    fn batch(
+        &self,
+        window: &mut vec::IntoIter<File>,
+        mut bytes: Arc<Lent>,
+        listing: Option<Answer>,
+    ) -> Batch {
+        let mut files = Vec::new();
+        let mut end = 0;
+        let enough = if listing.is_some() { 1 } else { ENOUGH };
+        // What cannot be filled is left to whoever reads it, as what is wrong with a file is.
+        if let Some(Ok(room)) = Arc::get_mut(&mut bytes).map(Lent::fill) {
+            while end < enough
+                && let Some(file) = window.next()
+            {
+                let size = file.size as usize;
+                self.waiting.fetch_sub(size as u64, Ordering::Relaxed);
+                let range = end..end + size;
+                if !self.plan.lock().is_read(file.ino)
+                    && let Ok(read) = self.fs.read_into(file.ino, 0, &mut room[range.clone()])
+                    && read == size
+                {
+                    files.push((file.ino, range));
+                    end += size.next_multiple_of(page_size());
+                }
+            }
         }
-        // What is wrong with a file is told to whoever reads it.
-        let Ok(bytes) = self.content.read(file.ino, 0, file.size as usize) else {
-            return Ok(());
-        };
-        // One that is being read would have to be waited for.
-        let may_push = MAY_PUSH.read();
-        if bytes.len() == file.size as usize && *may_push && !is_read() {
-            notifier.store(INodeNo(file.ino.0), 0, &bytes)?;
-            self.requests.count("store");
+        Batch {
+            bytes,
+            files,
+            listing,
         }
-        Ok(())
+    }
+
+    /// Pushes what was fetched. Uses no descriptor but the session's.
+    fn push(&self, notifier: &Notifier, fetched: &Receiver<Batch>, spare: &Sender<Arc<Lent>>) {
+        for batch in fetched {
+            let Batch {
+                bytes,
+                files,
+                mut listing,
+            } = batch;
+            for (ino, range) in files {
+                let may_push = MAY_PUSH.read();
+                let store = |bytes: &[u8]| notifier.store(INodeNo(ino.0), 0, bytes);
+                let pushed = match *may_push {
+                    true => self.claims.push(ino, &bytes, range, store),
+                    false => Ok(false),
+                };
+                drop(may_push);
+                match pushed {
+                    Ok(true) => self.requests.count("store"),
+                    Ok(false) => {}
+                    Err(error) => {
+                        self.claims.forbid();
+                        *self.failed.lock() = Some(error);
+                    }
+                }
+                if let Some(listing) = listing.take() {
+                    listing();
+                }
+            }
+            if let Some(listing) = listing {
+                listing();
+            }
+            if spare.send(bytes).is_err() {
+                return;
+            }
+        }
     }
 }

@@ -129,20 +129,15 @@ impl Mount {
             Err(error) => reply.error(self.fail(what, &error)),
         }
     }
+}
 
-    pub fn answer_xattr(
-        &self,
-        what: &str,
-        reply: ReplyXattr,
-        size: u32,
-        result: Result<Vec<u8>, FsError>,
-    ) {
-        match result {
-            Ok(value) if size == 0 => reply.size(value.len() as u32),
-            Ok(value) if value.len() > size as usize => reply.error(Errno::ERANGE),
-            Ok(value) => reply.data(&value),
-            Err(error) => reply.error(self.fail(what, &error)),
-        }
+/// Answers with what was asked for of extended attributes, or with how long that is.
+pub fn answer_xattr(reply: ReplyXattr, size: u32, value: Result<Vec<u8>, Errno>) {
+    match value {
+        Ok(value) if size == 0 => reply.size(value.len() as u32),
+        Ok(value) if value.len() > size as usize => reply.error(Errno::ERANGE),
+        Ok(value) => reply.data(&value),
+        Err(error) => reply.error(error),
     }
 }
 

@@ -1,7 +1,7 @@
 //! One mount of a fork: threads that answer the kernel until the connection ends.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -9,7 +9,8 @@ use std::time::Duration;
 use crossbeam::channel;
 use fuser::{Config, INodeNo, Notifier, Session, SessionACL};
 
-use super::{Mount, Requests, Wakeful, push};
+use super::push::{self, Claims, Pusher};
+use super::{Mount, Requests, Wakeful};
 use crate::fs::Fs;
 use crate::record::{Ino, ROOT};
 
@@ -17,16 +18,26 @@ use crate::record::{Ino, ROOT};
 const GREETING: Duration = Duration::from_secs(2);
 
 /// What the kernel of a session remembers.
-#[derive(Debug)]
 pub struct Caches {
     notifier: Notifier,
     root: Ino,
+    /// Where something may be pushed.
+    claims: Option<Arc<Claims>>,
+}
+
+impl std::fmt::Debug for Caches {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Caches").field("root", &self.root).finish()
+    }
 }
 
 impl Caches {
     /// Makes the kernel ask for these inodes again, and for the folder at the top. Called by no thread that answers the session,
     /// for the kernel waits for pages that are being read.
     pub fn drop(&self, known: &[Ino]) {
+        if let Some(claims) = &self.claims {
+            claims.close();
+        }
         let nodes = known.iter().filter(|ino| **ino != self.root);
         for node in nodes.chain([&ROOT]) {
             // What the kernel has forgotten meanwhile is gone from its memory too.
@@ -51,10 +62,13 @@ pub fn serve(
 ) -> io::Result<Caches> {
     let root = fs.root();
     let name = fs.fork.id.to_string();
-    let pushed = fs.read_only();
-    let (readers, pusher) = pushed
-        .map(|content| push::pair(content, requests.clone()))
+    // Where another kernel writes the same files nothing is heard of it in time.
+    let may_push = !fs.shares_links();
+    let (readers, pusher) = may_push
+        .then(|| push::pair(fs.clone(), requests.clone()))
         .unzip();
+    let claims = pusher.as_ref().map(Pusher::claims);
+    let number = fd.as_raw_fd();
     let mount = Mount {
         fs,
         epoch,
@@ -76,17 +90,25 @@ pub fn serve(
             }
         };
         let notifier = session.notifier();
-        if ready.send(Ok(Caches { notifier, root })).is_err() {
-            return;
+        if let Some(pusher) = &pusher {
+            pusher.ready(notifier.clone(), number);
         }
-        if let Some(pusher) = pusher
-            && let Err(error) = pusher.start(session.notifier())
-        {
-            log::warn!("{name}: nothing is pushed: {error}");
+        let caches = Caches {
+            notifier: notifier.clone(),
+            root,
+            claims,
+        };
+        if ready.send(Ok(caches)).is_err() {
+            return;
         }
         if let Err(error) = session.run() {
             log::warn!("{name}: the session ended: {error}");
         }
+        if let Some(pusher) = pusher {
+            pusher.join();
+        }
+        // Held until here: who pushes has a descriptor of this number too, and must not be the one that closes it.
+        drop(notifier);
         ended();
     })?;
     greeted.recv_timeout(GREETING).unwrap_or_else(|_| {

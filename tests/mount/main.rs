@@ -11,3 +11,4 @@ mod inherited;
 mod manual;
 mod posix;
 mod push;
+mod writers;

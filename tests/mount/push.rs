@@ -1,7 +1,8 @@
-//! Pages that are pushed ahead of readers: into read-only forks, and what the file holds.
+//! Pages that are pushed ahead of readers: what the file holds, and nothing that somebody may be about to write.
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -50,27 +51,92 @@ fn what_was_pushed_is_the_whole_file_and_is_not_asked_for() {
     tree.insert("d/first".into(), b"a".to_vec());
     tree.insert("d/second".into(), b"b".to_vec());
     let bench = bench(&tree);
-    let mount = bench.fork_with("v", |request| request.read_only = true);
-    assert_eq!(fs::read_dir(mount.path.join("d")).unwrap().count(), 9);
+    for read_only in [true, false] {
+        let mount = bench.fork_with("v", |request| request.read_only = read_only);
+        read_two(&mount, 9);
+        wait_for_pushes(&bench, &mount, 5);
+        let asked = count(&bench, &mount, "read");
+        for size in sizes {
+            if size == 131_073 {
+                assert_eq!(count(&bench, &mount, "read"), asked);
+            }
+            let path = mount.path.join(name(size));
+            assert_eq!(fs::metadata(&path).unwrap().len(), size);
+            assert!(fs::read(path).unwrap() == tree[&name(size)], "{size}");
+        }
+        assert!(
+            count(&bench, &mount, "read") > asked,
+            "it is too large to be pushed"
+        );
+        assert_eq!(count(&bench, &mount, "store"), 5);
+    }
+}
+
+/// Lists a folder of so many files, and reads the two that are a sign that somebody goes through it.
+fn read_two(mount: &TestMount, files: usize) {
+    let entries = fs::read_dir(mount.path.join("d")).unwrap();
+    assert_eq!(entries.count(), files);
     fs::read(mount.path.join("d/first")).unwrap();
     fs::read(mount.path.join("d/second")).unwrap();
-    wait_for_pushes(&bench, &mount, 5);
-    let asked = count(&bench, &mount, "read");
-    for size in sizes {
-        if size == 131_073 {
-            assert_eq!(count(&bench, &mount, "read"), asked);
-        }
-        let path = mount.path.join(name(size));
-        assert_eq!(fs::metadata(&path).unwrap().len(), size);
-        assert!(fs::read(path).unwrap() == tree[&name(size)], "{size}");
+}
+
+#[test]
+fn a_file_that_was_read_before_or_may_be_written_from_now_on_is_not_pushed() {
+    let names = ["first", "second", "last", "read", "asked", "cut"];
+    let file = |name| (PathBuf::from("d").join(name), vec![1; 9000]);
+    let tree: Tree = names.map(file).into();
+    let bench = bench(&tree);
+    let mount = bench.fork("v");
+    let path = |name: &str| mount.path.join("d").join(name);
+    let mut byte = [0];
+    fs::File::open(path("read"))
+        .unwrap()
+        .read_exact_at(&mut byte, 5000)
+        .unwrap();
+    // What the kernel asks before it writes to a file the first time, and only then.
+    let asked = rustix::fs::getxattr(path("asked"), "security.capability", &mut byte[..]);
+    assert_eq!(asked, Err(rustix::io::Errno::NODATA));
+    fs::File::options()
+        .write(true)
+        .open(path("cut"))
+        .unwrap()
+        .set_len(5000)
+        .unwrap();
+    read_two(&mount, names.len());
+    wait_for_pushes(&bench, &mount, 1);
+    for name in names {
+        let expected = if name == "cut" { 5000 } else { 9000 };
+        assert_eq!(fs::read(path(name)).unwrap(), vec![1; expected], "{name}");
     }
-    assert!(
-        count(&bench, &mount, "read") > asked,
-        "it is too large to be pushed"
-    );
-    assert_eq!(count(&bench, &mount, "store"), 5);
-    let refused = fs::write(mount.path.join("d/first"), "x").unwrap_err();
-    assert_eq!(refused.raw_os_error(), Some(30), "read-only filesystem");
+    assert_eq!(count(&bench, &mount, "store"), 1, "the last one alone");
+}
+
+#[test]
+fn the_thread_that_the_kernel_may_keep_has_nothing_else_of_the_process_open() {
+    let file = |name| (PathBuf::from("d").join(name), vec![1]);
+    let tree: Tree = ["first", "second", "third"].map(file).into();
+    let bench = bench(&tree);
+    let mount = bench.fork("v");
+    read_two(&mount, 3);
+    wait_for_pushes(&bench, &mount, 1);
+    let threads = fs::read_dir("/proc/self/task").unwrap();
+    let paths = threads.map(|thread| thread.unwrap().path());
+    let is_push =
+        |path: &PathBuf| fs::read_to_string(path.join("comm")).is_ok_and(|name| name == "push\n");
+    let pushing: Vec<_> = paths.filter(is_push).collect();
+    assert!(!pushing.is_empty());
+    for thread in pushing {
+        // Those of other tests may end meanwhile.
+        if let Ok(open) = fs::read_dir(thread.join("fd")) {
+            let targets = open.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok());
+            let targets: Vec<_> = targets.collect();
+            assert!(
+                targets.iter().all(|target| target.ends_with("fuse")),
+                "{targets:?}"
+            );
+            assert!(targets.len() < 2, "{targets:?}");
+        }
+    }
 }
 
 /// Reads everything in the order of listings, the folders from some point on; returns how many files were as they should be.
@@ -90,7 +156,7 @@ fn compare(root: &Path, tree: &Tree, from: usize) -> usize {
 }
 
 #[test]
-fn several_readers_read_the_same_with_pushes_and_without_and_a_writable_fork_pushes_nothing() {
+fn several_readers_beside_each_other_read_what_the_files_hold() {
     let seed = 1 + u64::from(std::process::id());
     println!("seed {seed}");
     let mut random = Random(seed);
@@ -114,23 +180,22 @@ fn several_readers_read_the_same_with_pushes_and_without_and_a_writable_fork_pus
                 assert_eq!(reader.join().unwrap(), tree.len());
             }
         });
-        if read_only {
-            wait_for_pushes(&bench, &mount, 1);
-        } else {
-            assert_eq!(count(&bench, &mount, "store"), 0);
-        }
+        wait_for_pushes(&bench, &mount, 1);
     }
 }
 
 #[test]
-fn a_walk_of_a_read_only_fork_pushes_nothing_and_a_reader_of_it_looks_nothing_up() {
+fn a_walk_pushes_nothing_and_a_reader_of_a_read_only_fork_looks_nothing_up() {
     let file = |n| (PathBuf::from(format!("d/{n}")), vec![1]);
     let tree: Tree = (0..1000).map(file).collect();
     let bench = bench(&tree);
+    for read_only in [true, false] {
+        let mount = bench.fork_with("v", |request| request.read_only = read_only);
+        sh(&mount.path, "find . -printf %s");
+        assert_eq!(count(&bench, &mount, "read"), 0);
+        assert_eq!(count(&bench, &mount, "store"), 0);
+    }
     let mount = bench.fork_with("v", |request| request.read_only = true);
-    sh(&mount.path, "find . -printf %s");
-    assert_eq!(count(&bench, &mount, "read"), 0);
-    assert_eq!(count(&bench, &mount, "store"), 0);
     sh(&mount.path, "tar c . | cat >/dev/null");
     assert_eq!(count(&bench, &mount, "lookup"), 0);
     wait_for_pushes(&bench, &mount, 1);
@@ -141,20 +206,22 @@ fn a_reader_of_one_folder_finds_the_first_file_of_the_next_when_he_has_listed_it
     let file = |n: u64| (PathBuf::from(format!("{}/{n}", n / 10)), vec![1; 5000]);
     let tree: Tree = (0..30).map(file).collect();
     let bench = bench(&tree);
-    let mount = bench.fork_with("v", |request| request.read_only = true);
-    let list = |folder: &str| -> Vec<PathBuf> {
-        let entries = fs::read_dir(mount.path.join(folder)).unwrap();
-        entries.map(|entry| entry.unwrap().path()).collect()
-    };
-    for path in list("0") {
-        fs::read(path).unwrap();
-    }
-    for folder in ["1", "2"] {
-        let asked = count(&bench, &mount, "read");
-        let paths = list(folder);
-        assert_eq!(paths.len(), 10);
-        assert_eq!(fs::read(&paths[0]).unwrap(), vec![1; 5000]);
-        assert_eq!(count(&bench, &mount, "read"), asked, "folder {folder}");
-        wait_for_pushes(&bench, &mount, 10);
+    for read_only in [true, false] {
+        let mount = bench.fork_with("v", |request| request.read_only = read_only);
+        let list = |folder: &str| -> Vec<PathBuf> {
+            let entries = fs::read_dir(mount.path.join(folder)).unwrap();
+            entries.map(|entry| entry.unwrap().path()).collect()
+        };
+        for path in list("0") {
+            fs::read(path).unwrap();
+        }
+        for folder in ["1", "2"] {
+            let asked = count(&bench, &mount, "read");
+            let paths = list(folder);
+            assert_eq!(paths.len(), 10);
+            assert_eq!(fs::read(&paths[0]).unwrap(), vec![1; 5000]);
+            assert_eq!(count(&bench, &mount, "read"), asked, "folder {folder}");
+            wait_for_pushes(&bench, &mount, 10);
+        }
     }
 }
