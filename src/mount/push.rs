@@ -243,7 +243,7 @@ fn start(
     let (batches, fetched) = channel::bounded(BATCHES);
     let pushing = shared.clone();
     let push = spawn_with_only("push", fuse, move || {
-        pushing.push(&notifier, &fetched, &spare)
+        pushing.push(&notifier, &fetched, &spare);
     })?;
     let fetch = thread::Builder::new().name("fetch".into());
     let fetch = fetch.spawn(move || shared.fetch(&queue, &batches, &spares))?;

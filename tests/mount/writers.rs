@@ -109,7 +109,7 @@ fn change(root: &Path, expected: &mut Expected, random: &mut Random, mapper: &mu
             let end = (at as usize + new.len()).min(held.len());
             held[at as usize..end].fill(0);
             let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            fallocate(&open(), punch, at, new.len() as u64).unwrap();
+            fallocate(open(), punch, at, new.len() as u64).unwrap();
         }
         5 => {
             let (from, mut file) = (tempfile::tempfile_in(root).unwrap(), open());
