@@ -156,6 +156,11 @@ impl Fs {
         self.fork.note_cached(self.session, ino)
     }
 
+    /// Whether the kernel may hold pages of a file, as it may of one that it does not know.
+    pub fn may_be_cached(&self, ino: Ino) -> bool {
+        self.fork.may_be_cached(self.session, ino)
+    }
+
     /// Whether another kernel may cache a file too: it may have a name outside the folder that this session serves, or another
     /// session's kernel knows it, by a name that it had.
     ///

@@ -94,6 +94,14 @@ impl Fork {
         known.is_none_or(|known| std::mem::replace(&mut known.cached, true))
     }
 
+    /// What [`Fork::note_cached`] would return.
+    pub fn may_be_cached(&self, session: u64, ino: Ino) -> bool {
+        let lookups = self.lookups.lock();
+        let mut here = lookups.iter().filter(|(of, _)| *of == session);
+        let known = here.find_map(|(_, known)| known.get(&ino));
+        known.is_none_or(|known| known.cached)
+    }
+
     pub(super) fn is_known(&self, ino: Ino) -> bool {
         let lookups = self.lookups.lock();
         lookups.iter().any(|(_, known)| known.contains_key(&ino))

@@ -5,9 +5,9 @@ use fuser::{InitFlags, KernelConfig};
 /// The largest READ and WRITE.
 const MAX_IO: u32 = 1 << 20;
 
-/// Asks for what makes requests fewer, and larger. With ACLs the kernel checks them and leaves the umask to us. Where pages are
-/// `pushed` each listing tells of the files, so that a reader looks none of them up.
-pub fn negotiate(config: &mut KernelConfig, acl: bool, pushed: bool) {
+/// Asks for what makes requests fewer, and larger. With ACLs the kernel checks them and leaves the umask to us. Of a read-only fork
+/// each listing tells of the files, so that a reader looks none of them up.
+pub fn negotiate(config: &mut KernelConfig, acl: bool, read_only: bool) {
     let mut wanted = vec![
         InitFlags::FUSE_PARALLEL_DIROPS,
         InitFlags::FUSE_ASYNC_DIO,
@@ -17,7 +17,7 @@ pub fn negotiate(config: &mut KernelConfig, acl: bool, pushed: bool) {
         InitFlags::FUSE_HANDLE_KILLPRIV_V2,
         InitFlags::FUSE_CACHE_SYMLINKS,
     ];
-    if !pushed {
+    if !read_only {
         wanted.push(InitFlags::FUSE_READDIRPLUS_AUTO);
     }
     if acl {

@@ -1,8 +1,8 @@
 //! Pushes small files into the page cache ahead of a reader who goes through a folder.
 //!
-//! [`Plan`] says what a reader will want, [`Claims`] what may be pushed. One thread fetches content, another one hands it to the
-//! kernel, which may keep that in a call that nothing interrupts: so it holds no lock that a handler takes, and has no descriptor
-//! open but the session's.
+//! [`Plan`] says what a reader will want, [`Claims`] what may be pushed. One thread fetches content. Another one does nothing but hand
+//! it to the kernel, which may keep that thread in a call that nothing interrupts: so it holds no lock that a handler takes, and has
+//! no descriptor open but the session's.
 
 mod claims;
 mod plan;
@@ -12,12 +12,13 @@ mod tests;
 use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use std::{io, vec};
 
 use crossbeam::channel::{self, Receiver, Sender};
+use crossbeam::select;
 use fuser::{INodeNo, Notifier};
 use parking_lot::{Mutex, RwLock};
 
@@ -30,17 +31,18 @@ use claims::Answer;
 pub use claims::Claims;
 use plan::{File, MOST, Plan, SMALL};
 
-/// Shared by who pushes, as long as it says that one may.
-static MAY_PUSH: RwLock<bool> = RwLock::new(true);
+/// Shared by who pushes.
+static PUSHING: RwLock<()> = RwLock::new(());
+/// Nothing is pushed any more. Asked when one takes part in that.
+static OVER: AtomicBool = AtomicBool::new(false);
 /// A page that is waited for is one that a handler reads.
 const LAST_PUSH: Duration = Duration::from_secs(1);
 
 /// Lets nothing be pushed any more, before the process ends: the kernel would keep a thread of it that waits for a page of which no
 /// handler is left to answer.
 pub fn end() {
-    if let Some(mut may_push) = MAY_PUSH.try_write_for(LAST_PUSH) {
-        *may_push = false;
-    }
+    OVER.store(true, Ordering::Release);
+    drop(PUSHING.try_write_for(LAST_PUSH));
 }
 
 /// Windows that wait to be fetched; what they hold together is bounded by `MOST`.
@@ -235,44 +237,85 @@ fn start(
     notifier: Notifier,
     fuse: RawFd,
 ) -> io::Result<[JoinHandle<()>; 2]> {
-    let (spare, spares) = channel::bounded(BATCHES);
-    for _ in 0..BATCHES {
-        let bytes = Arc::new(Lent::new(BATCH)?);
-        spare.send(bytes).map_err(io::Error::other)?;
-    }
+    let spares = std::iter::repeat_with(|| Lent::new(BATCH).map(Arc::new));
+    let spares = spares.take(BATCHES).collect::<io::Result<Vec<_>>>()?;
+    let (back, given_back) = channel::unbounded();
     let (batches, fetched) = channel::bounded(BATCHES);
     let pushing = shared.clone();
     let push = spawn_with_only("push", fuse, move || {
-        pushing.push(&notifier, &fetched, &spare);
+        pushing.push(&notifier, &fetched, &back);
     })?;
     let fetch = thread::Builder::new().name("fetch".into());
-    let fetch = fetch.spawn(move || shared.fetch(&queue, &batches, &spares))?;
+    let fetch = fetch.spawn(move || {
+        shared.fetch(&queue, spares, &batches, &given_back);
+        // What is answered late is answered here: the other thread may not even log that it cannot be.
+        drop(batches);
+        for back in given_back {
+            back.answered();
+        }
+    })?;
     Ok([fetch, push])
 }
 
+/// What the thread that pushes has done.
+enum Back {
+    Room(Arc<Lent>),
+    Answers(Vec<Answer>),
+}
+
+impl Back {
+    /// Sends answers that are due; returns room that is free.
+    fn answered(self) -> Option<Arc<Lent>> {
+        match self {
+            Back::Room(bytes) => Some(bytes),
+            Back::Answers(answers) => {
+                for answer in answers {
+                    answer();
+                }
+                None
+            }
+        }
+    }
+}
+
 impl Shared {
-    /// Fetches what is to be pushed: whoever waits comes first, then the newest window, for that is where a reader is.
+    /// Fetches what is to be pushed: whoever waits comes first, then the newest window, for that is where a reader is. Sends the
+    /// answers that are due.
     fn fetch(
         &self,
         queue: &Receiver<Window>,
+        mut spares: Vec<Arc<Lent>>,
         batches: &Sender<Batch>,
-        spares: &Receiver<Arc<Lent>>,
+        given_back: &Receiver<Back>,
     ) {
         let mut windows: Vec<vec::IntoIter<File>> = Vec::new();
         loop {
-            let came = match windows.is_empty() {
-                true => queue.recv().ok(),
-                false => queue.try_recv().ok(),
-            };
-            let listing = match (came, windows.last()) {
-                (Some(Window { files, listing }), _) => {
-                    windows.push(files);
-                    listing
+            while let Ok(back) = given_back.try_recv() {
+                spares.extend(back.answered());
+            }
+            let came = if windows.is_empty() {
+                select! {
+                    recv(queue) -> window => match window {
+                        Ok(window) => Some(window),
+                        Err(_) => return,
+                    },
+                    recv(given_back) -> back => {
+                        spares.extend(back.ok().and_then(Back::answered));
+                        continue;
+                    }
                 }
-                (None, Some(_)) => None,
-                (None, None) => return,
+            } else {
+                queue.try_recv().ok()
             };
-            let (Some(newest), Ok(bytes)) = (windows.last_mut(), spares.recv()) else {
+            let listing = came.and_then(|window| {
+                windows.push(window.files);
+                window.listing
+            });
+            while spares.is_empty() {
+                let Ok(back) = given_back.recv() else { return };
+                spares.extend(back.answered());
+            }
+            let (Some(newest), Some(bytes)) = (windows.last_mut(), spares.pop()) else {
                 return;
             };
             if let Some(error) = self.failed.lock().take() {
@@ -298,20 +341,22 @@ impl Shared {
         let mut files = Vec::new();
         let mut end = 0;
         let enough = if listing.is_some() { 1 } else { ENOUGH };
-        // What cannot be filled is left to whoever reads it, as what is wrong with a file is.
-        if let Some(Ok(room)) = Arc::get_mut(&mut bytes).map(Lent::fill) {
-            while end < enough
-                && let Some(file) = window.next()
+        let room = Arc::get_mut(&mut bytes).map(Lent::fill);
+        let room = room.and_then(Result::ok).unwrap_or_default();
+        while end < enough
+            && let Some(file) = window.next()
+        {
+            let size = file.size as usize;
+            self.waiting.fetch_sub(size as u64, Ordering::Relaxed);
+            // What is wrong with a file is told to whoever reads it.
+            if let Some(place) = room.get_mut(end..end + size)
+                && self.claims.fetch(file.ino)
             {
-                let size = file.size as usize;
-                self.waiting.fetch_sub(size as u64, Ordering::Relaxed);
-                let range = end..end + size;
-                if !self.plan.lock().is_read(file.ino)
-                    && let Ok(read) = self.fs.read_into(file.ino, 0, &mut room[range.clone()])
-                    && read == size
-                {
-                    files.push((file.ino, range));
+                if matches!(self.fs.read_into(file.ino, 0, place), Ok(read) if read == size) {
+                    files.push((file.ino, end..end + size));
                     end += size.next_multiple_of(page_size());
+                } else {
+                    self.claims.give_up(file.ino);
                 }
             }
         }
@@ -322,22 +367,19 @@ impl Shared {
         }
     }
 
-    /// Pushes what was fetched. Uses no descriptor but the session's.
-    fn push(&self, notifier: &Notifier, fetched: &Receiver<Batch>, spare: &Sender<Arc<Lent>>) {
+    /// Pushes what was fetched. Uses no descriptor but the session's, and does nothing that logs.
+    fn push(&self, notifier: &Notifier, fetched: &Receiver<Batch>, back: &Sender<Back>) {
         for batch in fetched {
-            let Batch {
-                bytes,
-                files,
-                mut listing,
-            } = batch;
-            for (ino, range) in files {
-                let may_push = MAY_PUSH.read();
-                let store = |bytes: &[u8]| notifier.store(INodeNo(ino.0), 0, bytes);
-                let pushed = match *may_push {
-                    true => self.claims.push(ino, &bytes, range, store),
-                    false => Ok(false),
+            let mut listing = batch.listing;
+            for (ino, range) in batch.files {
+                let pushing = PUSHING.read();
+                let (pushed, mut answers) = match OVER.load(Ordering::Acquire) {
+                    true => (Ok(false), Vec::new()),
+                    false => self.claims.push(ino, &batch.bytes, range, |bytes| {
+                        notifier.store(INodeNo(ino.0), 0, bytes)
+                    }),
                 };
-                drop(may_push);
+                drop(pushing);
                 match pushed {
                     Ok(true) => self.requests.count("store"),
                     Ok(false) => {}
@@ -346,14 +388,16 @@ impl Shared {
                         *self.failed.lock() = Some(error);
                     }
                 }
-                if let Some(listing) = listing.take() {
-                    listing();
+                answers.extend(listing.take());
+                // The other thread ends behind this one: it takes everything.
+                if !answers.is_empty() && back.send(Back::Answers(answers)).is_err() {
+                    return;
                 }
             }
-            if let Some(listing) = listing {
-                listing();
-            }
-            if spare.send(bytes).is_err() {
+            let answers = Vec::from_iter(listing);
+            if back.send(Back::Answers(answers)).is_err()
+                || back.send(Back::Room(batch.bytes)).is_err()
+            {
                 return;
             }
         }

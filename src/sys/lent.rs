@@ -55,8 +55,9 @@ impl Lent {
 
     /// The bytes, to be filled; what was taken back is here again.
     pub fn fill(&mut self) -> io::Result<&mut [u8]> {
-        if std::mem::take(self.taken.get_mut()) {
+        if *self.taken.get_mut() {
             self.protect(0..self.len, libc::PROT_READ | libc::PROT_WRITE)?;
+            *self.taken.get_mut() = false;
         }
         // SAFETY: the mapping is as long as this says, can be written to, and is borrowed by nobody else.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.at.as_ptr(), self.len) })

@@ -10,8 +10,14 @@
 //!   was read, and a READ holds its pages from before it is sent until its answer is taken. A push that comes to one of them meanwhile
 //!   waits there. So before the answer its bytes are taken from it: when it goes on it copies none of them.
 //!
-//! In this order in each: note it, look what is being pushed, both under one lock.
+//! What was noted of a file goes when the kernel forgets it. So what was fetched before somebody changed the file is not pushed
+//! whatever is known of it by then, and a push notes its file once more at its end: the kernel may have forgotten it and
+//! looked it up again before the push came to it.
 
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashSet;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -22,7 +28,7 @@ use crate::fs::Fs;
 use crate::record::Ino;
 use crate::sys::lent::Lent;
 
-/// Sends what a request is answered. The thread that pushes may run it: it may use no other descriptor than the session's.
+/// Sends what a request is answered.
 pub type Answer = Box<dyn FnOnce() + Send>;
 
 /// The file that is being pushed.
@@ -36,6 +42,8 @@ struct Pushed {
 #[derive(Default)]
 struct State {
     closed: bool,
+    /// Files whose bytes were fetched, or are, and that nobody has read or changed since.
+    fetched: HashSet<Ino>,
     pushed: Option<Pushed>,
     /// What waits until the push has ended.
     behind: Vec<Answer>,
@@ -57,7 +65,18 @@ impl Claims {
         }
     }
 
-    /// Has `store` push a file, if it may be; returns whether it was.
+    /// Whether it is worth to fetch a file. To be asked before, and followed by [`Claims::push`] or [`Claims::give_up`].
+    pub fn fetch(&self, ino: Ino) -> bool {
+        let mut state = self.state.lock();
+        !state.closed && !self.fs.may_be_cached(ino) && state.fetched.insert(ino)
+    }
+
+    /// Forgets that a file was fetched.
+    pub fn give_up(&self, ino: Ino) {
+        self.state.lock().fetched.remove(&ino);
+    }
+
+    /// Has `store` push a file that was fetched, if it still may be; returns whether it was, and what is to be answered now.
     ///
     /// # Errors
     /// What the kernel answered.
@@ -67,11 +86,11 @@ impl Claims {
         bytes: &Arc<Lent>,
         range: Range<usize>,
         store: impl FnOnce(&[u8]) -> io::Result<()>,
-    ) -> io::Result<bool> {
+    ) -> (io::Result<bool>, Vec<Answer>) {
         {
             let mut state = self.state.lock();
-            if state.closed || self.fs.note_cached(ino) {
-                return Ok(false);
+            if !state.fetched.remove(&ino) || state.closed || self.fs.note_cached(ino) {
+                return (Ok(false), Vec::new());
             }
             state.pushed = Some(Pushed {
                 ino,
@@ -82,18 +101,17 @@ impl Claims {
         }
         let done = store(bytes.lend(range));
         let mut state = self.state.lock();
+        self.fs.note_cached(ino);
         let taken_back = state.pushed.take().is_some_and(|pushed| pushed.taken_back);
         let behind = std::mem::take(&mut state.behind);
         drop(state);
         self.ended.notify_all();
-        for answer in behind {
-            answer();
-        }
-        match done {
+        let done = match done {
             Ok(()) => Ok(true),
             Err(_) if taken_back => Ok(false),
             Err(error) => Err(error),
-        }
+        };
+        (done, behind)
     }
 
     /// Notes that a file is read, before the answer.
@@ -103,6 +121,7 @@ impl Claims {
     pub fn read(&self, ino: Ino) -> io::Result<()> {
         let mut state = self.state.lock();
         self.fs.note_cached(ino);
+        state.fetched.remove(&ino);
         match state.pushed.as_mut().filter(|pushed| pushed.ino == ino) {
             Some(pushed) => {
                 pushed.taken_back = true;
@@ -116,6 +135,7 @@ impl Claims {
     pub fn before_change(&self, ino: Ino, answer: impl FnOnce() + Send + 'static) {
         let mut state = self.state.lock();
         self.fs.note_cached(ino);
+        state.fetched.remove(&ino);
         if state
             .pushed
             .as_ref()
@@ -128,10 +148,11 @@ impl Claims {
         }
     }
 
-    /// Notes that a file has been written. If nothing was heard of that before, this is no kernel that says so, and nothing is pushed
-    /// any more.
+    /// Notes that a file is written. If nothing was heard of it before, this is no kernel that says so, and nothing is pushed any
+    /// more.
     pub fn written(&self, ino: Ino) {
         let mut state = self.state.lock();
+        state.fetched.remove(&ino);
         if !self.fs.note_cached(ino) && !state.closed {
             state.closed = true;
             log::warn!(

@@ -16,8 +16,8 @@ pub const FIRST: u64 = 256 << 10;
 pub const MOST: u64 = 4 << 20;
 /// So many folders are taken to be read in full as soon as they have been listed, after one that was.
 pub const TRUST: u32 = 32;
-/// Files of listings that are remembered: some 2 MiB.
-pub const KEPT: usize = 32_768;
+/// Files of listings that are remembered, of each session: some 1 MiB.
+pub const KEPT: usize = 16_384;
 
 /// A file that may be pushed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -26,19 +26,11 @@ pub struct File {
     pub size: u32,
 }
 
-/// What became of a file.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum State {
-    Listed,
-    Pushed,
-    Read,
-}
-
 /// A folder that was listed.
 #[derive(Default)]
 struct Folder {
-    /// In the order of the listing.
-    files: Vec<(File, State)>,
+    /// In the order of the listing, and whether each was neither read nor pushed.
+    files: Vec<(File, bool)>,
     was_read: bool,
     /// The size of the last window.
     window: u64,
@@ -50,7 +42,7 @@ impl Folder {
     /// The first file at or behind `at` that was neither read nor pushed; behind the last comes the first.
     fn left(&self, at: usize) -> Option<usize> {
         let (before, behind) = self.files.split_at(at);
-        let is_left = |(_, state): &(File, State)| *state == State::Listed;
+        let is_left = |(_, is_left): &(File, bool)| *is_left;
         let found = behind.iter().position(is_left).map(|n| at + n);
         found.or_else(|| before.iter().position(is_left))
     }
@@ -61,12 +53,12 @@ impl Folder {
         let mut left = self.window.min(room);
         let mut pushed = Vec::new();
         while let Some(at) = self.left(self.end) {
-            let (file, state) = &mut self.files[at];
+            let (file, is_left) = &mut self.files[at];
             let Some(rest) = left.checked_sub(u64::from(file.size)) else {
                 break;
             };
             left = rest;
-            *state = State::Pushed;
+            *is_left = false;
             pushed.push(*file);
             self.end = at + 1;
         }
@@ -105,7 +97,7 @@ impl Plan {
                 Folder::default()
             });
             place.insert((dir, folder.files.len()));
-            folder.files.push((file, State::Listed));
+            folder.files.push((file, true));
         }
     }
 
@@ -141,8 +133,8 @@ impl Plan {
             return Vec::new();
         };
         let goes_on = folder.window == 0 || folder.left(folder.end) == Some(at);
-        let was = std::mem::replace(&mut folder.files[at].1, State::Read);
-        if was != State::Listed {
+        let was_left = std::mem::take(&mut folder.files[at].1);
+        if !was_left {
             return Vec::new();
         }
         let is_first = !std::mem::replace(&mut folder.was_read, true);
@@ -158,13 +150,6 @@ impl Plan {
         }
         folder.end = at;
         folder.push(room)
-    }
-
-    /// Whether a file that is to be pushed has been read meanwhile.
-    pub fn is_read(&self, ino: Ino) -> bool {
-        let place = self.places.get(&ino);
-        let folder = place.and_then(|(dir, at)| Some(self.folders.get(dir)?.files[*at].1));
-        folder == Some(State::Read)
     }
 
     #[cfg(test)]

@@ -95,16 +95,6 @@ fn a_trusted_reader_who_has_listed_a_folder_gets_it_before_it_is_read() {
 }
 
 #[test]
-fn what_was_read_before_its_turn_came_is_known() {
-    let mut plan = trusting();
-    plan.listed(Ino(2), true, files(100, 3, 1));
-    assert_eq!(listed_all(&mut plan, 2), [100, 101, 102]);
-    assert_eq!(read(&mut plan, 101), [0; 0]);
-    let is_read: Vec<bool> = (100..104).map(|ino| plan.is_read(Ino(ino))).collect();
-    assert_eq!(is_read, [false, true, false, false]);
-}
-
-#[test]
 fn windows_grow_while_the_reader_goes_on_where_they_end_and_stay_below_a_bound() {
     let size = 64 << 10;
     let mut plan = trusting();
