@@ -171,6 +171,16 @@ fn where_a_small_disk_runs_short_the_daemon_lets_go_what_was_used_least_and_the_
         .stderr(Stdio::null());
     let mut daemon = daemon.spawn().unwrap();
     let begun = Instant::now();
+    // Asked for anything else, a command would start a daemon with a clock of its own.
+    let serves = |status: serde_json::Value| status["pid"] == daemon.id();
+    let status = || cli.call(&["daemon", "status", "--json"]).stdout;
+    while !serde_json::from_slice(&status()).is_ok_and(serves) {
+        assert!(
+            begun.elapsed() < Duration::from_secs(60),
+            "it does not start"
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
     let counters = || {
         let stats = cli.call(&["stats", "--json"]);
         serde_json::from_slice::<serde_json::Value>(&stats.stdout).unwrap_or_default()["counters"]
