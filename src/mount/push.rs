@@ -299,10 +299,13 @@ impl Shared {
                         Ok(window) => Some(window),
                         Err(_) => return,
                     },
-                    recv(given_back) -> back => {
-                        spares.extend(back.ok().and_then(Back::answered));
-                        continue;
-                    }
+                    recv(given_back) -> back => match back {
+                        Ok(back) => {
+                            spares.extend(back.answered());
+                            continue;
+                        }
+                        Err(_) => return,
+                    },
                 }
             } else {
                 queue.try_recv().ok()
