@@ -18,6 +18,16 @@ pub(super) struct Known {
     cached: bool,
 }
 
+/// What the kernel of a session knows of an inode, if it does.
+fn known_here(
+    lookups: &mut [(u64, HashMap<Ino, Known>)],
+    session: u64,
+    ino: Ino,
+) -> Option<&mut Known> {
+    let mut here = lookups.iter_mut().filter(|(of, _)| *of == session);
+    here.find_map(|(_, known)| known.get_mut(&ino))
+}
+
 impl Fork {
     /// Counts that the kernel of a session was told of an inode once more.
     pub fn looked_up(&self, session: u64, ino: Ino) {
@@ -75,8 +85,7 @@ impl Fork {
         let mut lookups = self.lookups.lock();
         let mut elsewhere = lookups.iter().filter(|(of, _)| ![0, session].contains(of));
         let now = by_names || elsewhere.any(|(_, known)| known.contains_key(&ino));
-        let mut here = lookups.iter_mut().filter(|(of, _)| *of == session);
-        match here.find_map(|(_, known)| known.get_mut(&ino)) {
+        match known_here(&mut lookups, session, ino) {
             Some(known) => {
                 known.shared |= now;
                 known.shared
@@ -89,17 +98,14 @@ impl Fork {
     /// cannot be told of an inode that it does not know.
     pub fn note_cached(&self, session: u64, ino: Ino) -> bool {
         let mut lookups = self.lookups.lock();
-        let mut here = lookups.iter_mut().filter(|(of, _)| *of == session);
-        let known = here.find_map(|(_, known)| known.get_mut(&ino));
+        let known = known_here(&mut lookups, session, ino);
         known.is_none_or(|known| std::mem::replace(&mut known.cached, true))
     }
 
     /// What [`Fork::note_cached`] would return.
     pub fn may_be_cached(&self, session: u64, ino: Ino) -> bool {
-        let lookups = self.lookups.lock();
-        let mut here = lookups.iter().filter(|(of, _)| *of == session);
-        let known = here.find_map(|(_, known)| known.get(&ino));
-        known.is_none_or(|known| known.cached)
+        let mut lookups = self.lookups.lock();
+        known_here(&mut lookups, session, ino).is_none_or(|known| known.cached)
     }
 
     pub(super) fn is_known(&self, ino: Ino) -> bool {

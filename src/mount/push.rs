@@ -192,17 +192,14 @@ impl Readers {
 
     fn start(&self) {
         let mut threads = self.threads.lock();
-        if !matches!(*threads, Threads::Wanted(_, Some(_))) {
-            return;
-        }
-        let Threads::Wanted(queue, Some((notifier, fuse))) =
-            std::mem::replace(&mut *threads, Threads::Over)
-        else {
-            return;
-        };
-        match start(self.shared.clone(), queue, notifier, fuse) {
-            Ok(started) => *threads = Threads::Started(started),
-            Err(error) => log::warn!("nothing is pushed: {error}"),
+        match std::mem::replace(&mut *threads, Threads::Over) {
+            Threads::Wanted(queue, Some((notifier, fuse))) => {
+                match start(self.shared.clone(), queue, notifier, fuse) {
+                    Ok(started) => *threads = Threads::Started(started),
+                    Err(error) => log::warn!("nothing is pushed: {error}"),
+                }
+            }
+            others => *threads = others,
         }
     }
 }
@@ -257,24 +254,19 @@ fn start(
     Ok([fetch, push])
 }
 
-/// What the thread that pushes has done.
-enum Back {
-    Room(Arc<Lent>),
-    Answers(Vec<Answer>),
+/// What comes back from the thread that pushes: answers that are due, and room that is free.
+struct Back {
+    answers: Vec<Answer>,
+    room: Option<Arc<Lent>>,
 }
 
 impl Back {
-    /// Sends answers that are due; returns room that is free.
+    /// Sends the answers; returns the room.
     fn answered(self) -> Option<Arc<Lent>> {
-        match self {
-            Back::Room(bytes) => Some(bytes),
-            Back::Answers(answers) => {
-                for answer in answers {
-                    answer();
-                }
-                None
-            }
+        for answer in self.answers {
+            answer();
         }
+        self.room
     }
 }
 
@@ -392,15 +384,14 @@ impl Shared {
                     }
                 }
                 answers.extend(listing.take());
+                let room = None;
                 // The other thread ends behind this one: it takes everything.
-                if !answers.is_empty() && back.send(Back::Answers(answers)).is_err() {
+                if !answers.is_empty() && back.send(Back { answers, room }).is_err() {
                     return;
                 }
             }
-            let answers = Vec::from_iter(listing);
-            if back.send(Back::Answers(answers)).is_err()
-                || back.send(Back::Room(batch.bytes)).is_err()
-            {
+            let (answers, room) = (Vec::from_iter(listing), Some(batch.bytes));
+            if back.send(Back { answers, room }).is_err() {
                 return;
             }
         }
