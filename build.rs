@@ -21,9 +21,19 @@ fn main() {
     let script = folder.join("sections.ld");
     std::fs::write(&script, SECTIONS).expect("OUT_DIR can be written to");
     println!("cargo::rustc-link-arg=-Wl,-T,{}", script.display());
-    link_libstdcxx(&folder);
+    match archive("libstdc++.a") {
+        Some(archive) => link_archives(
+            &folder,
+            &[("libstdc++.a", archive)],
+            "rustc-link-search=native=",
+        ),
+        None => println!(
+            "cargo::warning=no libstdc++.a: the program will load libstdc++ when it starts"
+        ),
+    }
     if libc_packs_relocations() {
         println!("cargo::rustc-link-arg=-Wl,-z,pack-relative-relocs");
+        link_libc(&folder.join("libc"));
     }
 }
 
@@ -45,24 +55,41 @@ fn libc_packs_relocations() -> bool {
     of_target && version().is_some_and(|version| version >= (2, 36))
 }
 
-/// Links libstdc++ in. The linker takes the first folder with one in any form; one that holds the archive alone settles it.
-fn link_libstdcxx(folder: &Path) {
-    let Some(archive) = archive() else {
-        println!("cargo::warning=no libstdc++.a: the program will load libstdc++ when it starts");
+/// Links the program with all of the C library in it, and still at an address of chance: to find and to load libraries takes a
+/// quarter of the time in which a command starts. Tests and benches are linked as usual.
+fn link_libc(folder: &Path) {
+    // What rustc names; for the unwinder that it names as a library to load, the archive of the same; and how such a program begins.
+    let names = ["c", "m", "dl", "pthread", "rt", "util"].map(|name| format!("lib{name}.a"));
+    let same = names.iter().map(|name| (&name[..], &name[..]));
+    let found: Option<Vec<_>> = same
+        .chain([("libgcc_s.a", "libgcc_eh.a"), ("rcrt1.o", "rcrt1.o")])
+        .map(|(link, name)| Some((link, archive(name)?)))
+        .collect();
+    let Some(found) = found else {
+        println!("cargo::warning=no libc.a: the program will load the C library when it starts");
         return;
     };
-    let link = folder.join("libstdc++.a");
-    let _ = std::fs::remove_file(&link);
-    if std::os::unix::fs::symlink(&archive, &link).is_ok() {
-        println!("cargo::rustc-link-search=native={}", folder.display());
-    }
+    link_archives(folder, &found, "rustc-link-arg-bins=-L");
+    println!("cargo::rustc-link-arg-bins=-static-pie");
 }
 
-/// Where the C++ compiler keeps the archive; a bare name in its answer means that it has none.
-fn archive() -> Option<PathBuf> {
+/// Has the linker find archives first: it takes the first folder with a library in any form, and one that holds the archive alone
+/// settles it.
+fn link_archives(folder: &Path, archives: &[(&str, PathBuf)], search: &str) {
+    std::fs::create_dir_all(folder).expect("OUT_DIR can be written to");
+    for (link, archive) in archives {
+        let link = folder.join(link);
+        let _ = std::fs::remove_file(&link);
+        std::os::unix::fs::symlink(archive, &link).expect("OUT_DIR can be written to");
+    }
+    println!("cargo::{search}{}", folder.display());
+}
+
+/// Where the C++ compiler keeps an archive; a bare name in its answer means that it has none.
+fn archive(name: &str) -> Option<PathBuf> {
     let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
     let answer = Command::new(compiler)
-        .arg("-print-file-name=libstdc++.a")
+        .arg(format!("-print-file-name={name}"))
         .output()
         .ok()?;
     let path = Path::new(std::str::from_utf8(&answer.stdout).ok()?.trim()).to_owned();

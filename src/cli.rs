@@ -13,6 +13,7 @@ mod facts;
 mod forks;
 mod holders;
 mod job;
+mod late;
 mod mounting;
 mod output;
 mod paths;
@@ -31,6 +32,7 @@ use serde_json::json;
 
 use client::Client;
 use config::Config;
+use late::Late;
 use place::Place;
 use values::Busy;
 
@@ -62,11 +64,11 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run a command with forks in place, and commit them if it succeeds
-    Run(Box<run::Run>),
+    Run(Late<run::Run>),
     /// Start a job: fork its volumes and put them in place, until finish
-    Attach(Box<job::Attach>),
+    Attach(Late<job::Attach>),
     /// End a job: commit its volumes, or abandon them
-    Finish(job::Finish),
+    Finish(Late<job::Finish>),
     /// Show the jobs that are attached
     Jobs,
     /// Show which caches a folder's tools have, as a .forkvol.yml
@@ -75,16 +77,9 @@ enum Command {
         dir: PathBuf,
     },
     /// Fork a volume and mount it
-    Fork {
-        #[arg(value_parser = values::volume)]
-        volume: String,
-        #[arg(value_parser = values::path())]
-        mountpoint: PathBuf,
-        #[command(flatten)]
-        options: Box<ForkOptions>,
-    },
+    Fork(Late<NewFork>),
     /// Make a fork's content the volume's new head
-    Commit(CommitOptions),
+    Commit(Late<CommitOptions>),
     /// Mount a fork again that has lost its mount
     Mount {
         fork: OsString,
@@ -232,6 +227,16 @@ enum VolumeCommand {
         #[arg(value_parser = values::volume)]
         name: String,
     },
+}
+
+#[derive(Clone, Debug, Args)]
+struct NewFork {
+    #[arg(value_parser = values::volume)]
+    volume: String,
+    #[arg(value_parser = values::path())]
+    mountpoint: PathBuf,
+    #[command(flatten)]
+    options: ForkOptions,
 }
 
 /// How a fork is made.
@@ -461,11 +466,17 @@ fn dispatch(cli: Cli, matches: &ArgMatches) -> u8 {
     }
     let done = match cli.command {
         Command::Run(run) => {
-            return run::run(&context, *run, matches.subcommand_matches("run"));
+            return run::run(
+                &context,
+                run.into_inner(),
+                matches.subcommand_matches("run"),
+            );
         }
-        Command::Attach(attach) => {
-            job::attach(&context, *attach, matches.subcommand_matches("attach"))
-        }
+        Command::Attach(attach) => job::attach(
+            &context,
+            attach.into_inner(),
+            matches.subcommand_matches("attach"),
+        ),
         command => execute(&context, command),
     };
     match done {
@@ -486,11 +497,7 @@ fn execute(context: &Context, command: Command) -> Result<(), Failure> {
         Command::Finish(options) => job::finish(context, &options),
         Command::Jobs => job::jobs(context),
         Command::Detect { dir } => caches::detect(context.json, &dir),
-        Command::Fork {
-            volume,
-            mountpoint,
-            options,
-        } => forks::fork(context, &volume, &mountpoint, &options),
+        Command::Fork(fork) => forks::fork(context, &fork),
         Command::Commit(options) => forks::commit(context, &options),
         Command::Mount { fork, mountpoint } => forks::mount(context, &fork, mountpoint.as_deref()),
         Command::Abandon(options) => forks::abandon(context, &options),

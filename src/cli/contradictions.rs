@@ -38,7 +38,7 @@ pub(super) fn refuse(cli: &Cli, matches: &ArgMatches) -> Result<(), String> {
         _ => Ok(()),
     }?;
     let labels = match &cli.command {
-        Command::Run(_) | Command::Attach(_) | Command::Fork { .. } | Command::Commit(_) => {
+        Command::Run(_) | Command::Attach(_) | Command::Fork(_) | Command::Commit(_) => {
             of_command.and_then(|matches| matches.get_many::<(String, String)>("label"))
         }
         _ => None,

@@ -17,7 +17,7 @@ use super::mounting::{self, By, Manner, Mountpoint};
 use super::output::{self, Shown};
 use super::values;
 use super::volumes::version_name;
-use super::{AbandonOptions, CommitOptions, Context, ForkOptions};
+use super::{AbandonOptions, CommitOptions, Context, ForkOptions, NewFork};
 use crate::protocol::{self, Bytes, Code, Failure, Mount, Request};
 use crate::store::ForkId;
 use crate::sys;
@@ -223,15 +223,10 @@ pub fn drop_unused(client: &mut Client, fork: &str) {
     }
 }
 
-pub fn fork(
-    context: &Context,
-    volume: &str,
-    mountpoint: &Path,
-    options: &ForkOptions,
-) -> Result<(), Failure> {
+pub fn fork(context: &Context, asked: &NewFork) -> Result<(), Failure> {
     let mut client = context.connect()?;
-    let at = Mountpoint::prepare(mountpoint, &context.place)?;
-    let made = make(context, &mut client, volume, options, None).and_then(|fork| {
+    let at = Mountpoint::prepare(&asked.mountpoint, &context.place)?;
+    let made = make(context, &mut client, &asked.volume, &asked.options, None).and_then(|fork| {
         mounting::mount(
             &mut client,
             &fork.id,

@@ -158,7 +158,7 @@ mod tests {
         let words = std::iter::once("forkvol").chain(line.split(' '));
         let matches = Cli::command().try_get_matches_from(words).unwrap();
         match Cli::from_arg_matches(&matches).unwrap().command {
-            crate::cli::Command::Attach(attach) => *attach,
+            crate::cli::Command::Attach(attach) => attach.into_inner(),
             other => panic!("{other:?}"),
         }
     }
