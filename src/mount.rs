@@ -28,7 +28,7 @@ pub use negotiate::negotiate;
 use push::Readers;
 pub use push::end as end_pushing;
 pub use reply::{FOREVER, nothing};
-use reply::{answer_xattr, file_attr, file_type, sent};
+use reply::{answer_xattr, file_attr, file_type, sent, with_room};
 pub use requests::Requests;
 pub use wakeful::Wakeful;
 
@@ -356,13 +356,15 @@ impl Filesystem for Mount {
             reply.error(Errno::EIO);
             return;
         }
-        match self.fs.read(self.ino(ino), offset, size as usize) {
-            Ok(bytes) => {
-                self.requests.count_read(bytes.len());
-                reply.data(&bytes);
+        with_room(size as usize, |room| {
+            match self.fs.read_into(self.ino(ino), offset, room) {
+                Ok(done) => {
+                    self.requests.count_read(done);
+                    reply.data(&room[..done]);
+                }
+                Err(error) => reply.error(self.fail("read", &error)),
             }
-            Err(error) => reply.error(self.fail("read", &error)),
-        }
+        });
     }
 
     fn write(

@@ -31,7 +31,7 @@ use parking_lot::{Mutex, RwLock};
 use rocksdb::{ColumnFamily, DB, IteratorMode};
 use serde::de::DeserializeOwned;
 
-use crate::chunk::{self, ChunkId, Dictionary, Place};
+use crate::chunk::{self, ChunkId, Dictionary, Place, Room};
 use crate::tree::{self, Node, NodeId};
 pub use ahead::ReadAhead;
 pub use check::{CheckReport, Problem};
@@ -95,13 +95,6 @@ impl quick_cache::Weighter<ChunkId, Arc<Vec<u8>>> for ChunkWeight {
     fn weight(&self, _: &ChunkId, bytes: &Arc<Vec<u8>>) -> u64 {
         bytes.len() as u64 + 64
     }
-}
-
-/// What a stored value comes to.
-enum Found {
-    /// The raw bytes.
-    Here(Vec<u8>),
-    There(Place),
 }
 
 /// A key and its value.
@@ -214,23 +207,49 @@ impl Store {
         Ok(bytes)
     }
 
+    /// Fills `bytes` with a chunk that long, decompressed and verified. It does not stay in memory: what is part of something long
+    /// would push out everything else.
+    ///
+    /// # Errors
+    /// As `chunk`; there may be anything in `bytes` then.
+    pub fn chunk_to(&self, id: ChunkId, bytes: &mut [u8]) -> Result<(), StoreError> {
+        match self.chunks.get(&id) {
+            Some(kept) if kept.len() == bytes.len() => {
+                bytes.copy_from_slice(&kept);
+                Ok(())
+            }
+            _ => self.misses.count(|| self.load_chunk_to(id, bytes)),
+        }
+    }
+
     /// Reads a chunk from the disk.
     fn load_chunk(&self, id: ChunkId) -> Result<Vec<u8>, StoreError> {
+        let mut raw = Vec::new();
+        self.load_chunk_to(id, &mut raw)?;
+        Ok(raw)
+    }
+
+    fn load_chunk_to(
+        &self,
+        id: ChunkId,
+        room: &mut (impl Room + ?Sized),
+    ) -> Result<(), StoreError> {
         let what = || format!("chunk {id}");
-        let raw = match self.get_unpacked(Target::Chunks, &id.0, CHUNK_MAX, what)? {
-            Found::Here(raw) => raw,
-            Found::There(place) => match self.read_kept(id, place) {
-                Ok(raw) if ChunkId::of(&raw) == id => return Ok(raw),
-                // Another commit may have stored it since, and a gc given its place back.
-                read => match self.get_unpacked(Target::Chunks, &id.0, CHUNK_MAX, what)? {
-                    Found::Here(raw) => raw,
-                    Found::There(now) if now == place => read?,
-                    Found::There(now) => self.read_kept(id, now)?,
-                },
-            },
-        };
-        if ChunkId::of(&raw) == id {
-            Ok(raw)
+        let is_it = |raw: &[u8]| ChunkId::of(raw) == id;
+        if let Some(place) = self.unpack_to(room, Target::Chunks, &id.0, CHUNK_MAX, what)? {
+            let read = self.read_kept(id, place, room);
+            if read.is_ok() && is_it((*room).as_ref()) {
+                return Ok(());
+            }
+            // Another commit may have stored it since, and a gc given its place back.
+            match self.unpack_to(room, Target::Chunks, &id.0, CHUNK_MAX, what)? {
+                None => {}
+                Some(now) if now == place => read?,
+                Some(now) => self.read_kept(id, now, room)?,
+            }
+        }
+        if is_it((*room).as_ref()) {
+            Ok(())
         } else {
             Err(StoreError::Corrupt { what: what() })
         }
@@ -239,10 +258,9 @@ impl Store {
     /// Reads a node from the disk.
     fn load_node(&self, id: NodeId) -> Result<Node, StoreError> {
         let what = || format!("node {id}");
-        let Found::Here(raw) = self.get_unpacked(Target::Nodes, &id.0, 1 << 20, what)? else {
-            return Err(StoreError::Corrupt { what: what() });
-        };
-        if NodeId::of(&raw) != id {
+        let mut raw = Vec::new();
+        let place = self.unpack_to(&mut raw, Target::Nodes, &id.0, 1 << 20, what)?;
+        if place.is_some() || NodeId::of(&raw) != id {
             return Err(StoreError::Corrupt { what: what() });
         }
         Node::decode(&raw).map_err(|e| StoreError::Corrupt {
@@ -250,13 +268,15 @@ impl Store {
         })
     }
 
-    fn get_unpacked(
+    /// Fills `room` with the raw bytes of a stored value, unless they lie elsewhere: then it returns where.
+    fn unpack_to(
         &self,
+        room: &mut (impl Room + ?Sized),
         target: Target,
         key: &[u8],
         max: usize,
         what: impl Fn() -> String,
-    ) -> Result<Found, StoreError> {
+    ) -> Result<Option<Place>, StoreError> {
         self.with(|db| {
             let stored = db.get_pinned_cf(family(db, target)?, key)?;
             let stored = stored.ok_or_else(|| StoreError::Missing { what: what() })?;
@@ -264,16 +284,16 @@ impl Store {
                 what: format!("{} ({error})", what()),
             };
             if let Some(place) = Place::of(&stored, max).map_err(damaged)? {
-                return Ok(Found::There(place));
+                return Ok(Some(place));
             }
             let mut failed = None;
-            let raw = chunk::unpack_with(&stored, max, |id| {
+            let done = chunk::unpack_to(room, &stored, max, |id| {
                 let found = self.dictionary(db, id).map_err(|e| failed = Some(e));
                 found.ok().flatten()
             });
             match failed {
                 Some(error) => Err(error),
-                None => raw.map(Found::Here).map_err(damaged),
+                None => done.map(|()| None).map_err(damaged),
             }
         })
     }

@@ -104,25 +104,33 @@ pub fn read_base(
     let end = offset + buffer.len() as u64;
     let mut filled = 0;
     for (at, value) in base_content(store, root, ino, offset, end)? {
-        let loaded;
-        let bytes: &[u8] = match &value {
-            Value::Inline(bytes) => bytes,
-            Value::Chunk { id, .. } => {
-                loaded = store.chunk(*id)?;
-                &loaded
-            }
-        };
-        if bytes.len() as u64 != value.len() {
-            return Err(corrupt("the content", ino));
-        }
-        let (from, to) = (at.max(offset), (at + bytes.len() as u64).min(end));
-        let source = &bytes[(from - at) as usize..(to - at) as usize];
+        let (from, to) = (at.max(offset), (at + value.len()).min(end));
+        let skip = (from - at) as usize;
+        let is_whole = to - from == value.len();
         let (from, to) = ((from - offset) as usize, (to - offset) as usize);
         if from < filled {
             return Err(corrupt("the content", ino));
         }
         buffer[filled..from].fill(0);
-        buffer[from..to].copy_from_slice(source);
+        let is_part = to - from < buffer.len();
+        let room = &mut buffer[from..to];
+        match &value {
+            Value::Chunk { id, .. } if is_whole && is_part => store.chunk_to(*id, room)?,
+            _ => {
+                let loaded;
+                let bytes: &[u8] = match &value {
+                    Value::Inline(bytes) => bytes,
+                    Value::Chunk { id, .. } => {
+                        loaded = store.chunk(*id)?;
+                        &loaded
+                    }
+                };
+                if bytes.len() as u64 != value.len() {
+                    return Err(corrupt("the content", ino));
+                }
+                room.copy_from_slice(&bytes[skip..skip + room.len()]);
+            }
+        }
         filled = to;
     }
     buffer[filled..].fill(0);

@@ -32,41 +32,27 @@ pub enum Seek {
 impl Fs {
     /// Reads up to `size` bytes at `offset`: fewer at the end of the file.
     pub fn read(&self, ino: Ino, offset: u64, size: usize) -> Result<Vec<u8>, FsError> {
-        let mut buffer = Vec::new();
-        self.read_to(ino, offset, size, |size| {
-            buffer.resize(size, 0);
-            &mut buffer
-        })?;
+        let mut buffer = vec![0; size];
+        let done = self.read_into(ino, offset, &mut buffer)?;
+        buffer.truncate(done);
         Ok(buffer)
     }
 
-    /// Fills a buffer with what is at `offset`; returns how much that is.
+    /// Fills a buffer with what is at `offset`; returns how much that is: less at the end of the file.
     pub fn read_into(&self, ino: Ino, offset: u64, buffer: &mut [u8]) -> Result<usize, FsError> {
-        let size = buffer.len();
-        self.read_to(ino, offset, size, |size| &mut buffer[..size])
-    }
-
-    /// Reads up to `size` bytes to where `room` has room for so many as there are; returns their number.
-    fn read_to<'a>(
-        &self,
-        ino: Ino,
-        offset: u64,
-        size: usize,
-        room: impl FnOnce(usize) -> &'a mut [u8],
-    ) -> Result<usize, FsError> {
         let _looking = self.look()?;
         match self.view(ino)? {
             InodeView::Base(attr, root) => {
-                let size = clip(&attr, offset, size)?;
-                view::read_base(&self.fork.store, root.id, ino, offset, room(size))?;
+                let size = clip(&attr, offset, buffer.len())?;
+                view::read_base(&self.fork.store, root.id, ino, offset, &mut buffer[..size])?;
                 Ok(size)
             }
             InodeView::Changed(cell, root) => {
                 // Held while the spool is read: so the room cannot become another file's meanwhile.
                 let inode = cell.state.read();
-                let size = clip(&inode.attr, offset, size)?;
-                let buffer = room(size);
-                self.fork.read_inode(&inode, root.id, ino, offset, buffer)?;
+                let size = clip(&inode.attr, offset, buffer.len())?;
+                self.fork
+                    .read_inode(&inode, root.id, ino, offset, &mut buffer[..size])?;
                 Ok(size)
             }
         }

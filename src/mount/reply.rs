@@ -1,5 +1,6 @@
 //! Answers: from what a fork shows to what the kernel is told.
 
+use std::cell::RefCell;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{Errno, FileAttr, FileType, Generation, INodeNo, ReplyEmpty, ReplyEntry, ReplyXattr};
@@ -12,6 +13,20 @@ use crate::record::{Attr, Ino, Kind, Nanos};
 
 /// A fork has one writer, its own mount, so the kernel may keep what it was told.
 pub const FOREVER: Duration = Duration::from_secs(1 << 30);
+
+/// Gives `fill` so many bytes of room, which the thread keeps: to be given fresh memory for each megabyte takes longer than to
+/// fill it.
+pub fn with_room(size: usize, fill: impl FnOnce(&mut [u8])) {
+    thread_local! {
+        static ROOM: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    }
+    ROOM.with_borrow_mut(|room| {
+        if room.len() < size {
+            room.resize(size, 0);
+        }
+        fill(&mut room[..size]);
+    });
+}
 
 fn system_time(time: Nanos) -> SystemTime {
     if time >= 0 {

@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use rocksdb::WriteBatch;
 
 use super::{ForkId, Step, Store, StoreError, Target, keys};
-use crate::chunk::{ChunkId, Place};
+use crate::chunk::{ChunkId, Place, Room};
 use crate::sys;
 
 /// So many are kept open.
@@ -74,8 +74,13 @@ impl Store {
         fs::remove_file(self.kept_spool(id.0))
     }
 
-    /// Reads bytes that lie in a kept spool.
-    pub(super) fn read_kept(&self, id: ChunkId, place: Place) -> Result<Vec<u8>, StoreError> {
+    /// Fills `room` with the bytes of a chunk that lies in a kept spool.
+    pub(super) fn read_kept(
+        &self,
+        id: ChunkId,
+        place: Place,
+        room: &mut (impl Room + ?Sized),
+    ) -> Result<(), StoreError> {
         let kept = || self.kept_spool(place.spool).display().to_string();
         let file = match self.open_spool(place.spool) {
             Ok(file) => file,
@@ -88,12 +93,13 @@ impl Store {
                 return Err(StoreError::Io { what, source });
             }
         };
-        let mut bytes = vec![0; place.len as usize];
-        match sys::read_full_at(&file, &mut bytes, place.offset) {
-            Ok(done) if done == bytes.len() => Ok(bytes),
-            Ok(_) => Err(StoreError::Corrupt {
-                what: format!("{}, where chunk {id} lies,", kept()),
-            }),
+        let damaged = || StoreError::Corrupt {
+            what: format!("{}, where chunk {id} lies,", kept()),
+        };
+        let bytes = room.of(place.len as usize).ok_or_else(damaged)?;
+        match sys::read_full_at(&file, bytes, place.offset) {
+            Ok(done) if done == bytes.len() => Ok(()),
+            Ok(_) => Err(damaged()),
             Err(source) => Err(StoreError::Io {
                 what: kept(),
                 source,

@@ -152,6 +152,29 @@ fn content_comes_back_verified_and_is_stored_once() {
 }
 
 #[test]
+fn a_part_of_something_long_is_verified_and_pushes_nothing_out_of_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path()).unwrap();
+    let bytes = vec![3; 100_000];
+    let ingest = Arc::new(store.ingest());
+    let id = ingest.chunk(&bytes).unwrap();
+    store.publish(&[ingest], Publish::default()).unwrap();
+    let mut part = vec![0; 100_000];
+    for _ in 0..2 {
+        store.chunk_to(id, &mut part).unwrap();
+        assert!(part == bytes && store.chunks.is_empty());
+        part.fill(0);
+    }
+    for len in [99_999, 100_001] {
+        let done = store.chunk_to(id, &mut vec![0; len]);
+        assert!(matches!(done, Err(StoreError::Corrupt { .. })), "{done:?}");
+    }
+    store.damage_chunk(id);
+    let done = store.chunk_to(id, &mut part);
+    assert!(matches!(done, Err(StoreError::Corrupt { .. })), "{done:?}");
+}
+
+#[test]
 fn what_is_in_hand_is_never_collected() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path()).unwrap();

@@ -3,10 +3,20 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use forkvol::engine::{CommitRequest, Engine, EngineConfig, ForkRequest, Owner, Served};
+use forkvol::engine::{Code, CommitRequest, Engine, EngineConfig, ForkRequest, Owner, Served};
 use forkvol::store::{ForkId, Verdict};
 use forkvol::sys::mount;
+
+pub fn wait_for(mut is_done: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(60);
+    while !is_done() {
+        assert!(Instant::now() < end, "waited for a minute");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
 
 pub struct TestStore {
     dir: tempfile::TempDir,
@@ -35,11 +45,23 @@ impl TestStore {
     }
 
     fn of(dir: tempfile::TempDir) -> TestStore {
-        let config = EngineConfig {
-            reserve: Some(0),
-            ..EngineConfig::default()
+        let open = || {
+            let config = EngineConfig {
+                reserve: Some(0),
+                ..EngineConfig::default()
+            };
+            Engine::open(&dir.path().join("store"), config)
         };
-        let engine = Engine::open(&dir.path().join("store"), config).unwrap();
+        let mut opened = open();
+        // Threads of sessions that have ended may not have.
+        wait_for(|| {
+            let is_busy = matches!(&opened, Err(error) if error.code == Code::Busy);
+            if is_busy {
+                opened = open();
+            }
+            !is_busy
+        });
+        let engine = opened.unwrap();
         TestStore { dir, engine }
     }
 

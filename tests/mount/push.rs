@@ -5,9 +5,8 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant};
 
-use crate::common::{Random, TestMount, TestStore, sh};
+use crate::common::{Random, TestMount, TestStore, sh, wait_for};
 
 type Tree = BTreeMap<PathBuf, Vec<u8>>;
 
@@ -36,14 +35,6 @@ fn count(bench: &TestStore, mount: &TestMount, kind: &str) -> u64 {
 
 fn wait_for_pushes(bench: &TestStore, mount: &TestMount, files: u64) {
     wait_for(|| count(bench, mount, "store") >= files);
-}
-
-fn wait_for(is_done: impl Fn() -> bool) {
-    let end = Instant::now() + Duration::from_secs(60);
-    while !is_done() {
-        assert!(Instant::now() < end, "waited for a minute");
-        thread::sleep(Duration::from_millis(1));
-    }
 }
 
 #[test]
