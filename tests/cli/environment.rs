@@ -56,6 +56,18 @@ pub fn expect(lines: &[String], expected: &[(&str, &[&str])]) {
 }
 
 #[test]
+fn the_program_needs_no_file_of_the_system_that_it_is_put_into() {
+    let cli = Cli::new();
+    let root = cli.path("root");
+    fs::create_dir(&root).unwrap();
+    fs::copy(env!("CARGO_BIN_EXE_forkvol"), root.join("forkvol")).unwrap();
+    let mut inside = Command::new("unshare");
+    inside.arg("--map-root-user").arg("--root").arg(&root);
+    let output = inside.args(["/forkvol", "config"]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
 fn what_is_not_there_is_named_with_what_lists_it() {
     let cli = Cli::new();
     cli.run("v", &cli.path("cache"), "echo 1 > cache/f");
