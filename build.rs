@@ -1,6 +1,9 @@
 //! How the program is linked, so that a command starts fast: a process that only asks the daemon never needs the database, whose
 //! code is most of the program.
 
+use std::ffi::OsString;
+use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -14,84 +17,108 @@ const SECTIONS: &str = "SECTIONS {
     }
 } INSERT BEFORE .init_array;
 ";
+/// There are 30,000 relocations of the database's, and reading them one by one takes a third of the time in which a command starts.
+/// The C library applies them packed from glibc 2.36 on.
+const PACKED: &str = "-Wl,-z,pack-relative-relocs";
+/// All of the C library is in the program, which is still at an address of chance: to find and to load libraries takes a quarter of
+/// the time in which a command starts.
+const STATIC: &str = "-static-pie";
+/// The libraries that rustc names, and the archives that stand for them. Some linkers look at each once, from left to right, so the
+/// last brings again what it needs of others. The unwinder is named as a library to load.
+const LIBC: &[(&str, &[&str])] = &[
+    ("libgcc_s.a", &["libgcc_eh.a", "libgcc.a"]),
+    ("libutil.a", &["libutil.a"]),
+    ("librt.a", &["librt.a"]),
+    ("libpthread.a", &["libpthread.a"]),
+    ("libm.a", &["libm.a"]),
+    ("libdl.a", &["libdl.a"]),
+    ("libc.a", &["libc.a", "libgcc_eh.a", "libgcc.a"]),
+];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-env-changed=CXX");
+    println!("cargo::rustc-check-cfg=cfg(libc_linked_in)");
     let folder = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo names OUT_DIR"));
     let script = folder.join("sections.ld");
-    std::fs::write(&script, SECTIONS).expect("OUT_DIR can be written to");
+    fs::write(&script, SECTIONS).expect("OUT_DIR can be written to");
     println!("cargo::rustc-link-arg=-Wl,-T,{}", script.display());
-    match archive("libstdc++.a") {
-        Some(archive) => link_archives(
-            &folder,
-            &[("libstdc++.a", archive)],
-            "rustc-link-search=native=",
-        ),
-        None => println!(
-            "cargo::warning=no libstdc++.a: the program will load libstdc++ when it starts"
-        ),
+
+    let cxx = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
+    if link(&folder, &cxx, &[("libstdc++.a", &["libstdc++.a"])]) {
+        println!("cargo::rustc-link-search=native={}", folder.display());
+    } else {
+        warn("the program will load libstdc++ when it starts, for there is no libstdc++.a");
     }
-    if libc_packs_relocations() {
-        println!("cargo::rustc-link-arg=-Wl,-z,pack-relative-relocs");
-        link_libc(&folder.join("libc"));
+    let cc = std::env::var_os("RUSTC_LINKER").unwrap_or_else(|| "cc".into());
+    let libc = folder.join("libc");
+    if !starts(&folder, &cc, &[PACKED]) {
+        warn("commands will start slowly, for this C library applies no packed relocations");
+        return;
+    }
+    println!("cargo::rustc-link-arg={PACKED}");
+    if starts(&folder, &cc, &[PACKED, STATIC]) && link(&libc, &cc, LIBC) {
+        println!("cargo::rustc-link-arg-bins=-L{}", libc.display());
+        println!("cargo::rustc-link-arg-bins={STATIC}");
+        println!("cargo::rustc-cfg=libc_linked_in");
+    } else {
+        warn("the program will load the C library when it starts, for there is no libc.a");
     }
 }
 
-/// Whether the C library applies relocations that are packed (glibc from 2.36 on): there are 30,000 of the database's, and reading
-/// them one by one takes a third of the time in which a command starts.
-fn libc_packs_relocations() -> bool {
-    let version = || {
-        let answer = Command::new("getconf")
-            .arg("GNU_LIBC_VERSION")
-            .output()
-            .ok()?;
-        let text = String::from_utf8(answer.stdout).ok()?;
-        let (major, minor) = text.trim().strip_prefix("glibc ")?.split_once('.')?;
-        let minor = minor.split('.').next()?;
-        Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?))
-    };
+fn warn(text: &str) {
+    println!("cargo::warning={text}");
+}
+
+/// Whether a program for this machine can be linked so, and runs.
+fn starts(folder: &Path, cc: &OsString, flags: &[&str]) -> bool {
     let of_target = std::env::var("CARGO_CFG_TARGET_ENV").is_ok_and(|env| env == "gnu")
         && std::env::var("HOST").ok() == std::env::var("TARGET").ok();
-    of_target && version().is_some_and(|version| version >= (2, 36))
+    let (source, program) = (folder.join("trial.c"), folder.join("trial"));
+    let done = |command: &mut Command| command.output().is_ok_and(|out| out.status.success());
+    of_target
+        && fs::write(&source, "int main(void) { return 0; }\n").is_ok()
+        && done(
+            Command::new(cc)
+                .arg(&source)
+                .arg("-o")
+                .arg(&program)
+                .args(flags),
+        )
+        && done(&mut Command::new(&program))
 }
 
-/// Links the program with all of the C library in it, and still at an address of chance: to find and to load libraries takes a
-/// quarter of the time in which a command starts. Tests and benches are linked as usual.
-fn link_libc(folder: &Path) {
-    // What rustc names; for the unwinder that it names as a library to load, the archive of the same; and how such a program begins.
-    let names = ["c", "m", "dl", "pthread", "rt", "util"].map(|name| format!("lib{name}.a"));
-    let same = names.iter().map(|name| (&name[..], &name[..]));
-    let found: Option<Vec<_>> = same
-        .chain([("libgcc_s.a", "libgcc_eh.a"), ("rcrt1.o", "rcrt1.o")])
-        .map(|(link, name)| Some((link, archive(name)?)))
-        .collect();
-    let Some(found) = found else {
-        println!("cargo::warning=no libc.a: the program will load the C library when it starts");
-        return;
-    };
-    link_archives(folder, &found, "rustc-link-arg-bins=-L");
-    println!("cargo::rustc-link-arg-bins=-static-pie");
+/// Makes archives in `folder` that stand for those of a compiler: the linker takes the first folder with a library in any form, and
+/// one that holds the archive alone settles it. Returns whether there are all.
+fn link(folder: &Path, compiler: &OsString, libraries: &[(&str, &[&str])]) -> bool {
+    fs::create_dir_all(folder).expect("OUT_DIR can be written to");
+    libraries.iter().all(|(name, archives)| {
+        let found: Option<Vec<String>> = archives
+            .iter()
+            .map(|archive| find(compiler, archive))
+            .collect();
+        let Some(found) = found else {
+            return false;
+        };
+        let script = format!("GROUP ( {} )\n", found.join(" "));
+        let link = folder.join(name);
+        // Never through a link, which may lead to an archive of the system.
+        let _ = fs::remove_file(&link);
+        fs::File::create_new(&link)
+            .and_then(|mut file| file.write_all(script.as_bytes()))
+            .expect("OUT_DIR can be written to");
+        true
+    })
 }
 
-/// Has the linker find archives first: it takes the first folder with a library in any form, and one that holds the archive alone
-/// settles it.
-fn link_archives(folder: &Path, archives: &[(&str, PathBuf)], search: &str) {
-    std::fs::create_dir_all(folder).expect("OUT_DIR can be written to");
-    for (link, archive) in archives {
-        let link = folder.join(link);
-        let _ = std::fs::remove_file(&link);
-        std::os::unix::fs::symlink(archive, &link).expect("OUT_DIR can be written to");
-    }
-    println!("cargo::{search}{}", folder.display());
-}
-
-/// Where the C++ compiler keeps an archive; a bare name in its answer means that it has none.
-fn archive(name: &str) -> Option<PathBuf> {
-    let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
+/// Where a compiler keeps an archive; a bare name in its answer means that it has none.
+fn find(compiler: &OsString, archive: &str) -> Option<String> {
     let answer = Command::new(compiler)
-        .arg(format!("-print-file-name={name}"))
+        .arg(format!("-print-file-name={archive}"))
         .output()
         .ok()?;
-    let path = Path::new(std::str::from_utf8(&answer.stdout).ok()?.trim()).to_owned();
-    path.is_absolute().then_some(path)
+    let path = std::str::from_utf8(&answer.stdout).ok()?.trim().to_owned();
+    // Another version of the compiler has it elsewhere.
+    println!("cargo::rerun-if-changed={path}");
+    Path::new(&path).is_absolute().then_some(path)
 }

@@ -112,8 +112,6 @@ pub enum PackError {
     Dictionary(u64),
     #[error("it is said to be longer than any can be")]
     TooLong,
-    #[error("it has {0} bytes, which is not what names it says")]
-    Room(usize),
     #[error("it cannot be decompressed")]
     Payload,
 }
@@ -132,31 +130,11 @@ fn compress(raw: &[u8], level: i32) -> io::Result<Vec<u8>> {
     })
 }
 
-fn decompress(stored: &[u8], raw: &mut [u8]) -> io::Result<usize> {
+fn decompress(stored: &[u8], len: usize) -> io::Result<Vec<u8>> {
     DECOMPRESSOR.with_borrow_mut(|kept| {
         let made = kept.take().map_or_else(Decompressor::new, Ok)?;
-        kept.insert(made).decompress_to_buffer(stored, raw)
+        kept.insert(made).decompress(stored, len)
     })
-}
-
-/// Where raw bytes go.
-pub trait Room: AsRef<[u8]> {
-    /// Makes room for exactly so many; `None` if there is other room than that.
-    fn of(&mut self, len: usize) -> Option<&mut [u8]>;
-}
-
-impl Room for Vec<u8> {
-    fn of(&mut self, len: usize) -> Option<&mut [u8]> {
-        self.clear();
-        self.resize(len, 0);
-        Some(self)
-    }
-}
-
-impl Room for [u8] {
-    fn of(&mut self, len: usize) -> Option<&mut [u8]> {
-        (self.len() == len).then_some(self)
-    }
 }
 
 /// Values from this length on are looked at before they are compressed, in bytes.
@@ -205,19 +183,15 @@ pub fn pack(raw: &[u8], level: i32) -> Vec<u8> {
 
 /// Returns the raw bytes of a stored value of at most `max` bytes, packed without a dictionary.
 pub fn unpack(stored: &[u8], max: usize) -> Result<Vec<u8>, PackError> {
-    let mut raw = Vec::new();
-    unpack_to(&mut raw, stored, max, |_| None)?;
-    Ok(raw)
+    unpack_with(stored, max, |_| None)
 }
 
-/// Fills `room` with the raw bytes of a stored value of at most `max` bytes; `find` knows dictionaries. After an error there may be
-/// anything in it.
-pub fn unpack_to(
-    room: &mut (impl Room + ?Sized),
+/// Returns the raw bytes of a stored value of at most `max` bytes; `find` knows dictionaries.
+pub fn unpack_with(
     mut stored: &[u8],
     max: usize,
     find: impl FnOnce(u64) -> Option<Arc<Dictionary>>,
-) -> Result<(), PackError> {
+) -> Result<Vec<u8>, PackError> {
     let (&codec, rest) = stored.split_first().ok_or(PackError::Head)?;
     stored = rest;
     let len = varint::take(&mut stored).ok_or(PackError::Head)?;
@@ -225,23 +199,18 @@ pub fn unpack_to(
         .ok()
         .filter(|len| *len <= max)
         .ok_or(PackError::TooLong)?;
-    let raw = room.of(len).ok_or(PackError::Room(len))?;
-    let done = match codec {
-        RAW if stored.len() == len => {
-            raw.copy_from_slice(stored);
-            len
-        }
-        RAW => return Err(PackError::Payload),
-        ZSTD => decompress(stored, raw).map_err(|_| PackError::Payload)?,
+    let raw = match codec {
+        RAW => stored.to_vec(),
+        ZSTD => decompress(stored, len).map_err(|_| PackError::Payload)?,
         DICT => {
             let id = varint::take(&mut stored).ok_or(PackError::Head)?;
             let dictionary = find(id).ok_or(PackError::Dictionary(id))?;
-            dictionary.decompress(stored, raw)?
+            dictionary.decompress(stored, len)?
         }
         other => return Err(PackError::Codec(other)),
     };
-    if done == len {
-        Ok(())
+    if raw.len() == len {
+        Ok(raw)
     } else {
         Err(PackError::Payload)
     }

@@ -31,7 +31,7 @@ use parking_lot::{Mutex, RwLock};
 use rocksdb::{ColumnFamily, DB, IteratorMode};
 use serde::de::DeserializeOwned;
 
-use crate::chunk::{self, ChunkId, Dictionary, Place, Room};
+use crate::chunk::{self, ChunkId, Dictionary, Place};
 use crate::tree::{self, Node, NodeId};
 pub use ahead::ReadAhead;
 pub use check::{CheckReport, Problem};
@@ -95,6 +95,21 @@ impl quick_cache::Weighter<ChunkId, Arc<Vec<u8>>> for ChunkWeight {
     fn weight(&self, _: &ChunkId, bytes: &Arc<Vec<u8>>) -> u64 {
         bytes.len() as u64 + 64
     }
+}
+
+/// What a stored value comes to.
+enum Found {
+    /// The raw bytes.
+    Here(Vec<u8>),
+    There(Place),
+}
+
+/// How a chunk was read.
+#[derive(Debug)]
+pub enum Loaded {
+    Chunk(Arc<Vec<u8>>),
+    /// Into the bytes that were given.
+    Filled,
 }
 
 /// A key and its value.
@@ -202,65 +217,71 @@ impl Store {
         if let Some(bytes) = self.chunks.get(&id) {
             return Ok(bytes);
         }
-        let bytes = Arc::new(self.misses.count(|| self.load_chunk(id))?);
-        self.chunks.insert(id, bytes.clone());
-        Ok(bytes)
+        let bytes = self.misses.count(|| self.load_chunk(id))?;
+        Ok(self.remember(id, bytes))
     }
 
-    /// Fills `bytes` with a chunk that long, decompressed and verified. It does not stay in memory: what is part of something long
-    /// would push out everything else.
+    /// Returns a chunk as `chunk` does, or fills `bytes` with it, verified, where it lies in a spool as it is and is that long. Then
+    /// memory would save little, and what is part of something long would push out everything else.
     ///
     /// # Errors
-    /// As `chunk`; there may be anything in `bytes` then.
-    pub fn chunk_to(&self, id: ChunkId, bytes: &mut [u8]) -> Result<(), StoreError> {
-        match self.chunks.get(&id) {
-            Some(kept) if kept.len() == bytes.len() => {
-                bytes.copy_from_slice(&kept);
-                Ok(())
-            }
-            _ => self.misses.count(|| self.load_chunk_to(id, bytes)),
+    /// As `chunk`. Unless `bytes` are filled there may be anything in them.
+    pub fn chunk_to(&self, id: ChunkId, bytes: &mut [u8]) -> Result<Loaded, StoreError> {
+        if let Some(kept) = self.chunks.get(&id) {
+            return Ok(Loaded::Chunk(kept));
         }
+        let raw = self.misses.count(|| match self.find_chunk(id)? {
+            Found::There(place)
+                if place.len == bytes.len() as u64
+                    && self.read_kept(id, place, bytes).is_ok()
+                    && ChunkId::of(bytes) == id =>
+            {
+                Ok(None)
+            }
+            Found::There(_) => self.load_chunk(id).map(Some),
+            Found::Here(raw) => verified(id, raw).map(Some),
+        })?;
+        Ok(raw.map_or(Loaded::Filled, |raw| Loaded::Chunk(self.remember(id, raw))))
+    }
+
+    fn remember(&self, id: ChunkId, bytes: Vec<u8>) -> Arc<Vec<u8>> {
+        let bytes = Arc::new(bytes);
+        self.chunks.insert(id, bytes.clone());
+        bytes
     }
 
     /// Reads a chunk from the disk.
     fn load_chunk(&self, id: ChunkId) -> Result<Vec<u8>, StoreError> {
-        let mut raw = Vec::new();
-        self.load_chunk_to(id, &mut raw)?;
-        Ok(raw)
+        let there = |place: Place| {
+            let mut raw = vec![0; place.len as usize];
+            self.read_kept(id, place, &mut raw).map(|()| raw)
+        };
+        let raw = match self.find_chunk(id)? {
+            Found::Here(raw) => raw,
+            Found::There(place) => match there(place) {
+                Ok(raw) if ChunkId::of(&raw) == id => return Ok(raw),
+                // Another commit may have stored it since, and a gc given its place back.
+                read => match self.find_chunk(id)? {
+                    Found::Here(raw) => raw,
+                    Found::There(now) if now == place => read?,
+                    Found::There(now) => there(now)?,
+                },
+            },
+        };
+        verified(id, raw)
     }
 
-    fn load_chunk_to(
-        &self,
-        id: ChunkId,
-        room: &mut (impl Room + ?Sized),
-    ) -> Result<(), StoreError> {
-        let what = || format!("chunk {id}");
-        let is_it = |raw: &[u8]| ChunkId::of(raw) == id;
-        if let Some(place) = self.unpack_to(room, Target::Chunks, &id.0, CHUNK_MAX, what)? {
-            let read = self.read_kept(id, place, room);
-            if read.is_ok() && is_it((*room).as_ref()) {
-                return Ok(());
-            }
-            // Another commit may have stored it since, and a gc given its place back.
-            match self.unpack_to(room, Target::Chunks, &id.0, CHUNK_MAX, what)? {
-                None => {}
-                Some(now) if now == place => read?,
-                Some(now) => self.read_kept(id, now, room)?,
-            }
-        }
-        if is_it((*room).as_ref()) {
-            Ok(())
-        } else {
-            Err(StoreError::Corrupt { what: what() })
-        }
+    fn find_chunk(&self, id: ChunkId) -> Result<Found, StoreError> {
+        self.get_unpacked(Target::Chunks, &id.0, CHUNK_MAX, || format!("chunk {id}"))
     }
 
     /// Reads a node from the disk.
     fn load_node(&self, id: NodeId) -> Result<Node, StoreError> {
         let what = || format!("node {id}");
-        let mut raw = Vec::new();
-        let place = self.unpack_to(&mut raw, Target::Nodes, &id.0, 1 << 20, what)?;
-        if place.is_some() || NodeId::of(&raw) != id {
+        let Found::Here(raw) = self.get_unpacked(Target::Nodes, &id.0, 1 << 20, what)? else {
+            return Err(StoreError::Corrupt { what: what() });
+        };
+        if NodeId::of(&raw) != id {
             return Err(StoreError::Corrupt { what: what() });
         }
         Node::decode(&raw).map_err(|e| StoreError::Corrupt {
@@ -268,15 +289,13 @@ impl Store {
         })
     }
 
-    /// Fills `room` with the raw bytes of a stored value, unless they lie elsewhere: then it returns where.
-    fn unpack_to(
+    fn get_unpacked(
         &self,
-        room: &mut (impl Room + ?Sized),
         target: Target,
         key: &[u8],
         max: usize,
         what: impl Fn() -> String,
-    ) -> Result<Option<Place>, StoreError> {
+    ) -> Result<Found, StoreError> {
         self.with(|db| {
             let stored = db.get_pinned_cf(family(db, target)?, key)?;
             let stored = stored.ok_or_else(|| StoreError::Missing { what: what() })?;
@@ -284,16 +303,16 @@ impl Store {
                 what: format!("{} ({error})", what()),
             };
             if let Some(place) = Place::of(&stored, max).map_err(damaged)? {
-                return Ok(Some(place));
+                return Ok(Found::There(place));
             }
             let mut failed = None;
-            let done = chunk::unpack_to(room, &stored, max, |id| {
+            let raw = chunk::unpack_with(&stored, max, |id| {
                 let found = self.dictionary(db, id).map_err(|e| failed = Some(e));
                 found.ok().flatten()
             });
             match failed {
                 Some(error) => Err(error),
-                None => done.map(|()| None).map_err(damaged),
+                None => raw.map(Found::Here).map_err(damaged),
             }
         })
     }
@@ -397,6 +416,15 @@ impl tree::Source for Store {
         let node = Arc::new(self.misses.count(|| self.load_node(id))?);
         self.nodes.insert(id, node.clone());
         Ok(node)
+    }
+}
+
+fn verified(id: ChunkId, raw: Vec<u8>) -> Result<Vec<u8>, StoreError> {
+    if ChunkId::of(&raw) == id {
+        Ok(raw)
+    } else {
+        let what = format!("chunk {id}");
+        Err(StoreError::Corrupt { what })
     }
 }
 

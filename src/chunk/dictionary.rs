@@ -55,14 +55,18 @@ impl Dictionary {
         &self.bytes
     }
 
-    /// Puts the raw bytes of a payload into `raw`; returns their number.
-    pub(super) fn decompress(&self, payload: &[u8], raw: &mut [u8]) -> Result<usize, PackError> {
+    /// Returns the raw bytes, at most `len`, of a payload.
+    pub(super) fn decompress(&self, payload: &[u8], len: usize) -> Result<Vec<u8>, PackError> {
         thread_local! {
             static CONTEXT: RefCell<DCtx<'static>> = RefCell::new(DCtx::create());
         }
+        let mut raw = Vec::with_capacity(len);
         CONTEXT
-            .with_borrow_mut(|context| context.decompress_using_ddict(raw, payload, &self.reader))
-            .map_err(|_| PackError::Payload)
+            .with_borrow_mut(|context| {
+                context.decompress_using_ddict(&mut raw, payload, &self.reader)
+            })
+            .map_err(|_| PackError::Payload)?;
+        Ok(raw)
     }
 }
 

@@ -406,7 +406,7 @@ impl Config {
 pub fn user_file() -> Option<PathBuf> {
     let folder = match std::env::var_os("XDG_CONFIG_HOME").filter(|v| !v.is_empty()) {
         Some(folder) => PathBuf::from(folder),
-        None => std::env::home_dir()?.join(".config"),
+        None => process::home()?.join(".config"),
     };
     Some(folder.join("forkvol/config.toml"))
 }

@@ -5,8 +5,8 @@ use std::ops::Deref;
 use clap::builder::Resettable;
 use clap::{ArgMatches, Args, Command, Error, FromArgMatches};
 
-/// A command's arguments. To define those of all commands takes longer than most of what the daemon is asked: only those of the
-/// command that was called, and of help and completions, are.
+/// The arguments of a command that has many. To define those of all commands takes as long as half of what the daemon is asked:
+/// these are, where the command is called, and for help and completions.
 #[derive(Clone, Debug)]
 pub struct Late<T>(Box<T>);
 

@@ -93,7 +93,7 @@ pub fn refuse_dangerous(path: &Path, place: &Place) -> Result<(), Failure> {
     if SACRED.iter().any(|s| path == Path::new(s)) {
         return refuse("the system needs it", below);
     }
-    let home = std::env::home_dir().and_then(|home| fs::canonicalize(home).ok());
+    let home = process::home().and_then(|home| fs::canonicalize(home).ok());
     if home.is_some_and(|home| home.starts_with(path)) {
         return refuse("your home lies in it", below);
     }
@@ -654,7 +654,7 @@ mod tests {
 
     #[test]
     fn nothing_vital_is_covered() {
-        let home = fs::canonicalize(std::env::home_dir().unwrap()).unwrap();
+        let home = fs::canonicalize(process::home().unwrap()).unwrap();
         for path in [
             "/",
             "/tmp",

@@ -14,6 +14,7 @@ use super::place::{Place, real_path};
 use super::{ForkOptions, values};
 use crate::fork::default_patterns_at;
 use crate::protocol::{Code, Failure};
+use crate::sys::process;
 
 /// A path as it reads from anywhere; as it is where there is no current folder.
 pub fn absolute(path: impl AsRef<Path>) -> PathBuf {
@@ -170,7 +171,7 @@ pub fn target(wish: &Wish, path: &Path, place: &Place) -> Result<Target, Failure
 pub fn excluding(options: &ForkOptions, wish: &Wish) -> ForkOptions {
     let mut options = options.clone();
     if !options.no_default_exclude {
-        let home = std::env::home_dir();
+        let home = process::home();
         let home = home.map(|home| real_path(&home).unwrap_or(home));
         let own = wish.paths.iter().flat_map(|path| {
             let real = real_path(path).unwrap_or_else(|_| path.clone());
@@ -264,7 +265,7 @@ fn refuse_to_hide_the_job(path: &Path) -> Result<(), Failure> {
 /// Where several paths share a volume each has a folder in it, named after the path as it was written, so that it is found again
 /// from another working directory or home.
 fn folder_name(path: &Path) -> String {
-    let home = std::env::home_dir();
+    let home = process::home();
     let path = home
         .and_then(|home| path.strip_prefix(home).ok())
         .unwrap_or(path);
@@ -374,7 +375,7 @@ mod tests {
 
     #[test]
     fn several_paths_have_a_folder_each() {
-        let home = std::env::home_dir().unwrap();
+        let home = process::home().unwrap();
         for (path, name) in [
             (home.join(".cache/pip"), ".cache__pip"),
             ("/var/cache/apt".into(), "var__cache__apt"),

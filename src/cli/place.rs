@@ -163,7 +163,7 @@ fn own_store() -> Result<PathBuf, Failure> {
     if let Some(dir) = env::var_os("XDG_DATA_HOME").filter(|v| !v.is_empty()) {
         return Ok(PathBuf::from(dir).join("forkvol"));
     }
-    env::home_dir()
+    process::home()
         .map(|home| home.join(".local/share/forkvol"))
         .ok_or_else(|| {
             Failure::new(Code::Usage, "there is no home folder for a store")

@@ -173,7 +173,7 @@ pub fn at_home(text: &OsStr) -> Result<PathBuf, String> {
             Ok(text.into())
         };
     };
-    let home = std::env::home_dir().ok_or("there is no home folder for ~")?;
+    let home = process::home().ok_or("there is no home folder for ~")?;
     let slashes = rest.iter().take_while(|b| **b == b'/').count();
     Ok(home.join(OsStr::from_bytes(&rest[slashes..])))
 }

@@ -10,7 +10,7 @@ use super::table::{Cell, EntryKey, Inode, Table};
 use super::{Fork, Layers, Root};
 use crate::chunk;
 use crate::record::{self, Attr, Ino, Key, Kind, Value};
-use crate::store::Store;
+use crate::store::{Loaded, Store};
 use crate::tree::{self, NodeId};
 
 /// An entry of a directory as it is listed.
@@ -114,24 +114,26 @@ pub fn read_base(
         buffer[filled..from].fill(0);
         let is_part = to - from < buffer.len();
         let room = &mut buffer[from..to];
-        match &value {
-            Value::Chunk { id, .. } if is_whole && is_part => store.chunk_to(*id, room)?,
-            _ => {
-                let loaded;
-                let bytes: &[u8] = match &value {
-                    Value::Inline(bytes) => bytes,
-                    Value::Chunk { id, .. } => {
-                        loaded = store.chunk(*id)?;
-                        &loaded
-                    }
-                };
-                if bytes.len() as u64 != value.len() {
-                    return Err(corrupt("the content", ino));
-                }
-                room.copy_from_slice(&bytes[skip..skip + room.len()]);
-            }
-        }
         filled = to;
+        let loaded;
+        let bytes: &[u8] = match &value {
+            Value::Inline(bytes) => bytes,
+            Value::Chunk { id, .. } => {
+                let direct: &mut [u8] = match is_whole && is_part {
+                    true => &mut *room,
+                    false => &mut [],
+                };
+                match store.chunk_to(*id, direct)? {
+                    Loaded::Filled => continue,
+                    Loaded::Chunk(chunk) => loaded = chunk,
+                }
+                &loaded
+            }
+        };
+        if bytes.len() as u64 != value.len() {
+            return Err(corrupt("the content", ino));
+        }
+        room.copy_from_slice(&bytes[skip..skip + room.len()]);
     }
     buffer[filled..].fill(0);
     Ok(())

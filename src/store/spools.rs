@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use rocksdb::WriteBatch;
 
 use super::{ForkId, Step, Store, StoreError, Target, keys};
-use crate::chunk::{ChunkId, Place, Room};
+use crate::chunk::{ChunkId, Place};
 use crate::sys;
 
 /// So many are kept open.
@@ -74,12 +74,12 @@ impl Store {
         fs::remove_file(self.kept_spool(id.0))
     }
 
-    /// Fills `room` with the bytes of a chunk that lies in a kept spool.
+    /// Fills `bytes` with what lies in a kept spool from a place on.
     pub(super) fn read_kept(
         &self,
         id: ChunkId,
         place: Place,
-        room: &mut (impl Room + ?Sized),
+        bytes: &mut [u8],
     ) -> Result<(), StoreError> {
         let kept = || self.kept_spool(place.spool).display().to_string();
         let file = match self.open_spool(place.spool) {
@@ -93,13 +93,11 @@ impl Store {
                 return Err(StoreError::Io { what, source });
             }
         };
-        let damaged = || StoreError::Corrupt {
-            what: format!("{}, where chunk {id} lies,", kept()),
-        };
-        let bytes = room.of(place.len as usize).ok_or_else(damaged)?;
         match sys::read_full_at(&file, bytes, place.offset) {
             Ok(done) if done == bytes.len() => Ok(()),
-            Ok(_) => Err(damaged()),
+            Ok(_) => Err(StoreError::Corrupt {
+                what: format!("{}, where chunk {id} lies,", kept()),
+            }),
             Err(source) => Err(StoreError::Io {
                 what: kept(),
                 source,

@@ -152,24 +152,44 @@ fn content_comes_back_verified_and_is_stored_once() {
 }
 
 #[test]
-fn a_part_of_something_long_is_verified_and_pushes_nothing_out_of_memory() {
+fn a_part_of_something_long_that_lies_in_a_spool_is_verified_and_does_not_stay_in_memory() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path()).unwrap();
-    let bytes = vec![3; 100_000];
+    let bytes = noise(1);
+    let spool = dir.path().join("spool");
+    std::fs::write(&spool, &bytes).unwrap();
+    let id = ChunkId::of(&bytes);
+    let len = bytes.len() as u64;
     let ingest = Arc::new(store.ingest());
-    let id = ingest.chunk(&bytes).unwrap();
+    let place = Place {
+        spool: 7,
+        offset: 0,
+        len,
+    };
+    ingest.lies(id, place).unwrap();
+    store.keep_spool(ForkId(7), &spool).unwrap();
+    ingest.keep(true);
+    let packed = ingest.chunk(&[3; 5000]).unwrap();
     store.publish(&[ingest], Publish::default()).unwrap();
-    let mut part = vec![0; 100_000];
-    for _ in 0..2 {
-        store.chunk_to(id, &mut part).unwrap();
-        assert!(part == bytes && store.chunks.is_empty());
-        part.fill(0);
+
+    let mut part = vec![0; bytes.len()];
+    let done = store.chunk_to(id, &mut part).unwrap();
+    assert!(matches!(done, Loaded::Filled) && part == bytes && store.chunks.is_empty());
+    let chunk = |id, len| match store.chunk_to(id, &mut vec![0; len]) {
+        Ok(Loaded::Chunk(chunk)) => chunk,
+        other => panic!("{other:?}"),
+    };
+    // What is worth to be kept in memory, and what is there.
+    assert_eq!(*chunk(packed, 5000), [3; 5000]);
+    assert_eq!(store.chunks.len(), 1);
+    for other in [0, bytes.len() - 1, bytes.len() + 1, bytes.len()] {
+        assert!(*chunk(id, other) == bytes);
     }
-    for len in [99_999, 100_001] {
-        let done = store.chunk_to(id, &mut vec![0; len]);
-        assert!(matches!(done, Err(StoreError::Corrupt { .. })), "{done:?}");
-    }
-    store.damage_chunk(id);
+
+    store.chunks.clear();
+    let mut damaged = bytes;
+    damaged[9] ^= 1;
+    std::fs::write(&spool, &damaged).unwrap();
     let done = store.chunk_to(id, &mut part);
     assert!(matches!(done, Err(StoreError::Corrupt { .. })), "{done:?}");
 }

@@ -1,9 +1,12 @@
 //! Processes and signals: blocking and reading signals, starting a command with a clean mask, starting the daemon.
 
+use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
@@ -338,6 +341,27 @@ pub fn user_id(name: &str) -> Option<u32> {
     find("/etc/passwd", |found, _| found == name).map(|(_, id)| id)
 }
 
+/// The home folder of the caller: HOME, or what `/etc/passwd` says. Who is in no table of this machine must name it: what the C
+/// library asks for him would be loaded, and it is linked in, so that another one would come with it.
+pub fn home() -> Option<PathBuf> {
+    if let Some(home) = std::env::var_os("HOME").filter(|home| !home.is_empty()) {
+        return Some(home.into());
+    }
+    let table = std::fs::read("/etc/passwd").ok()?;
+    home_in(&table, euid())
+}
+
+fn home_in(table: &[u8], uid: u32) -> Option<PathBuf> {
+    let uid = uid.to_string();
+    let home = table.split(|byte| *byte == b'\n').find_map(|line| {
+        let mut fields = line.split(|byte| *byte == b':');
+        let of = fields.nth(2)?;
+        let home = fields.nth(2)?;
+        (of == uid.as_bytes()).then_some(home)
+    })?;
+    (!home.is_empty()).then(|| PathBuf::from(OsStr::from_bytes(home)))
+}
+
 fn find_group(wanted: impl Fn(&str, u32) -> bool) -> Option<(String, u32)> {
     find("/etc/group", wanted)
 }
@@ -355,6 +379,16 @@ fn find(table: &str, wanted: impl Fn(&str, u32) -> bool) -> Option<(String, u32)
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_home_of_a_user_is_the_sixth_field_of_his_line() {
+        let table =
+            b"root:x:0:0:root:/root:/bin/sh\nshort:x:7\nci:x:17:17::/srv/ci:\nnone:x:18:18:::\n";
+        let home = |uid| home_in(table, uid);
+        assert_eq!(home(0), Some("/root".into()));
+        assert_eq!(home(17), Some("/srv/ci".into()));
+        assert_eq!([7, 18, 1].map(home), [None, None, None]);
+    }
 
     #[test]
     fn a_clean_mask_reaches_the_command() {

@@ -24,7 +24,15 @@ impl Image {
             .unwrap();
         let busybox = String::from_utf8(busybox.stdout).unwrap();
         fs::copy(busybox.trim(), root.join("bin/busybox")).expect("the tests need busybox-static");
-        fs::copy(env!("CARGO_BIN_EXE_forkvol"), root.join("bin/forkvol")).unwrap();
+        // The program itself, with what it is linked to.
+        let program = env!("CARGO_BIN_EXE_forkvol");
+        fs::copy(program, root.join("bin/forkvol")).unwrap();
+        let script = format!(
+            "ldd {program} | grep -o '/[^ ]*' | xargs -I@ cp -L --parents @ {}",
+            root.display()
+        );
+        let copied = Command::new("sh").args(["-c", &script]).status();
+        assert!(copied.unwrap().success());
         let script = format!("tar c -C {} . | docker import - {name}", root.display());
         assert!(
             Command::new("sh")

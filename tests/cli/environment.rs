@@ -56,6 +56,7 @@ pub fn expect(lines: &[String], expected: &[(&str, &[&str])]) {
 }
 
 #[test]
+#[cfg_attr(not(libc_linked_in), ignore = "the C library has no archive here")]
 fn the_program_needs_no_file_of_the_system_that_it_is_put_into() {
     let cli = Cli::new();
     let root = cli.path("root");

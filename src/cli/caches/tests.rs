@@ -189,7 +189,7 @@ fn a_preset_fills_what_nothing_else_says() {
         presets: &auto,
         ..NOTHING
     };
-    let m2 = std::env::home_dir().unwrap().join(".m2/repository");
+    let m2 = crate::sys::process::home().unwrap().join(".m2/repository");
     let expected = [
         "shop: target".to_owned(),
         format!("shop/maven: {} x", m2.display()),
