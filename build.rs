@@ -118,7 +118,10 @@ fn find(compiler: &OsString, archive: &str) -> Option<String> {
         .output()
         .ok()?;
     let path = std::str::from_utf8(&answer.stdout).ok()?.trim().to_owned();
+    if !Path::new(&path).is_absolute() {
+        return None;
+    }
     // Another version of the compiler has it elsewhere.
     println!("cargo::rerun-if-changed={path}");
-    Path::new(&path).is_absolute().then_some(path)
+    Some(path)
 }
