@@ -323,7 +323,7 @@ class Floor(Subject):
     name = "floor"
     filesystem = "fuse"
     forks = False
-    parts = {"tree"}
+    parts = {"tree", "large"}
     options: list = []
 
     def start(self):
@@ -335,6 +335,9 @@ class Floor(Subject):
     def wait(self):
         if self.server.stdout.readline().strip() != "mounted":
             raise RuntimeError("the floor did not mount")
+        device = os.stat(self.path).st_dev
+        # As forkvol's mounts by root.
+        Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").write_text("1024")
 
     def fork(self):
         return self.path
