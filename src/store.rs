@@ -238,8 +238,7 @@ impl Store {
             {
                 Ok(None)
             }
-            Found::There(_) => self.load_chunk(id).map(Some),
-            Found::Here(raw) => verified(id, raw).map(Some),
+            found => self.load_found(id, found).map(Some),
         })?;
         Ok(raw.map_or(Loaded::Filled, |raw| Loaded::Chunk(self.remember(id, raw))))
     }
@@ -252,11 +251,16 @@ impl Store {
 
     /// Reads a chunk from the disk.
     fn load_chunk(&self, id: ChunkId) -> Result<Vec<u8>, StoreError> {
+        self.load_found(id, self.find_chunk(id)?)
+    }
+
+    /// Reads a chunk that was just found in the database.
+    fn load_found(&self, id: ChunkId, found: Found) -> Result<Vec<u8>, StoreError> {
         let there = |place: Place| {
             let mut raw = vec![0; place.len as usize];
             self.read_kept(id, place, &mut raw).map(|()| raw)
         };
-        let raw = match self.find_chunk(id)? {
+        let raw = match found {
             Found::Here(raw) => raw,
             Found::There(place) => match there(place) {
                 Ok(raw) if ChunkId::of(&raw) == id => return Ok(raw),
@@ -268,7 +272,12 @@ impl Store {
                 },
             },
         };
-        verified(id, raw)
+        if ChunkId::of(&raw) == id {
+            Ok(raw)
+        } else {
+            let what = format!("chunk {id}");
+            Err(StoreError::Corrupt { what })
+        }
     }
 
     fn find_chunk(&self, id: ChunkId) -> Result<Found, StoreError> {
@@ -416,15 +425,6 @@ impl tree::Source for Store {
         let node = Arc::new(self.misses.count(|| self.load_node(id))?);
         self.nodes.insert(id, node.clone());
         Ok(node)
-    }
-}
-
-fn verified(id: ChunkId, raw: Vec<u8>) -> Result<Vec<u8>, StoreError> {
-    if ChunkId::of(&raw) == id {
-        Ok(raw)
-    } else {
-        let what = format!("chunk {id}");
-        Err(StoreError::Corrupt { what })
     }
 }
 

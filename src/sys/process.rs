@@ -1,6 +1,7 @@
 //! Processes and signals: blocking and reading signals, starting a command with a clean mask, starting the daemon.
 
 use std::ffi::OsStr;
+use std::fs;
 use std::io::{self, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -19,7 +20,7 @@ use super::check;
 pub fn shares_pid_namespace(pid: i32, process: Option<BorrowedFd<'_>>) -> bool {
     // The numbers of a process, from the namespace of /proc inwards: one in a deeper namespace has more.
     let depth = |who: &str| -> Option<usize> {
-        let status = std::fs::read_to_string(format!("/proc/{who}/status")).ok()?;
+        let status = fs::read_to_string(format!("/proc/{who}/status")).ok()?;
         let numbers = status
             .lines()
             .find_map(|line| line.strip_prefix("NSpid:"))?;
@@ -280,8 +281,8 @@ pub fn new_session() -> io::Result<()> {
 }
 
 /// Takes standard output over and puts /dev/null in its place.
-pub fn take_stdout() -> io::Result<std::fs::File> {
-    let null = std::fs::File::options().write(true).open("/dev/null")?;
+pub fn take_stdout() -> io::Result<fs::File> {
+    let null = fs::File::options().write(true).open("/dev/null")?;
     let taken = std::os::fd::AsFd::as_fd(&io::stdout()).try_clone_to_owned()?;
     // SAFETY: both descriptors are open; number 1 is replaced in one step.
     check(unsafe { libc::dup2(null.as_raw_fd(), 1) })?;
@@ -326,19 +327,31 @@ pub fn default_sigpipe() {
     }
 }
 
+const GROUPS: &str = "/etc/group";
+const USERS: &str = "/etc/passwd";
+
 /// Returns the number of the group `name`, or `None` if there is none.
 pub fn group_id(name: &str) -> Option<u32> {
-    find_group(|found, _| found == name).map(|(_, id)| id)
+    id_in(GROUPS, name)
 }
 
 /// Returns the name of the group `id`, or `None` if it has none.
 pub fn group_name(id: u32) -> Option<String> {
-    find_group(|_, found| found == id).map(|(name, _)| name)
+    let name = |row: &Row| String::from_utf8(row.name.to_vec()).ok();
+    find(&fs::read(GROUPS).ok()?, |row| {
+        (row.id == id).then(|| name(row)).flatten()
+    })
 }
 
 /// Returns the id of the user `name`, or `None` if there is none.
 pub fn user_id(name: &str) -> Option<u32> {
-    find("/etc/passwd", |found, _| found == name).map(|(_, id)| id)
+    id_in(USERS, name)
+}
+
+fn id_in(table: &str, name: &str) -> Option<u32> {
+    find(&fs::read(table).ok()?, |row| {
+        (row.name == name.as_bytes()).then_some(row.id)
+    })
 }
 
 /// The home folder of the caller: HOME, or what `/etc/passwd` says. Who is in no table of this machine must name it: what the C
@@ -347,32 +360,32 @@ pub fn home() -> Option<PathBuf> {
     if let Some(home) = std::env::var_os("HOME").filter(|home| !home.is_empty()) {
         return Some(home.into());
     }
-    let table = std::fs::read("/etc/passwd").ok()?;
-    home_in(&table, euid())
+    home_in(&fs::read(USERS).ok()?, euid())
 }
 
-fn home_in(table: &[u8], uid: u32) -> Option<PathBuf> {
-    let uid = uid.to_string();
-    let home = table.split(|byte| *byte == b'\n').find_map(|line| {
-        let mut fields = line.split(|byte| *byte == b':');
-        let of = fields.nth(2)?;
-        let home = fields.nth(2)?;
-        (of == uid.as_bytes()).then_some(home)
-    })?;
-    (!home.is_empty()).then(|| PathBuf::from(OsStr::from_bytes(home)))
+fn home_in(users: &[u8], uid: u32) -> Option<PathBuf> {
+    let home = |row: &Row| row.rest.get(2).map(|home| OsStr::from_bytes(home).into());
+    let found: Option<PathBuf> = find(users, |row| (row.id == uid).then(|| home(row)).flatten());
+    found.filter(|home| !home.as_os_str().is_empty())
 }
 
-fn find_group(wanted: impl Fn(&str, u32) -> bool) -> Option<(String, u32)> {
-    find("/etc/group", wanted)
+/// A line of a table of names and ids.
+struct Row<'a> {
+    name: &'a [u8],
+    id: u32,
+    /// The fields behind the id.
+    rest: &'a [&'a [u8]],
 }
 
-/// Looks into a table of names and ids: the first field and the third.
-fn find(table: &str, wanted: impl Fn(&str, u32) -> bool) -> Option<(String, u32)> {
-    let table = std::fs::read_to_string(table).ok()?;
-    table.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let (name, id) = (fields.next()?, fields.nth(1)?.parse().ok()?);
-        wanted(name, id).then(|| (name.to_owned(), id))
+/// Returns what `wanted` makes of the first row that it makes something of.
+fn find<T>(table: &[u8], wanted: impl Fn(&Row) -> Option<T>) -> Option<T> {
+    table.split(|byte| *byte == b'\n').find_map(|line| {
+        let fields: Vec<&[u8]> = line.split(|byte| *byte == b':').collect();
+        let [name, _, id, rest @ ..] = &fields[..] else {
+            return None;
+        };
+        let id = std::str::from_utf8(id).ok()?.parse().ok()?;
+        wanted(&Row { name, id, rest })
     })
 }
 
@@ -411,12 +424,12 @@ mod tests {
     fn a_thread_with_one_descriptor_has_no_other_and_takes_none_from_the_process() {
         let (reader, writer) = std::io::pipe().unwrap();
         let number = writer.as_raw_fd();
-        let open = || std::fs::read_dir("/proc/thread-self/fd").unwrap().count();
+        let open = || fs::read_dir("/proc/thread-self/fd").unwrap().count();
         let before = open();
         let thread = spawn_with_only("alone", number, move || {
             // One more is that of the listing itself.
             assert_eq!(open(), 2);
-            assert!(std::fs::read_link(format!("/proc/thread-self/fd/{number}")).is_ok());
+            assert!(fs::read_link(format!("/proc/thread-self/fd/{number}")).is_ok());
         });
         thread.unwrap().join().unwrap();
         assert_eq!(open(), before);
