@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -105,6 +105,7 @@ fn is_empty_folder(job: &Job, path: &Path) -> bool {
 
 /// Why a volume will not be committed, as far as that is known while the job runs.
 fn not_committed<'a>(job: &'a Job, volume: &'a Volume) -> Option<&'a str> {
+    let lost = job.lost.then_some("the job has lost what it wrote before");
     let never = match volume.commit.unwrap_or(job.commit) {
         When::Never => Some("it is never committed"),
         When::IfMissing if volume.has_version => Some(HAS_VERSION),
@@ -115,6 +116,7 @@ fn not_committed<'a>(job: &'a Job, volume: &'a Volume) -> Option<&'a str> {
         .as_deref()
         .or(volume.refused.as_deref())
         .or(never)
+        .or(lost)
 }
 
 /// The variables for a shell.
@@ -148,12 +150,17 @@ fn for_github(variables: &[Variable]) -> io::Result<Vec<u8>> {
 
 /// Writes the variables into a file: added to what GitHub's runner reads, else in place of what is there.
 pub fn write(path: &Path, variables: &[Variable]) -> Result<(), Failure> {
-    let write = || match is_github(path) {
-        true => open_github(path)?.write_all(&for_github(variables)?),
-        false => {
+    let write = || match Kind::of(path)? {
+        Kind::Github => open_github(path)?.write_all(&for_github(variables)?),
+        Kind::Device => open_device(path)?.write_all(&for_shell(variables)),
+        Kind::File => {
             let (mut file, aside) = open_aside(path)?;
-            file.write_all(&for_shell(variables))?;
-            fs::rename(aside, path)
+            let written = file.write_all(&for_shell(variables));
+            let written = written.and_then(|()| fs::rename(&aside, path));
+            if written.is_err() {
+                fs::remove_file(aside)?;
+            }
+            written
         }
     };
     write().map_err(|e| cannot_write(path, &e))
@@ -161,20 +168,48 @@ pub fn write(path: &Path, variables: &[Variable]) -> Result<(), Failure> {
 
 /// Fails if the variables cannot be written into a file, of which nothing is changed.
 pub fn check(path: &Path) -> Result<(), Failure> {
-    let check = || match is_github(path) {
-        true => open_github(path).map(drop),
-        false if path.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
-        false => fs::remove_file(open_aside(path)?.1),
+    let check = || match Kind::of(path)? {
+        Kind::Github => open_github(path).map(drop),
+        Kind::Device => open_device(path).map(drop),
+        Kind::File => fs::remove_file(open_aside(path)?.1),
     };
     check().map_err(|e| cannot_write(path, &e))
 }
 
-fn is_github(path: &Path) -> bool {
-    std::env::var_os("GITHUB_ENV").is_some_and(|github| github == path.as_os_str())
+/// What variables are written to.
+enum Kind {
+    Github,
+    /// As /dev/null is: it stays what it is.
+    Device,
+    File,
+}
+
+impl Kind {
+    /// What is at a path. Who can put a link or a pipe there may not have this process write where the link leads, or wait.
+    fn of(path: &Path) -> io::Result<Kind> {
+        if std::env::var_os("GITHUB_ENV").is_some_and(|github| github == path.as_os_str()) {
+            return Ok(Kind::Github);
+        }
+        let refused = |what| Err(io::Error::other(format!("{what}; name a file")));
+        match fs::metadata(path) {
+            Ok(there) if there.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
+            Ok(there) if !there.is_file() && path.is_symlink() => {
+                return refused("it is a link to what is no file");
+            }
+            Ok(there) if there.file_type().is_char_device() => return Ok(Kind::Device),
+            Ok(there) if !there.is_file() => return refused("it is no file"),
+            _ => {}
+        }
+        Ok(Kind::File)
+    }
 }
 
 fn open_github(path: &Path) -> io::Result<File> {
     File::options().append(true).open(path)
+}
+
+fn open_device(path: &Path) -> io::Result<File> {
+    File::options().write(true).open(path)
 }
 
 /// A file beside, to take the place of this one: new, and this process's own, for the folder may be one that everybody writes to.
@@ -225,6 +260,26 @@ mod tests {
         write(&file, &[("A".into(), "1".into())]).unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), "A='1'\n");
         assert_eq!(fs::read_to_string(&precious).unwrap(), "precious");
+    }
+
+    #[test]
+    fn a_device_stays_one_and_what_else_is_no_file_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = |name: &str| dir.path().join(name);
+        let variables = [("A".into(), b"1".to_vec())];
+        let null = Path::new("/dev/null");
+        check(null).unwrap();
+        write(null, &variables).unwrap();
+        assert!(fs::metadata(null).unwrap().file_type().is_char_device());
+        std::os::unix::fs::symlink(null, of("link")).unwrap();
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, of("pipe"), fifo, 0o600.into(), 0).unwrap();
+        for name in ["link", "pipe", "."] {
+            assert!(check(&of(name)).is_err(), "{name}");
+            assert!(write(&of(name), &variables).is_err(), "{name}");
+        }
+        let left = fs::read_dir(dir.path()).unwrap().count();
+        assert_eq!(left, 2, "nothing was put beside");
     }
 
     #[test]
