@@ -148,6 +148,18 @@ pub fn temporary_folder(uid: u32) -> PathBuf {
     env::temp_dir().join(format!("forkvol-{uid}"))
 }
 
+/// Where a user of the service has what must be found again by another process of this boot, the best place first: not in a
+/// session's folder, which comes and goes with the user's logins, if another can be had.
+pub fn state_folders() -> Vec<PathBuf> {
+    match process::euid() {
+        0 => runtime_folder().into_iter().collect(),
+        uid => [temporary_folder(uid)]
+            .into_iter()
+            .chain(runtime_folder())
+            .collect(),
+    }
+}
+
 /// The folders that hosts make for a user's session: that of this process, and the usual one.
 fn user_folders(uid: u32) -> impl Iterator<Item = PathBuf> {
     let named = env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());

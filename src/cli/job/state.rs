@@ -202,6 +202,12 @@ impl Job {
         other_boot || self.agents.iter().any(Agent::is_gone)
     }
 
+    /// Whether it has no place any more: only that it was is known.
+    pub fn is_nowhere(&self) -> bool {
+        let is_nowhere = |volume: &Volume| volume.mount.is_none() && volume.paths.is_empty();
+        self.volumes.iter().all(is_nowhere)
+    }
+
     /// Whether somebody may still be at work in it who has lost what was written before, as when its daemon was killed.
     pub fn has_lost(&self, live: &HashSet<String>) -> bool {
         let was_attached = self.unfinished().start > 0;
@@ -297,14 +303,18 @@ pub struct Jobs {
 
 impl Jobs {
     pub fn of(place: &Place) -> Result<Jobs, Failure> {
-        let folder = match place {
-            Place::Embedded { store, .. } => store.join("jobs"),
-            Place::Service => place::runtime_folder()
-                .unwrap_or_else(|| place::temporary_folder(process::euid()))
-                .join("jobs"),
+        let folders = match place {
+            Place::Embedded { store, .. } => return Jobs::checked(store.join("jobs"), None),
+            Place::Service => place::state_folders(),
         };
-        let above = folder.parent().filter(|_| *place == Place::Service);
-        let above = above.map(Path::to_owned);
+        let inside = |folder: PathBuf| Jobs::checked(folder.join("jobs"), Some(folder));
+        let mut found = folders.into_iter().map(inside);
+        let first = found.next().expect("every user has a folder");
+        // Where somebody else was quicker to make it, the next one is better than none.
+        first.or_else(|refused| found.find_map(Result::ok).ok_or(refused))
+    }
+
+    fn checked(folder: PathBuf, above: Option<PathBuf>) -> Result<Jobs, Failure> {
         let jobs = Jobs { folder, above };
         jobs.check()?;
         Ok(jobs)
@@ -401,7 +411,10 @@ impl Jobs {
             file.write_all(&serde_json::to_vec_pretty(job).map_err(io::Error::other)?)?;
             fs::rename(&aside, &path)
         };
-        write().map_err(|e| cannot(&path, &e))
+        write().map_err(|e| {
+            fs::remove_file(&aside).unwrap_or_default();
+            cannot(&path, &e)
+        })
     }
 
     /// Waits until no other process attaches or ends this job.
