@@ -18,7 +18,7 @@ use super::output::{self, Shown};
 use super::values;
 use super::volumes::version_name;
 use super::{AbandonOptions, CommitOptions, Context, ForkOptions, NewFork};
-use crate::protocol::{self, Bytes, Code, Failure, Mount, Request};
+use crate::protocol::{self, Bytes, Code, Facts, Failure, Mount, Request};
 use crate::store::ForkId;
 use crate::sys;
 
@@ -142,9 +142,8 @@ pub fn make(
     Ok(fork)
 }
 
-/// What is judged of a job with these options. Asked beside: it adorns what has failed already.
-pub fn trust(client: &Client, options: &ForkOptions) -> Option<String> {
-    let facts = facts::of_job(options);
+/// What is judged of a job of which this is said. Asked beside: another question may have been cut off.
+pub fn trust(client: &Client, facts: Option<Facts>) -> Option<String> {
     let answer = client.beside()?.call(&Request::Trust { facts }).ok()?;
     take(&answer, "/trust").ok()
 }

@@ -186,7 +186,11 @@ pub fn jobs(context: &Context) -> Result<(), Failure> {
             let age = state::now().saturating_sub(job.created);
             json!({
                 "job": job.job,
-                "state": if job.is_stale(&live) { "stale" } else { "attached" },
+                "state": match job.is_stale(&live) {
+                    true if job.lost && job.is_nowhere() => "lost",
+                    true => "stale",
+                    false => "attached",
+                },
                 "hit": job.hit(),
                 "age": age,
                 "names": volumes.join(" "),

@@ -257,6 +257,91 @@ fn a_job_whose_daemon_was_killed_is_attached_again() {
 }
 
 #[test]
+fn that_a_job_lost_its_forks_is_not_forgotten_by_who_clears_up() {
+    let cli = Cli::new();
+    let args = ["-v", "v", "-p", "c"];
+    let lose = || {
+        cli.attach("1", &args);
+        fs::write(cli.path("c/first"), "half").unwrap();
+        cli.kill_daemon();
+        assert_eq!(cli.stale(), serde_json::json!(["1"]));
+        assert_eq!(cli.stale(), serde_json::json!([]));
+        assert!(!cli.path("c").exists(), "the path is free");
+    };
+    lose();
+    let strict = ["finish", "--strict", "--job", "1", "--status", "0"];
+    let (status, line) = cli.fails(&strict);
+    let lost = "nothing is committed: the forks of job 1 were lost";
+    assert!(status == 1 && line.contains(lost), "{line}");
+    lose();
+    // As the hooks of its next step do, which begin with clearing up.
+    let hit = cli.attach("1", &args)["hit"].clone();
+    fs::write(cli.path("c/second"), "half").unwrap();
+    let ended = cli.call(&["finish", "--job", "1", "--status", "0"]);
+    let said = String::from_utf8(ended.stderr).unwrap();
+    assert!(hit == "empty" && said.contains(lost), "{said}");
+    assert!(cli.numbers("v").is_empty());
+    // A later job of that name is another one.
+    lose();
+    cli.change_job("1", |job| job["created"] = 0.into());
+    assert_eq!(cli.stale(), serde_json::json!(["1"]));
+    cli.attach("1", &args);
+    assert_eq!(cli.finish("1", "0")["v"], "committed as v@1");
+}
+
+#[test]
+fn a_job_that_is_attached_twice_at_once_is_one() {
+    let cli = Cli::new();
+    let attach = || {
+        let args = ["attach", "--strict", "--job", "1", "-v", "v", "-p", "c"];
+        let mut command = cli.command(&args);
+        let piped = command.stdout(Stdio::null()).stderr(Stdio::piped());
+        piped.spawn().unwrap()
+    };
+    for child in [attach(), attach(), attach(), attach()] {
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && !said.contains("lost"), "{said}");
+    }
+    fs::write(cli.path("c/f"), "whole").unwrap();
+    assert_eq!(cli.finish("1", "0")["v"], "committed as v@1");
+}
+
+#[test]
+fn a_volume_that_cannot_be_added_takes_nothing_from_the_others() {
+    let cli = Cli::new();
+    cli.attach("1", &["-v", "v", "-p", "c"]);
+    fs::write(cli.path("c/f"), "whole").unwrap();
+    fs::write(cli.path("file"), "in the way").unwrap();
+    let add = ["attach", "--job", "1", "--add", "--strict"];
+    for _ in 0..2 {
+        let (status, line) = cli.fails(&[&add[..], &["-v", "w", "-p", "file"]].concat());
+        assert!(status == 1 && line.contains("file"), "{status} {line}");
+        assert_eq!(cli.json(&["forks"])["forks"].as_array().unwrap().len(), 1);
+    }
+    assert_eq!(cli.finish("1", "0")["v"], "committed as v@1");
+}
+
+#[test]
+fn the_same_path_of_another_folder_is_another_path() {
+    let cli = Cli::new();
+    let attach = |folder: &str| {
+        fs::create_dir(cli.path(folder)).unwrap();
+        let mut command = cli.command(&["attach", "--job", "1", "-v", "v", "-p", "c"]);
+        command.current_dir(cli.path(folder)).output().unwrap()
+    };
+    assert!(attach("web").status.success());
+    let second = attach("api");
+    let said = String::from_utf8(second.stderr).unwrap();
+    assert!(
+        second.status.code() == Some(2) && said.contains("other volumes, paths"),
+        "{said}"
+    );
+    assert!(cli.path("web/c").is_dir() && !cli.path("api/c").exists());
+    cli.finish("1", "1");
+}
+
+#[test]
 fn a_fork_that_is_abandoned_takes_the_paths_of_its_job_with_it() {
     let cli = Cli::new();
     fs::create_dir(cli.path("hidden")).unwrap();
@@ -1028,6 +1113,13 @@ fn what_is_left_of_a_job_does_not_touch_the_path_that_another_one_has_now() {
         let version = format!("committed as v@{}", round + 1);
         assert_eq!(cli.finish("2", "0")["v"], version.as_str());
         assert_eq!(cli.ok(&["cat", "v:f"]), late.join(" "));
-        assert_eq!(cli.json(&["jobs"])["jobs"], serde_json::json!([]));
+        let jobs = cli.json(&["jobs"])["jobs"].clone();
+        match round {
+            0 => assert_eq!(jobs, serde_json::json!([])),
+            _ => assert_eq!(
+                (&jobs[0]["state"], jobs.as_array().unwrap().len()),
+                (&"lost".into(), 1)
+            ),
+        }
     }
 }

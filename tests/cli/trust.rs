@@ -279,3 +279,29 @@ fn a_branch_that_is_called_like_a_request_has_a_scope_of_its_own() {
     );
     assert_eq!(lines.last(), Some(&"request"), "{out}");
 }
+
+#[test]
+fn only_who_is_trusted_alike_shares_a_workspace() {
+    let out = service(
+        &format!("{POLICY}commit = \"scope\"\n"),
+        r#"
+        cd "$WORK"
+        join() { step="$1"; shift; "$@" forkvol --quiet attach --strict --mount-root mounts --join w --job $step -v shop -p $step --env-file env; }
+        join a $inside
+        join b $inside
+        refused join c $outside
+        forkvol finish --join w --status 0
+        join d $outside
+        refused join e $inside
+        refused join f env ${outside#env} BUILDKITE_PULL_REQUEST=8
+        join g $outside
+        grep -c FORKVOL_TRUST=.untrusted env
+        forkvol finish --join w --status 0"#,
+    );
+    assert_eq!(
+        out,
+        "the workspace w is trusted, and this job untrusted\n\
+         the workspace w is untrusted, and this job trusted\n\
+         the workspace w is that of another untrusted job\n1\n"
+    );
+}

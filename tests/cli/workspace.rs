@@ -365,3 +365,41 @@ fn a_workspace_that_is_there_has_its_own_lifetime_and_size() {
     }
     cli.ok(&["finish", "--join", "build-7", "--status", "0"]);
 }
+
+#[test]
+fn steps_that_join_at_once_are_in_one_workspace() {
+    let cli = Cli::new();
+    let steps = ["a", "b", "c", "d", "e", "f"];
+    let joining = steps.map(|step| {
+        let options = ["--mount-root", "mounts", "-v", "work", "-p", step];
+        let join = ["attach", "--strict", "--join", "w", "--job", step];
+        let mut command = cli.command(&[&join[..], &options].concat());
+        let piped = command.stdout(Stdio::null()).stderr(Stdio::piped());
+        piped.spawn().unwrap()
+    });
+    for child in joining {
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+    }
+    assert_eq!(forks(&cli), 1);
+    for step in steps {
+        fs::write(cli.path(&format!("{step}/of-{step}")), step).unwrap();
+    }
+    for step in steps {
+        assert_eq!(fs::read_dir(cli.path(step)).unwrap().count(), steps.len());
+    }
+    cli.ok(&["finish", "--join", "w", "--status", "0"]);
+}
+
+#[test]
+fn who_was_in_a_workspace_that_is_gone_holds_no_path_any_more() {
+    let cli = Cli::new();
+    join(&cli, "a", &["-v", "work", "-p", "a"]);
+    cli.kill_daemon();
+    let stale = cli.json(&["finish", "--stale"])["stale"].clone();
+    assert_eq!(stale, serde_json::json!(["workspace.build-7"]));
+    assert!(!cli.path("a").exists());
+    cli.attach("b", &["-v", "own", "-p", "a"]);
+    cli.finish("b", "0");
+}

@@ -16,7 +16,8 @@ use crate::cli::client::Client;
 use crate::cli::ending::When;
 use crate::cli::mounting::{self, By};
 use crate::cli::output::{self, warn};
-use crate::cli::{Context, exit, paths};
+use crate::cli::paths::{self, Wish};
+use crate::cli::{Context, exit};
 use crate::protocol::{Code, Failure};
 
 /// Attaches volumes to a job. A cache that cannot be had is no failure of the job, unless it is strict.
@@ -176,7 +177,7 @@ fn without_cache(context: &Context, plans: &[Plan], name: &str, failure: &Failur
     job
 }
 
-/// What was asked for one volume, as a line that is the same for the same question.
+/// What was asked for one volume, as a line that is the same for the same question, in whatever folder it is asked.
 pub(super) fn question(plan: &Plan) -> String {
     let o = &plan.fork;
     let fork = (
@@ -185,15 +186,20 @@ pub(super) fn question(plan: &Plan) -> String {
         o.read_only,
         o.ephemeral,
         o.size,
-        &o.label,
-        &o.lock_file,
+        (&o.label, absolute(&o.label_file), absolute(&o.lock_file)),
         &o.exclude,
+        o.owner,
     );
+    let wish = Wish {
+        paths: absolute(&plan.wish.paths),
+        ..plan.wish.clone()
+    };
     let (link, existing, commit) = (plan.link, plan.existing, plan.commit);
-    format!(
-        "{:?} {fork:?} {link:?} {existing:?} {commit:?}\n",
-        plan.wish
-    )
+    format!("{wish:?} {fork:?} {link:?} {existing:?} {commit:?}\n")
+}
+
+fn absolute(paths: &[PathBuf]) -> Vec<PathBuf> {
+    paths.iter().map(paths::absolute).collect()
 }
 
 /// The processes without which the job is over.
@@ -215,8 +221,9 @@ fn make(
     let asked: String = plans.iter().map(question).collect();
     // A store before anything is put into its folder.
     let mut client = context.connect()?;
-    let live = live_forks(&mut client)?;
     let _alone = jobs.lock(name)?;
+    // What was asked before would not know of forks that were made while this one waited.
+    let live = live_forks(&mut client)?;
     let strict = options.options.strict;
     let mut job = match known(&mut client, &jobs, name, &live, options.add)? {
         Known::Job(job) if job.asked == asked => return Ok(job),
@@ -233,6 +240,7 @@ fn make(
             .any(|had| had == question(plan))
     };
     let plans: Vec<&Plan> = plans.iter().filter(is_new).collect();
+    let had = job.volumes.len();
     let names = job.volumes.iter().map(|volume| volume.volume.as_str());
     variables::refuse_clash(names.chain(plans.iter().map(|plan| plan.wish.volume.as_str())))?;
     jobs.save(&job)?;
@@ -247,8 +255,13 @@ fn make(
             if waiter.has_given_up() {
                 return Err(failure);
             }
-            if strict {
+            if strict && had == 0 {
                 finish::drop_job(&mut client, &jobs, &job)?;
+                return Err(failure);
+            }
+            if strict {
+                finish::drop_volumes(&mut client, &mut job, had..)?;
+                jobs.save(&job)?;
                 return Err(failure);
             }
             work.go_without(&mut client, &mut job, plan, &failure)?;
@@ -304,9 +317,7 @@ pub(super) fn known(
         finish::drop_job(client, jobs, &job)?;
         return Ok(Known::None { lost });
     }
-    for volume in job.volumes.drain(unfinished).rev() {
-        finish::drop_volume(client, &volume)?;
-    }
+    finish::drop_volumes(client, &mut job, unfinished)?;
     jobs.save(&job)?;
     Ok(Known::Job(job))
 }

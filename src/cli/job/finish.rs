@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::ops::RangeBounds;
 use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::state::{Job, Jobs, Spot, Volume};
+use super::state::{self, Job, Jobs, Spot, Volume};
 use super::variables::HAS_VERSION;
 use super::{Finish, Link, job_name, join, live_forks, within};
 use crate::cli::client::Client;
@@ -19,6 +20,9 @@ use crate::cli::run;
 use crate::cli::volumes::version_name;
 use crate::cli::{Context, exit};
 use crate::protocol::{self, Code, Failure, Mount, Request};
+
+/// For so many seconds from its begin a job that has lost its forks is remembered, if it may be at work still.
+const REMEMBERED: u64 = 7 * 24 * 3600;
 
 /// What became of a volume of a job.
 #[derive(Default)]
@@ -132,19 +136,61 @@ fn drop_if_stale(context: &Context, jobs: &Jobs, name: &str) -> Result<bool, Fai
         return Ok(false);
     };
     let mut client = context.connect()?;
-    if !job.is_stale(&live_forks(&mut client)?) && !join::is_lonely(jobs, &job)? {
+    let live = live_forks(&mut client)?;
+    if !job.is_stale(&live) && !join::is_lonely(jobs, &job)? && !join::is_left(jobs, &job)? {
         return Ok(false);
+    }
+    if job.has_lost(&live) && state::now().saturating_sub(job.created) < REMEMBERED {
+        return keep_loss(&mut client, jobs, job);
     }
     drop_job(&mut client, jobs, &job)?;
     Ok(true)
 }
 
+/// Takes away what is left of a job that has lost its forks, but not that it has: whoever may be at work in it attaches it once more
+/// or ends it, and is to hear of that. Whether anything was left.
+fn keep_loss(client: &mut Client, jobs: &Jobs, mut job: Job) -> Result<bool, Failure> {
+    if job.is_nowhere() {
+        return Ok(false);
+    }
+    take_away(client, jobs, &job)?;
+    for volume in &mut job.volumes {
+        volume.mount = None;
+        volume.folder = None;
+        volume.paths.clear();
+    }
+    job.lost = true;
+    jobs.save(&job)?;
+    Ok(true)
+}
+
 /// Ends a job without committing anything.
 pub fn drop_job(client: &mut Client, jobs: &Jobs, job: &Job) -> Result<(), Failure> {
+    take_away(client, jobs, job)?;
+    jobs.remove(&job.job)
+}
+
+/// Drops the forks of a job, and takes them from its places and from those who are in them.
+fn take_away(client: &mut Client, jobs: &Jobs, job: &Job) -> Result<(), Failure> {
+    if job.shared.is_some() {
+        join::dissolve(jobs, &job.job)?;
+    }
     for volume in &job.volumes {
         drop_volume(client, volume)?;
     }
-    jobs.remove(&job.job)
+    Ok(())
+}
+
+/// Drops some of a job's volumes, the last one first, and forgets them.
+pub fn drop_volumes(
+    client: &mut Client,
+    job: &mut Job,
+    which: impl RangeBounds<usize>,
+) -> Result<(), Failure> {
+    for volume in job.volumes.drain(which).rev() {
+        drop_volume(client, &volume)?;
+    }
+    Ok(())
 }
 
 /// Drops a volume's fork and takes it from its places.
@@ -225,7 +271,10 @@ fn finish_job(context: &Context, options: &Finish, name: &str) -> Result<Value, 
     let mut client = context.connect()?;
     if !options.keep {
         job.end = Some(end);
-        jobs.save(&job)?;
+        // On a full disk, too, what it holds there is given back.
+        if let Err(failure) = jobs.save(&job) {
+            warn(&exit::line(&failure));
+        }
     }
     let mut settled = Settled::default();
     let mut traffic = BTreeMap::new();

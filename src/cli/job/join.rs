@@ -12,14 +12,14 @@ use super::placing::{self, Waiter, Work};
 use super::plan::Plan;
 use super::state::{self, Job, Jobs, Spot, Volume};
 use super::{Attach, Link, finish};
-use crate::cli::Context;
 use crate::cli::client::Client;
 use crate::cli::ending::When;
-use crate::cli::forks::take;
+use crate::cli::forks::{self, take};
 use crate::cli::mounting::{self, By};
 use crate::cli::output::{self, warn};
 use crate::cli::paths;
-use crate::protocol::{Code, Failure, Request};
+use crate::cli::{Context, facts};
+use crate::protocol::{Code, Facts, Failure, Request};
 use crate::sys::mount as kernel;
 
 /// A workspace that nobody has joined for so many seconds is over.
@@ -41,11 +41,14 @@ pub enum Lifetime {
 }
 
 /// What makes a job a workspace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shared {
     pub lifetime: Lifetime,
     /// Seconds since 1970: when somebody joined or left it last.
     pub touched: u64,
+    /// What the volumes of its first member are called by, if that is not trusted.
+    #[serde(default)]
+    pub scope: Option<String>,
 }
 
 /// The name of a workspace's job.
@@ -79,9 +82,11 @@ pub fn make(
     let jobs = Jobs::of(&context.place)?;
     let line = |plan| format!("{workspace:?} {}", attach::question(plan));
     let asked: String = plans.iter().map(line).collect();
-    let live = super::live_forks(&mut client)?;
     let shared = job_of(workspace);
     let _alone = jobs.lock(name)?;
+    let _nobody_else = jobs.lock(&shared)?;
+    // What was asked before would not know of the workspace that was made while this one waited.
+    let live = super::live_forks(&mut client)?;
     match attach::known(&mut client, &jobs, name, &live, false)? {
         Known::Job(job) if job.asked == asked => match jobs.load(&shared)? {
             Some(common) if !common.is_stale(&live) => return Ok(job),
@@ -91,10 +96,11 @@ pub fn make(
         // It is the workspace that commits.
         Known::None { .. } => {}
     }
-    let _nobody_else = jobs.lock(&shared)?;
     let mut work = Work::new(context, options, &jobs, &live, by, waiter)?;
+    let facts = facts::of_job(&options.options);
     let mut common = match jobs.load(&shared)? {
         Some(job) if !job.is_stale(&live) && job.end.is_none() => {
+            refuse_stranger(context, &client, &facts, workspace, &job)?;
             refuse_other(&mut client, options, workspace, &job, plans)?;
             job
         }
@@ -113,6 +119,7 @@ pub fn make(
             job.shared = Some(Shared {
                 lifetime,
                 touched: state::now(),
+                scope: scope_of(&facts),
             });
             jobs.save(&job)?;
             job
@@ -145,6 +152,35 @@ pub fn make(
     Ok(job)
 }
 
+fn scope_of(facts: &Option<Facts>) -> Option<String> {
+    facts.as_ref().and_then(|facts| facts.scope.clone())
+}
+
+/// Refuses a job that is trusted otherwise than who made the workspace: the one would read what the other wrote, or commit it.
+fn refuse_stranger(
+    context: &Context,
+    client: &Client,
+    facts: &Option<Facts>,
+    name: &str,
+    common: &Job,
+) -> Result<(), Failure> {
+    let judged = forks::trust(client, facts.clone());
+    let judged = judged.unwrap_or_else(|| placing::unjudged(context));
+    let scope = common.shared.as_ref().and_then(|s| s.scope.clone());
+    let is_other = judged != common.trust();
+    if !is_other && (judged != "untrusted" || scope == scope_of(facts)) {
+        return Ok(());
+    }
+    let message = match is_other {
+        true => format!(
+            "the workspace {name} is {}, and this job {judged}",
+            common.trust()
+        ),
+        false => format!("the workspace {name} is that of another untrusted job"),
+    };
+    Err(Failure::new(Code::Policy, message).hint("join one with a name of its own"))
+}
+
 /// Refuses what a workspace that is there already cannot have any more.
 fn refuse_other(
     client: &mut Client,
@@ -159,7 +195,7 @@ fn refuse_other(
             "join it without {option}, or end it with forkvol finish --join {name}"
         )))
     };
-    let has = common.shared.map(|shared| shared.lifetime);
+    let has = common.shared.as_ref().map(|shared| shared.lifetime);
     if let (Some(has), Some(wanted)) = (has, options.lifetime)
         && has != wanted
     {
@@ -192,9 +228,8 @@ fn fill(
     common: &mut Job,
     plans: &[Plan],
 ) -> Result<(), Failure> {
-    let commits = common
-        .shared
-        .is_some_and(|s| s.lifetime == Lifetime::Pipeline);
+    let lifetime = common.shared.as_ref().map(|shared| shared.lifetime);
+    let commits = lifetime == Some(Lifetime::Pipeline);
     // A join that was cut off left them, and nobody is in them.
     while let Some(half) = common.volumes.iter().position(|v| v.mount.is_none()) {
         finish::drop_volume(client, &common.volumes[half])?;
@@ -304,7 +339,8 @@ pub fn left(context: &Context, jobs: &Jobs, workspace: &str) -> Result<(), Failu
     let Some(mut common) = jobs.load(workspace)? else {
         return Ok(());
     };
-    let is_step = common.shared.is_some_and(|s| s.lifetime == Lifetime::Step);
+    let lifetime = common.shared.as_ref().map(|shared| shared.lifetime);
+    let is_step = lifetime == Some(Lifetime::Step);
     if is_step && members(jobs, workspace)?.is_empty() {
         return finish::drop_job(&mut context.connect()?, jobs, &common);
     }
@@ -326,9 +362,17 @@ pub fn dissolve(jobs: &Jobs, workspace: &str) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Whether a job was in a workspace that is gone.
+pub fn is_left(jobs: &Jobs, job: &Job) -> Result<bool, Failure> {
+    match &job.joined {
+        Some(workspace) => Ok(jobs.load(workspace)?.is_none()),
+        None => Ok(false),
+    }
+}
+
 /// Whether nobody has been in a workspace for long.
 pub fn is_lonely(jobs: &Jobs, job: &Job) -> Result<bool, Failure> {
-    let Some(shared) = job.shared else {
+    let Some(shared) = &job.shared else {
         return Ok(false);
     };
     let alone = members(jobs, &job.job)?.is_empty();

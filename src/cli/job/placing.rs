@@ -21,7 +21,7 @@ use crate::cli::mounting::{self, By, Mountpoint};
 use crate::cli::output::warn;
 use crate::cli::paths::{self, Target};
 use crate::cli::place::real_path;
-use crate::cli::{Context, exit, forks};
+use crate::cli::{Context, exit, facts, forks};
 use crate::protocol::{Bytes, Code, Failure, Request};
 use crate::sys::mount as kernel;
 
@@ -409,7 +409,7 @@ impl<'a> Work<'a> {
         volume.hit = "empty".into();
         volume.base = None;
         if volume.trust.is_empty() {
-            let judged = forks::trust(client, &plan.fork);
+            let judged = forks::trust(client, facts::of_job(&plan.fork));
             volume.trust = judged.unwrap_or_else(|| unjudged(self.context));
         }
         self.jobs.save(job)
