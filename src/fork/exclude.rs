@@ -100,6 +100,11 @@ impl Excludes {
         self.0.may_name(hash)
     }
 
+    /// Whether it may matter to what lies below a folder of this path that it lies there.
+    fn may_place_below(&self, path: &[u8]) -> bool {
+        self.0.may_place_below(path)
+    }
+
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -166,6 +171,7 @@ pub fn split(
     let mut found = Names::new();
     paths.changed_names(layers, layers.live.entries.iter(), |_| true, &mut found)?;
     paths.base_names(layers, of_base.iter(), &mut found)?;
+    paths.below_moved(layers, of_base, &mut found)?;
     if found.is_empty() {
         return Ok(None);
     }
@@ -440,6 +446,51 @@ impl<'a> Paths<'a> {
                 if self.is_excluded(dir.as_deref(), &key, kind) {
                     found.insert(key, (cell.ino, kind));
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds what nobody touched and lies in an excluded place now, for a folder of the base above it has been moved.
+    fn below_moved(
+        &mut self,
+        layers: &Layers,
+        of_base: &[Arc<Cell>],
+        found: &mut Names,
+    ) -> Result<(), FsError> {
+        let root = layers.root.id;
+        let is_folder = |cell: &&Arc<Cell>| cell.state.read().attr.kind == Kind::Directory;
+        let folders = of_base.iter().filter(is_folder).map(|cell| cell.ino);
+        // One that is moved changes, if only its time.
+        let changed: HashSet<Ino> = folders.collect();
+        if changed.is_empty() {
+            return Ok(());
+        }
+        for (key, child) in &layers.live.entries {
+            let Some((ino, _)) = child.filter(|(ino, _)| changed.contains(ino)) else {
+                continue;
+            };
+            if view::base_entry(self.store, root, key.0, key.1, &key.2)? == *child {
+                continue;
+            }
+            let mut below = vec![ino];
+            while let Some(dir) = below.pop() {
+                let folder = self.folder(layers, dir)?;
+                let matters =
+                    |f: &Rc<Folder>| !f.excluded && self.excludes.may_place_below(&f.path);
+                let Some(folder) = folder.filter(matters) else {
+                    continue;
+                };
+                layers.list(self.store, dir, 0, |entry| {
+                    let hash = record::hash56(&entry.name);
+                    let (key, kind) = ((dir, hash, entry.name), entry.kind);
+                    if self.is_excluded(Some(&folder), &key, kind) {
+                        found.insert(key, (entry.ino, kind));
+                    } else if kind == Kind::Directory {
+                        below.push(entry.ino);
+                    }
+                    true
+                })?;
             }
         }
         Ok(())

@@ -20,6 +20,8 @@ pub struct Patterns {
     /// The hashes of the only last names of a path that a pattern can name, in order; `None` where one of them ends with more than
     /// a plain name. Whoever looks through many paths passes over most of them by that, and reads none of their names.
     last: Option<Vec<u64>>,
+    /// The first names of the patterns that say where a path lies; `None` where one of them begins with more than a plain name.
+    first: Option<Vec<Vec<u8>>>,
 }
 
 impl Default for Patterns {
@@ -27,6 +29,7 @@ impl Default for Patterns {
         Patterns {
             all: Gitignore::empty(),
             last: Some(Vec::new()),
+            first: Some(Vec::new()),
         }
     }
 }
@@ -65,10 +68,20 @@ impl Patterns {
     }
 }
 
+impl Patterns {
+    /// Whether it may matter to what lies below a path that it lies there: they may mean something by its place, and not by its own
+    /// name alone.
+    pub fn may_place_below(&self, path: &[u8]) -> bool {
+        let top = path.split(|byte| *byte == b'/').next();
+        let known = self.first.as_ref().zip(top);
+        known.is_none_or(|(known, top)| known.iter().any(|first| first == top))
+    }
+}
+
 /// Reads patterns; each is taken as if it began with `anchor`.
 fn read<'a>(patterns: impl IntoIterator<Item = &'a str>, anchor: &str) -> Result<Patterns, String> {
     let mut builder = GitignoreBuilder::new("/");
-    let mut last = Some(Vec::new());
+    let (mut last, mut first) = (Some(Vec::new()), Some(Vec::new()));
     for pattern in patterns {
         if pattern.len() > LONGEST || depth(pattern) > BRACES_MAX {
             let start: String = pattern.chars().take(40).collect();
@@ -83,6 +96,10 @@ fn read<'a>(patterns: impl IntoIterator<Item = &'a str>, anchor: &str) -> Result
                 known.push(record::hash56(&name));
                 known
             });
+            first = first.zip(first_name(pattern)).map(|(mut known, name)| {
+                known.extend(name);
+                known
+            });
         }
     }
     if let Some(known) = &mut last {
@@ -90,7 +107,7 @@ fn read<'a>(patterns: impl IntoIterator<Item = &'a str>, anchor: &str) -> Result
     }
     let built = builder.build();
     built
-        .map(|all| Patterns { all, last })
+        .map(|all| Patterns { all, last, first })
         .map_err(|error| format!("the patterns: {}", why(&error)))
 }
 
@@ -100,8 +117,22 @@ fn last_name(line: &str) -> Option<Vec<u8>> {
     let name = path.strip_prefix('!').unwrap_or(path);
     let name = name.rsplit('/').next().unwrap_or(name);
     // An empty one is no pattern, and names nothing.
-    let plain = !path.contains(['*', '?', '[', ']', '{', '}', '\\']);
-    plain.then(|| name.as_bytes().to_vec())
+    is_plain(path).then(|| name.as_bytes().to_vec())
+}
+
+/// The first name of what a pattern matches, if it says where that lies, with more names than one. `None` if it can be any name.
+fn first_name(line: &str) -> Option<Option<Vec<u8>>> {
+    let path = line.trim_end().trim_end_matches('/');
+    let path = path.strip_prefix('!').unwrap_or(path);
+    match path.strip_prefix('/').unwrap_or(path).split_once('/') {
+        Some((name, _)) if !is_plain(name) => None,
+        Some((name, _)) => Some(Some(name.as_bytes().to_vec())),
+        None => Some(None),
+    }
+}
+
+fn is_plain(path: &str) -> bool {
+    !path.contains(['*', '?', '[', ']', '{', '}', '\\'])
 }
 
 /// How deep braces lie in each other.

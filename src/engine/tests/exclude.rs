@@ -230,6 +230,65 @@ fn a_private_root_gets_nothing_that_is_excluded() {
 }
 
 #[test]
+fn what_nobody_touched_is_excluded_when_its_folder_is_moved_into_place() {
+    let moves: [fn(&Bench, ForkId); 3] = [
+        |bench, id| {
+            let live = bench.engine().live(id).unwrap();
+            bench.engine().move_to_private_root(&live).unwrap();
+        },
+        |bench, id| {
+            bench.commit(id, true);
+        },
+        |bench, id| {
+            bench
+                .engine()
+                .diff(&id.to_string(), &id.to_string())
+                .unwrap();
+        },
+    ];
+    for (patterns, below) in [(&["/.aws/cred"][..], ""), (&["**/sso/cache/"], "sso/")] {
+        for step in moves {
+            let bench = Bench::new();
+            let id = excluding(&bench, "v", patterns);
+            let fs = bench.fs(id);
+            let new = folder(&fs, ".aws.new");
+            make(&fs, new, "config", Kind::File);
+            let secret = make(&fs, new, "cred", Kind::File);
+            fs.write(ME, secret, 0, &noise(100_000, 1), false).unwrap();
+            let inner = make(
+                &fs,
+                new,
+                if below.is_empty() { "other" } else { "later" },
+                Kind::Directory,
+            );
+            let cache = make(&fs, inner, "cache", Kind::Directory);
+            make(&fs, cache, "token", Kind::File);
+            step(&bench, id);
+            let replace = RenameMode::Replace;
+            if !below.is_empty() {
+                fs.rename(ME, (new, b"later"), (new, b"sso"), replace)
+                    .unwrap();
+            }
+            fs.rename(ME, (ROOT, b".aws.new"), (ROOT, b".aws"), replace)
+                .unwrap();
+            let before = view(&fs);
+            bench.commit(id, true).unwrap();
+            assert_eq!(view(&fs), before, "the fork goes on with it");
+            let committed = paths(&head(&bench, "v"));
+            match below {
+                "" => assert!(!committed.contains(&"/.aws/cred".into()), "{committed:?}"),
+                _ => assert!(
+                    !committed.contains(&"/.aws/sso/cache".into()),
+                    "{committed:?}"
+                ),
+            }
+            assert!(committed.contains(&"/.aws/config".into()), "{committed:?}");
+            check(&bench);
+        }
+    }
+}
+
+#[test]
 fn ingest_ahead_of_a_commit_asks_for_every_name_of_a_file() {
     let bench = Bench::new();
     let first = bench.fork("v");
