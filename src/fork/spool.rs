@@ -18,6 +18,8 @@ use crate::chunk::Place;
 
 /// Freed room is given back to the disk in runs of at least this many pages (1 MiB).
 const PUNCH_PAGES: u64 = 256;
+/// Free runs that are listed to be punched.
+const LISTED: usize = 1000;
 /// How many free runs an allocation looks at before it takes new room.
 const FREE_SCAN: usize = 32;
 
@@ -45,6 +47,8 @@ struct Rooms {
     reserved: u64,
     /// Free runs that still hold blocks of the disk.
     unpunched: Vec<(u64, u64)>,
+    /// The free runs from this page on may do so, too: there were more of them than are listed.
+    unlisted: Option<u64>,
 }
 
 impl Spool {
@@ -229,7 +233,7 @@ impl Spool {
     pub fn punch(&self) -> io::Result<()> {
         while !self.is_kept() {
             let mut rooms = self.rooms.lock();
-            let Some((at, pages)) = rooms.unpunched.pop() else {
+            let Some((at, pages)) = rooms.next_unpunched() else {
                 return Ok(());
             };
             // Only what is free now, and taken off the free list while it is punched.
@@ -256,11 +260,23 @@ impl Rooms {
     fn add_free(&mut self, at: u64, pages: u64) {
         let (start, len) = self.insert_free(at, pages);
         if len >= PUNCH_PAGES {
-            if self.unpunched.len() > 1000 {
-                self.unpunched.clear();
+            match self.unpunched.len() < LISTED {
+                true => self.unpunched.push((start, len)),
+                false => self.unlisted = Some(0),
             }
-            self.unpunched.push((start, len));
         }
+    }
+
+    /// Takes a run that may still hold blocks of the disk off the list, or from those that it had no room for.
+    fn next_unpunched(&mut self) -> Option<(u64, u64)> {
+        if let Some(run) = self.unpunched.pop() {
+            return Some(run);
+        }
+        let mut rest = self.free.range(self.unlisted?..);
+        let found = rest.find(|(_, len)| **len >= PUNCH_PAGES);
+        let found = found.map(|(at, len)| (*at, *len));
+        self.unlisted = found.map(|(at, len)| at + len);
+        found
     }
 
     /// Joins a run to the free ones beside it and returns the whole run.
@@ -411,5 +427,25 @@ mod tests {
             0
         );
         assert_eq!(spool.allocate(1024, 0), at);
+    }
+
+    #[test]
+    fn of_however_many_long_free_runs_each_is_punched() {
+        use std::os::unix::fs::MetadataExt;
+        let (dir, spool) = spool();
+        let runs = LISTED as u64 + 500;
+        for run in 0..runs {
+            let at = spool.allocate(PUNCH_PAGES, 0);
+            spool.write(&[1], at * PAGE).unwrap();
+            let between = spool.allocate(1, 0);
+            assert_eq!(between, (run + 1) * (PUNCH_PAGES + 1) - 1);
+        }
+        for run in 0..runs {
+            spool.release([extent(run * (PUNCH_PAGES + 1), PUNCH_PAGES)]);
+        }
+        spool.punch().unwrap();
+        let file = std::fs::metadata(dir.path().join("spool")).unwrap();
+        assert_eq!(file.blocks(), 0);
+        spool.punch().unwrap();
     }
 }
