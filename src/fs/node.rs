@@ -75,6 +75,9 @@ impl Fs {
         self.check_free(&tx, dir, hash, name)?;
         let inherited = self.inherit(&tx, dir, &node)?;
         tx.lock(&[dir])?;
+        if node.kind == Kind::Directory && tx.attr(dir).nlink >= LINK_MAX {
+            return Err(FsError::TooManyLinks);
+        }
         let time = now();
         let (ino, attr) = self.create(&mut tx, caller, dir, &node, inherited, time)?;
         if let Some(extent) = room {

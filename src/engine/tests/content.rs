@@ -519,6 +519,13 @@ fn an_inode_takes_as_many_links_as_the_manual_says_and_no_more() {
     assert_eq!(last.attr.nlink, LINK_MAX);
     let more = fs.link(ME, file, ROOT, b"more");
     assert!(matches!(more, Err(FsError::TooManyLinks)));
+    // Each folder links to the one that it is in.
+    let folder = || fs.make(ME, ROOT, b"folder", NewNode::new(Kind::Directory, 0o755));
+    let root = fs.fork.cell(ROOT).unwrap().unwrap();
+    root.state.write().attr.nlink = LINK_MAX;
+    assert!(matches!(folder(), Err(FsError::TooManyLinks)));
+    root.state.write().attr.nlink -= 1;
+    folder().unwrap();
 }
 
 /// > 128 names of one directory may share a hash; one more gives ENOSPC.
