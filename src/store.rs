@@ -34,7 +34,7 @@ use serde::de::DeserializeOwned;
 use crate::chunk::{self, ChunkId, Dictionary, Place};
 use crate::tree::{self, Node, NodeId};
 pub use ahead::ReadAhead;
-pub use check::{CheckReport, Problem};
+pub use check::{CheckReport, Paths, Problem};
 pub use error::StoreError;
 pub use gc::{GcReport, Stats, VolumeStats};
 pub use ingest::{ForkChange, Ingest, Publish};

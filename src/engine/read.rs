@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::{Code, Engine, EngineError, Result};
 use crate::fork::view;
 use crate::record::{self, Attr, Ino, Key, Kind, ROOT};
-use crate::store::{CheckReport, Lease, Stats};
+use crate::store::{CheckReport, ForkId, Lease, Paths, Stats};
 use crate::tree::{self, NodeId};
 
 /// The longest target of a symbolic link, as the kernel has it.
@@ -58,7 +58,7 @@ pub(super) struct Held {
 
 /// Whether a text is meant for the id of a fork.
 fn names_fork(text: &str) -> bool {
-    text.starts_with("f-")
+    text.parse::<ForkId>().is_ok()
 }
 
 impl Engine {
@@ -260,8 +260,9 @@ impl Engine {
             });
         }
         let mut out = Vec::new();
+        let (mut old, mut new) = (Paths::new(&self.store, old), Paths::new(&self.store, new));
         for ino in inodes {
-            self.diff_inode(old, new, ino, &mut out)?;
+            self.diff_inode(&mut old, &mut new, ino, &mut out)?;
         }
         out.sort_by(|x, y| (&x.path, x.kind).cmp(&(&y.path, y.kind)));
         Ok(out)
@@ -381,16 +382,16 @@ impl Engine {
 
     fn diff_inode(
         &self,
-        old: NodeId,
-        new: NodeId,
+        old: &mut Paths<'_>,
+        new: &mut Paths<'_>,
         ino: Ino,
         out: &mut Vec<DiffEntry>,
     ) -> Result<()> {
-        let before = view::base_attr(&self.store, old, ino)?;
-        let after = view::base_attr(&self.store, new, ino)?;
+        let before = view::base_attr(&self.store, old.root, ino)?;
+        let after = view::base_attr(&self.store, new.root, ino)?;
         // The same number and birth is the same file; a number that was used again is another one.
         let same = matches!((&before, &after), (Some(a), Some(b)) if a.btime == b.btime && a.kind == b.kind);
-        let paths = |root: NodeId, attr: &Option<Attr>| -> Result<BTreeSet<Vec<u8>>> {
+        let paths = |paths: &mut Paths<'_>, attr: &Option<Attr>| -> Result<BTreeSet<Vec<u8>>> {
             let Some(attr) = attr else {
                 return Ok(BTreeSet::new());
             };
@@ -398,18 +399,14 @@ impl Engine {
                 return Ok(BTreeSet::from([b"/".to_vec()]));
             }
             if attr.kind == Kind::Directory {
-                let path = self.store.dir_path(root, ino)?;
+                let path = paths.of_folder(ino)?;
                 return Ok(BTreeSet::from([path
                     .trim_end_matches('/')
                     .as_bytes()
                     .to_vec()]));
             }
-            Ok(self
-                .store
-                .paths(root, ino)?
-                .into_iter()
-                .map(String::into_bytes)
-                .collect())
+            let names = paths.of(ino)?.into_iter();
+            Ok(names.map(String::into_bytes).collect())
         };
         let (mut was, mut is) = (paths(old, &before)?, paths(new, &after)?);
         let (old_size, new_size) = (

@@ -1,6 +1,6 @@
 //! fsck: reads every node and chunk of every version from the disk and says which versions and paths damage hits.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use serde::Serialize;
 
@@ -82,6 +82,11 @@ impl Store {
                 };
                 walk.node(version.root, None)?;
                 walk.end_inode();
+                // A retention or a command may have removed it meanwhile.
+                let at = version.at();
+                if report.problems.iter().any(|p| p.at == Some(at)) && self.version(at)?.is_none() {
+                    report.problems.retain(|p| p.at != Some(at));
+                }
             }
         }
         match self.read_index() {
@@ -241,26 +246,45 @@ impl Walk<'_> {
     }
 
     fn paths(&self, ino: Ino) -> Vec<String> {
-        self.store.paths(self.version.root, ino).unwrap_or_default()
+        let paths = Paths::new(self.store, self.version.root).of(ino);
+        paths.unwrap_or_default()
     }
 }
 
-impl Store {
-    /// Returns the paths of an inode in a version, by its back references.
-    pub fn paths(&self, root: NodeId, ino: Ino) -> Result<Vec<String>, StoreError> {
+/// The paths in one version. A folder is looked through once.
+pub struct Paths<'a> {
+    store: &'a Store,
+    pub root: NodeId,
+    /// Folders, with the one that each is in and its name there.
+    places: HashMap<Ino, (Ino, String)>,
+    listed: HashSet<Ino>,
+}
+
+impl<'a> Paths<'a> {
+    pub fn new(store: &'a Store, root: NodeId) -> Paths<'a> {
+        Paths {
+            store,
+            root,
+            places: HashMap::new(),
+            listed: HashSet::new(),
+        }
+    }
+
+    /// Returns the paths of an inode, by its back references.
+    pub fn of(&mut self, ino: Ino) -> Result<Vec<String>, StoreError> {
         let mut out = Vec::new();
-        for item in tree::prefix(self, root, &record::backrefs_prefix(ino)) {
+        for item in tree::prefix(self.store, self.root, &record::backrefs_prefix(ino)) {
             let (key, _) = item?;
             if let Some(Key::Backref { parent, name, .. }) = Key::parse(&key) {
-                let dir = self.dir_path(root, parent)?;
+                let dir = self.of_folder(parent)?;
                 out.push(format!("{dir}{}", String::from_utf8_lossy(name)));
             }
         }
         Ok(out)
     }
 
-    /// Returns the path of a directory in a version, with a slash at its end.
-    pub fn dir_path(&self, root: NodeId, dir: Ino) -> Result<String, StoreError> {
+    /// Returns the path of a directory, with a slash at its end.
+    pub fn of_folder(&mut self, dir: Ino) -> Result<String, StoreError> {
         let mut at = dir;
         let mut names: Vec<String> = Vec::new();
         // No path has more parts than this; a damaged tree may run in a circle.
@@ -268,23 +292,11 @@ impl Store {
             if at == ROOT {
                 break;
             }
-            let Some(attr) =
-                tree::get(self, root, &record::attr_key(at))?.and_then(|v| Attr::decode(&v))
-            else {
+            let Some((parent, name)) = self.place(at)? else {
                 break;
             };
-            let mut found = None;
-            for item in tree::prefix(self, root, &record::entries_prefix(attr.parent)) {
-                let (key, value) = item?;
-                if record::decode_entry(&value).is_some_and(|(child, _)| child == at)
-                    && let Some(Key::Entry { name, .. }) = Key::parse(&key)
-                {
-                    found = Some(String::from_utf8_lossy(name).into_owned());
-                    break;
-                }
-            }
-            names.push(found.unwrap_or_else(|| format!("#{at}")));
-            at = attr.parent;
+            names.push(name);
+            at = parent;
         }
         names.reverse();
         let path = names.join("/");
@@ -293,5 +305,31 @@ impl Store {
         } else {
             format!("/{path}/")
         })
+    }
+
+    fn place(&mut self, dir: Ino) -> Result<Option<(Ino, String)>, StoreError> {
+        if let Some(place) = self.places.get(&dir) {
+            return Ok(Some(place.clone()));
+        }
+        let attr = tree::get(self.store, self.root, &record::attr_key(dir))?;
+        let Some(attr) = attr.and_then(|value| Attr::decode(&value)) else {
+            return Ok(None);
+        };
+        let parent = attr.parent;
+        if self.listed.insert(parent) {
+            for item in tree::prefix(self.store, self.root, &record::entries_prefix(parent)) {
+                let (key, value) = item?;
+                if let Some((child, Kind::Directory)) = record::decode_entry(&value)
+                    && let Some(Key::Entry { name, .. }) = Key::parse(&key)
+                {
+                    let name = String::from_utf8_lossy(name).into_owned();
+                    self.places.insert(child, (parent, name));
+                }
+            }
+        }
+        let nameless = || (parent, format!("#{dir}"));
+        Ok(Some(
+            self.places.entry(dir).or_insert_with(nameless).clone(),
+        ))
     }
 }
