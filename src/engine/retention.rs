@@ -251,9 +251,17 @@ impl Engine {
         let roots = || {
             let versions_stay = self.bases.read();
             let lives: Vec<_> = self.forks.lock().values().cloned().collect();
-            let forks = lives.iter().filter_map(|live| live.fork.as_ref());
-            let roots = forks.flat_map(|fork| fork.roots()).collect();
-            (roots, versions_stay)
+            let boot = super::boot_id().unwrap_or_default();
+            let roots = lives.iter().flat_map(|live| match &live.fork {
+                Some(fork) => fork.roots(),
+                None => {
+                    // The next daemon may be able to open it.
+                    let record = live.record.lock();
+                    let may_be_opened = record.boot == boot;
+                    may_be_opened.then_some(record.root).into_iter().collect()
+                }
+            });
+            (roots.collect(), versions_stay)
         };
         let garbage = self.store.gc(dry_run, roots)?;
         if !dry_run {

@@ -1,6 +1,6 @@
 //! Garbage: mark what the roots reach, sweep the rest, and give the disk its room back. And the numbers of the store.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::fs::Metadata;
 use std::sync::atomic::Ordering;
@@ -124,29 +124,20 @@ impl Store {
         }
         // Those that are published from now on may have parts that the sweep does not come across.
         let spools = self.known_spools()?;
-        let (mut nodes, mut chunks) = (Prefixes::new(), Prefixes::new());
         let (mut all, versions_stay) = roots();
         all.extend(self.leases.lock().keys());
         all.push(tree::empty().0);
         self.reach(Step::Marking)?;
         let versions: Vec<Version> = self.records(&[keys::VERSION])?;
         drop(versions_stay);
-        for root in all {
-            self.mark(root, &mut nodes, &mut chunks)?;
-        }
-        let mut damaged = Vec::new();
+        let (mut whole, mut damaged) = (Vec::new(), HashSet::new());
         for version in versions {
-            if self.damage(version.at())?.is_some() {
-                damaged.push(version.root);
-            } else {
-                self.mark(version.root, &mut nodes, &mut chunks)?;
+            match self.damage(version.at())? {
+                Some(_) => drop(damaged.insert(version.root)),
+                None => whole.push(version.root),
             }
         }
-        // What a version that was set aside still has is kept. These come last: below a node that is marked all others take
-        // everything for marked, and here something may be missing.
-        for root in damaged {
-            self.mark_readable(root, &mut nodes, &mut chunks)?;
-        }
+        let (nodes, chunks) = self.mark_all(&all, &whole, damaged)?;
         self.reach(Step::Marked)?;
         let before = self.disk_bytes();
         let mut report = GcReport {
@@ -199,6 +190,41 @@ impl Store {
                 Ok(())
             },
         )
+    }
+
+    /// Marks everything below the roots of forks and leases, of versions, and of versions that were set aside.
+    fn mark_all(
+        &self,
+        held: &[NodeId],
+        whole: &[NodeId],
+        mut damaged: HashSet<NodeId>,
+    ) -> Result<(Prefixes, Prefixes), StoreError> {
+        'all: loop {
+            let (mut nodes, mut chunks) = (Prefixes::new(), Prefixes::new());
+            for root in held {
+                if damaged.contains(root) {
+                    continue;
+                }
+                match self.mark(*root, &mut nodes, &mut chunks) {
+                    // It keeps what it has, and nobody else from room. Below what was marked of it something was not.
+                    Err(error @ (StoreError::Missing { .. } | StoreError::Corrupt { .. })) => {
+                        log::warn!("what a fork or a reader has is damaged: {error}");
+                        damaged.insert(*root);
+                        continue 'all;
+                    }
+                    result => result?,
+                }
+            }
+            for root in whole {
+                self.mark(*root, &mut nodes, &mut chunks)?;
+            }
+            // What a version that was set aside still has is kept. These come last: below a node that is marked all others take
+            // everything for marked, and here something may be missing.
+            for root in &damaged {
+                self.mark_readable(*root, &mut nodes, &mut chunks)?;
+            }
+            return Ok((nodes, chunks));
+        }
     }
 
     /// Marks all of a damaged version that can still be read.
@@ -466,7 +492,7 @@ impl Store {
             let versions = self.versions(volume.id)?;
             let logical = versions.iter().map(|v| v.logical_bytes).sum();
             for version in &versions {
-                tree::walk(
+                let walked = tree::walk(
                     self,
                     version.root,
                     &mut |id| seen.insert(prefix_of(&id.0)),
@@ -479,7 +505,11 @@ impl Store {
                         }
                         Ok(())
                     },
-                )?;
+                );
+                // A retention or a command may have removed it meanwhile.
+                if walked.is_err() && self.version(version.at())?.is_some() {
+                    walked?;
+                }
             }
             stats.versions += versions.len() as u64;
             stats.logical_bytes += logical;

@@ -187,6 +187,9 @@ fn a_damaged_head_is_set_aside_and_the_newest_whole_version_is_forked() {
         bench.engine().repair(true).unwrap().removed.is_empty(),
         "it has a fork"
     );
+    let root = bench.engine().find_version("v@2").unwrap().1.root;
+    bench.engine().store.damage_node(root);
+    bench.engine().gc(false).unwrap();
     bench.engine().abandon(doomed).unwrap();
     assert_eq!(bench.engine().repair(true).unwrap().removed, ["v@2"]);
     check(&bench);
