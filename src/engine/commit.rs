@@ -447,13 +447,14 @@ impl Engine {
                 let Some((_, done)) = prepared.iter().find(|(at, _)| at == index) else {
                     continue;
                 };
+                let left = done.fork.numbers_left();
                 let held = lives[*index].record.lock();
                 let mut record = held.clone();
                 record.root = version.root;
                 record.moved = None;
                 record.first_segment = done.sealed.segment.unwrap_or(record.first_segment);
                 record.base = Some(version.at());
-                records.push((held, record, done.fork.numbers_left()));
+                records.push((held, record, left));
             }
             let changes = records.iter();
             changes
@@ -489,6 +490,8 @@ impl Engine {
             Err(_) => {
                 fork.thaw();
                 live.drop_ahead();
+                // The disk may have taken the record with that root all the same.
+                live.in_doubt.store(true, Ordering::Release);
             }
         }
         result.map(|_| ())

@@ -289,6 +289,7 @@ impl Ingest {
         }
         let prefix = prefix_of(id);
         self.held.lock().push(prefix);
+        let reopened = self.store.reopened.load(Ordering::Acquire);
         let mut shard = self.store.hands.lock(prefix);
         *shard.entry(prefix).or_default() += 1;
         let there = self
@@ -296,7 +297,10 @@ impl Ingest {
             .with(|db| Ok(db.get_pinned_cf(family(db, family_of)?, id)?.is_some()))?;
         drop(shard);
         self.store.reach(Step::Taken)?;
-        Ok(!there || self.store.unflushed.lock().contains(prefix))
+        // What was there may have gone with a database that was opened again since, with all that was noted as unflushed: so it is
+        // looked at last whether one was.
+        let is_flushed = there && !self.store.unflushed.lock().contains(prefix);
+        Ok(!is_flushed || reopened != self.store.reopened.load(Ordering::Acquire))
     }
 
     fn add(

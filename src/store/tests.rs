@@ -26,6 +26,12 @@ impl Store {
         *self.poisoned.lock() = true;
     }
 
+    /// The same, and has it opened again at once.
+    pub(crate) fn lose_and_open_again(&self) {
+        self.lose_what_is_not_flushed();
+        self.heal().unwrap();
+    }
+
     /// Puts what was left in the place of a database that has been closed.
     pub(super) fn take_what_was_left(&self) {
         let (db, left) = (self.dir.join("db"), self.dir.join("left/db"));

@@ -1,5 +1,6 @@
 //! A disk without room under the store, and a database that had to be opened again for it.
 
+use super::content::ingest_ahead;
 use super::faults::{kill, no_strays};
 use super::*;
 use crate::store::Step;
@@ -136,6 +137,65 @@ fn a_fork_whose_commit_turns_out_to_be_done_after_it_was_refused_is_there_for_th
     drop(fs);
     assert_eq!(bench.commit(id, false), Some(2));
     check(&bench);
+}
+
+#[test]
+fn a_move_to_a_private_root_that_turns_out_to_be_done_after_it_failed_costs_its_fork_nothing() {
+    let mut bench = Bench::new();
+    let id = bench.fork("v");
+    put(&bench.fs(id), "f", &noise(30_000, 1));
+    let live = bench.engine().live(id).unwrap();
+    let store = bench.engine().store.clone();
+    store.steps.doubt();
+    let weak = Arc::downgrade(&store);
+    store.steps.meanwhile(move |step| {
+        if step == Step::Written {
+            weak.upgrade().unwrap().steps.fill(true);
+        }
+    });
+    assert!(bench.engine().move_to_private_root(&live).is_err());
+    store.steps.over();
+    store.steps.fill(false);
+    drop(store);
+    let until = Instant::now() + Duration::from_secs(20);
+    while live.in_doubt.load(Ordering::Acquire) {
+        assert!(Instant::now() < until);
+        bench.engine().look_after();
+    }
+    drop(live);
+    put(&bench.fs(id), "later", b"text");
+    // Nothing that lives has that root.
+    bench.engine().gc(false).unwrap();
+    kill(&mut bench);
+    let fs = bench.fs(id);
+    assert_eq!(get(&fs, "f"), Some(noise(30_000, 1)));
+    assert_eq!(get(&fs, "later"), Some(b"text".to_vec()));
+    drop(fs);
+    assert_eq!(bench.commit(id, false), Some(1));
+    check(&bench);
+}
+
+#[test]
+fn content_that_goes_just_when_another_commit_has_found_it_is_stored_once_more() {
+    let bench = Bench::copying();
+    let (a, b) = (bench.fork("a"), bench.fork("b"));
+    for id in [a, b] {
+        put(&bench.fs(id), "large", &noise(12 << 20, 7));
+    }
+    ingest_ahead(&bench, a);
+    let store = Arc::downgrade(&bench.engine().store);
+    let gone = AtomicUsize::new(0);
+    bench.engine().store.steps.watch();
+    bench.engine().store.steps.meanwhile(move |step| {
+        if step == Step::Taken && gone.fetch_add(1, Ordering::AcqRel) == 0 {
+            store.upgrade().unwrap().lose_and_open_again();
+        }
+    });
+    assert_eq!(bench.commit(b, false), Some(1));
+    bench.engine().store.steps.over();
+    check(&bench);
+    let found = get(&bench.fs(bench.fork("b")), "large");
+    assert_eq!(found, Some(noise(12 << 20, 7)));
 }
 
 #[test]
