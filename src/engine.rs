@@ -46,6 +46,7 @@ pub use serving::Served;
 use serving::Sessions;
 pub use store::{CheckReport, GcReport, LeftOut, Settled, Stats};
 pub use trust::{Asker, JobFacts, TrustPolicy, scope};
+use upkeep::Retry;
 pub use versions::Repaired;
 
 /// How an engine works.
@@ -159,8 +160,11 @@ struct Live {
     ahead: Mutex<Option<Arc<Ingest>>>,
     /// Published or abandoned: what is left goes with the session.
     over: AtomicBool,
-    /// A commit of it failed: if the disk has taken that all the same, the record of the fork may be gone.
+    /// A commit of it failed, or a move to a private root: if the disk has taken that all the same, the record of the fork may be
+    /// gone, or name that root.
     in_doubt: AtomicBool,
+    /// When its table is moved to a private root again, if that failed.
+    moving: Mutex<Retry>,
     why_lost: Option<String>,
     /// Who made it and may still come to mount it.
     asker: Weak<()>,
@@ -460,6 +464,10 @@ impl Engine {
     /// Takes no new forks from now on, and ends what would take long.
     pub fn drain(&self) {
         self.stopping.store(true, Ordering::Release);
+        // What is ingested ahead makes way for good.
+        for live in self.forks.lock().values() {
+            live.waiting.fetch_add(1, Ordering::AcqRel);
+        }
         self.store.end_soon();
     }
 
@@ -517,6 +525,7 @@ impl Live {
             ahead: Mutex::default(),
             over: AtomicBool::new(false),
             in_doubt: AtomicBool::new(false),
+            moving: Mutex::default(),
             why_lost,
             asker,
         }

@@ -58,7 +58,11 @@ pub fn run(
                 return Ok((edits, totals));
             };
             for cell in batch {
-                inode_edits(&source, cell, &mut edits, &mut totals)?;
+                if let Err(error) = inode_edits(&source, cell, &mut edits, &mut totals) {
+                    // What the others would do is for nothing.
+                    next.store(cells.len(), Ordering::Relaxed);
+                    return Err(error);
+                }
             }
         }
     };

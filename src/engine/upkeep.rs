@@ -59,6 +59,24 @@ pub struct Settling {
     pub(super) next: Mutex<Instant>,
 }
 
+/// When something that failed is tried again: later each time.
+#[derive(Default)]
+pub(super) struct Retry {
+    at: Option<Instant>,
+    pause: Duration,
+}
+
+impl Retry {
+    fn is_due(&self) -> bool {
+        self.at.is_none_or(|at| Instant::now() >= at)
+    }
+
+    fn put_off(&mut self) {
+        self.pause = (self.pause * 2).clamp(PAUSE, HOUR);
+        self.at = Some(Instant::now() + self.pause);
+    }
+}
+
 impl Default for Settling {
     fn default() -> Settling {
         Settling {
@@ -128,6 +146,9 @@ impl Engine {
         let lives: Vec<Arc<Live>> = self.forks.lock().values().cloned().collect();
         let mut busy = false;
         for live in &lives {
+            if self.stopping.load(Ordering::Acquire) {
+                return false;
+            }
             self.remember(live);
             busy |= self.ingest_ahead(live);
             if let Some(fork) = &live.fork
@@ -296,10 +317,19 @@ impl Engine {
             if table <= limit && log <= LOG_FACTOR * table.max(limit) {
                 continue;
             }
+            if !live.moving.lock().is_due() {
+                continue;
+            }
             match self.move_to_private_root(live) {
-                Ok(()) => log::info!("fork {}: its table moved to a private root", live.id),
-                // The fork works on with what it has; the next look tries again.
-                Err(error) => log::warn!("fork {}: its table stays in memory: {error}", live.id),
+                Ok(()) => {
+                    *live.moving.lock() = Retry::default();
+                    log::info!("fork {}: its table moved to a private root", live.id);
+                }
+                // The fork works on with what it has. What keeps failing would ingest all of it each time.
+                Err(error) => {
+                    live.moving.lock().put_off();
+                    log::warn!("fork {}: its table stays in memory: {error}", live.id);
+                }
             }
         }
         false
