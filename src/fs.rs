@@ -12,8 +12,11 @@ mod node;
 mod rename;
 mod xattr;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
 
 use crate::fork::error::FsError;
 use crate::fork::extent::PAGE;
@@ -89,6 +92,8 @@ pub struct Fs {
     root: Ino,
     /// A file may have names outside the folder, which another kernel caches.
     shares_links: bool,
+    /// Files with several names, all of which are known to lie in the folder: no other session can give them one elsewhere.
+    insiders: Arc<Mutex<HashSet<Ino>>>,
 }
 
 /// Checks a name as every operation that takes one must.
@@ -113,6 +118,7 @@ impl Fs {
             ended: Arc::default(),
             root: ROOT,
             shares_links: false,
+            insiders: Arc::default(),
         }
     }
 
@@ -174,10 +180,11 @@ impl Fs {
         Ok(self.fork.is_shared(self.session, ino, by_names))
     }
 
-    /// Whether a file may have a name outside the folder at the top. Only names that the base knows and that are still there count
-    /// as inside: what is not known to be inside is outside. A file with one name was found by it, or is known to be shared.
+    /// Whether a file may have a name outside the folder at the top. Names that the base knows and that are still there count as
+    /// inside, and all of a file that once had no others: what is not known to be inside is outside. A file with one name was found
+    /// by it, or is known to be shared.
     fn has_names_outside(&self, ino: Ino, attr: &Attr) -> Result<bool, FsError> {
-        if attr.nlink < 2 {
+        if attr.nlink < 2 || self.insiders.lock().contains(&ino) {
             return Ok(false);
         }
         let store = &self.fork.store;
@@ -189,7 +196,19 @@ impl Fs {
                 inside += 1;
             }
         }
+        if inside == attr.nlink {
+            self.insiders.lock().insert(ino);
+        }
         Ok(inside < attr.nlink)
+    }
+
+    /// Notes that a file gets one more name in this session.
+    fn note_link(&self, ino: Ino, before: &Attr) {
+        self.fork.note_link();
+        if self.shares_links && before.nlink == 1 && !self.fork.is_shared(self.session, ino, false)
+        {
+            self.insiders.lock().insert(ino);
+        }
     }
 
     /// Whether a folder lies below the one at the top.

@@ -147,6 +147,16 @@ fn a_file_all_of_whose_names_are_inside_is_cached_as_ever() {
     };
     assert!(maps("twin") && maps("mine"));
     assert!(!maps("shared"), "another kernel changes it too");
+    let at = |name: &str| a.path.join(name);
+    fs::write(at("new"), "x").unwrap();
+    fs::hard_link(at("new"), at("again")).unwrap();
+    fs::rename(at("twin"), at("moved")).unwrap();
+    assert!(maps("new") && maps("again") && maps("moved"));
+    fs::remove_file(at("new")).unwrap();
+    assert!(maps("again"));
+    // Not even by a link from inside, though its other name is gone.
+    fs::hard_link(at("shared"), at("more")).unwrap();
+    assert!(!maps("more") && !maps("shared"));
 }
 
 /// > Folders of one fork that are mounted by themselves are filesystems of their own: `rename` and `link` from one to another give
