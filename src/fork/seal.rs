@@ -190,9 +190,10 @@ impl Fork {
         let mut gate = self.gate.write();
         let mut layers = self.layers.write();
         if let Some(frozen) = layers.frozen.take() {
-            let gone = layers.live.absorb(frozen);
+            let (gone, unmade) = layers.live.absorb(frozen);
             layers.in_doubt = true;
             drop(layers);
+            self.created.fetch_sub(unmade, Ordering::Relaxed);
             self.spool.release(gone);
         }
         if *gate == Gate::Sealed {

@@ -288,12 +288,13 @@ fn compare(extent: Extent, below: &ExtentMap, limit: u64) -> Vec<(Extent, bool)>
 }
 
 impl Table {
-    /// Puts this table, which lay on top of `lower`, and `lower` into one. Returns the extents of inodes that both had.
+    /// Puts this table, which lay on top of `lower`, and `lower` into one. Returns the extents of inodes that both had, and how many
+    /// inodes are gone that only `lower` had made.
     ///
     /// A publish that failed may turn out to have been done: after a restart `lower` is then part of the root, and only what was
     /// logged since the seal comes on top. So nothing of its room may be written in place, which no edit says.
-    pub fn absorb(&mut self, lower: Arc<Table>) -> Vec<Extent> {
-        let mut gone = Vec::new();
+    pub fn absorb(&mut self, lower: Arc<Table>) -> (Vec<Extent>, u64) {
+        let (mut gone, mut unmade) = (Vec::new(), 0);
         let dead = self.removed.clone();
         for (ino, cell) in &lower.inodes {
             if dead.contains(ino) {
@@ -301,6 +302,11 @@ impl Table {
                 gone.extend(inode.content.extents.iter());
                 if inode.created {
                     self.removed.remove(ino);
+                }
+                match self.inodes.get(ino) {
+                    // It has lost its names, and goes when it is forgotten.
+                    Some(orphan) => orphan.state.write().created = inode.created,
+                    None => unmade += u64::from(!inode.is_of_base()),
                 }
             } else if let Some(upper) = self.inodes.get(ino) {
                 let inode = cell.state.read();
@@ -319,7 +325,8 @@ impl Table {
             }
         }
         for (key, value) in &lower.xattrs {
-            if !dead.contains(&key.0) && !self.xattrs.contains_key(key) {
+            let is_there = !dead.contains(&key.0) || self.inodes.contains_key(&key.0);
+            if is_there && !self.xattrs.contains_key(key) {
                 self.xattrs.insert(key.clone(), value.clone());
             }
         }
@@ -328,6 +335,6 @@ impl Table {
                 self.unlinked.insert(key.clone());
             }
         }
-        gone
+        (gone, unmade)
     }
 }

@@ -504,6 +504,27 @@ fn reading_makes_no_version() {
     assert_eq!(bench.commit(id, false), None);
 }
 
+#[test]
+fn what_goes_while_its_fork_is_looked_into_is_charged_no_more_and_keeps_its_attributes_till_then() {
+    let bench = Bench::new();
+    let fs = bench.fs(bench.fork("v"));
+    let before = fs.fork.charged();
+    let inos = ["gone", "open"].map(|name| put(&fs, name, &noise(10_000, 1)));
+    fs.setxattr(ME, inos[1], b"user.a", b"1", XattrMode::Any)
+        .unwrap();
+    fs.forget(inos[0], 1);
+    let looked = crate::commit::prepare(&fs.fork, true, 1).unwrap();
+    for name in ["gone", "open"] {
+        fs.unlink(ME, ROOT, name.as_bytes()).unwrap();
+    }
+    looked.thaw();
+    assert_eq!(fs.getxattr(inos[1], b"user.a").unwrap(), b"1");
+    assert_eq!(fs.read(inos[1], 0, 20_000).unwrap(), noise(10_000, 1));
+    assert!(fs.fork.charged() > before);
+    fs.forget(inos[1], 1);
+    assert_eq!(fs.fork.charged(), before);
+}
+
 /// > | links of an inode | 1,048,576 | EMLINK |
 #[test]
 fn an_inode_takes_as_many_links_as_the_manual_says_and_no_more() {
