@@ -116,7 +116,7 @@ impl Live {
         for session in sessions {
             let known = fork.end_session(session.epoch);
             if let Some(caches) = session.caches {
-                caches.drop(&known);
+                caches.drop(known);
             }
         }
     }

@@ -1,7 +1,7 @@
 //! One mount of a fork: threads that answer the kernel until the connection ends.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -13,13 +13,19 @@ use super::push::{self, Claims, Pusher};
 use super::{Mount, Requests, Wakeful};
 use crate::fs::Fs;
 use crate::record::{Ino, ROOT};
+use crate::sys::process::spawn_with_only;
 
 /// The kernel greets a new connection at once.
 const GREETING: Duration = Duration::from_secs(2);
 
+/// A page that is being read is waited for so long, when caches are dropped.
+const DROPPING: Duration = Duration::from_secs(5);
+
 /// What the kernel of a session remembers.
 pub struct Caches {
     notifier: Notifier,
+    /// The descriptor of the session.
+    fuse: RawFd,
     root: Ino,
     /// Where something may be pushed.
     claims: Option<Arc<Claims>>,
@@ -32,16 +38,34 @@ impl std::fmt::Debug for Caches {
 }
 
 impl Caches {
-    /// Makes the kernel ask for these inodes again, and for the folder at the top. Called by no thread that answers the session,
-    /// for the kernel waits for pages that are being read.
-    pub fn drop(&self, known: &[Ino]) {
+    /// Makes the kernel ask for these inodes again, and for the folder at the top. The kernel waits for pages that are being read,
+    /// in a call that nothing interrupts: so a thread does it that has no descriptor but the session's, and is waited for only as
+    /// long as whoever reads may take. Who has a copy of that descriptor can let a page be read for ever.
+    pub fn drop(self, known: Vec<Ino>) {
         if let Some(claims) = &self.claims {
-            claims.close();
+            claims.close(DROPPING);
         }
-        let nodes = known.iter().filter(|ino| **ino != self.root);
-        for node in nodes.chain([&ROOT]) {
-            // What the kernel has forgotten meanwhile is gone from its memory too.
-            self.notifier.inval_inode(INodeNo(node.0), 0, 0).ok();
+        let notifier = self.notifier.clone();
+        let (done, finished) = channel::bounded(1);
+        let work = move || {
+            let nodes = known.into_iter().filter(|ino| *ino != self.root);
+            for node in nodes.chain([ROOT]) {
+                // What the kernel has forgotten meanwhile is gone from its memory too.
+                notifier.inval_inode(INodeNo(node.0), 0, 0).ok();
+            }
+            done.send(notifier).unwrap_or_default();
+        };
+        match spawn_with_only("invalidate", self.fuse, work) {
+            Ok(_) => {
+                if finished.recv_timeout(DROPPING).is_err() {
+                    log::warn!(
+                        "a kernel still remembers a mount that is over: a page of it is being read"
+                    );
+                    // That thread must not be the last one to have the descriptor: it would not close it for the process.
+                    std::mem::forget(self.notifier);
+                }
+            }
+            Err(error) => log::warn!("a kernel still remembers a mount that is over: {error}"),
         }
     }
 }
@@ -95,6 +119,7 @@ pub fn serve(
         }
         let caches = Caches {
             notifier: notifier.clone(),
+            fuse: number,
             root,
             claims,
         };

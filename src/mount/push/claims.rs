@@ -21,6 +21,7 @@ use std::collections::HashSet;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -166,12 +167,11 @@ impl Claims {
         self.state.lock().closed = true;
     }
 
-    /// The same, and waits for what is. Called by no thread that answers the session.
-    pub fn close(&self) {
+    /// The same, and waits for what is, but not for ever. Called by no thread that answers the session.
+    pub fn close(&self, deadline: Duration) {
+        let until = Instant::now() + deadline;
         let mut state = self.state.lock();
         state.closed = true;
-        while state.pushed.is_some() {
-            self.ended.wait(&mut state);
-        }
+        while state.pushed.is_some() && !self.ended.wait_until(&mut state, until).timed_out() {}
     }
 }

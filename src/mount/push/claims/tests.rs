@@ -2,6 +2,7 @@ use std::cell::Cell;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use super::Claims;
 use crate::fork::{Excludes, Fork, Origin};
@@ -156,8 +157,13 @@ fn a_read_takes_its_bytes_from_a_push() {
 fn nothing_is_pushed_once_it_is_closed_or_a_file_was_written_without_a_question() {
     let bench = Bench::new();
     assert!(bench.claims.fetch(bench.file));
-    bench.claims.close();
+    bench.claims.close(Duration::from_secs(20));
     assert!(!bench.push(|| panic!("it was pushed")));
+    let bench = Bench::new();
+    assert!(bench.claims.fetch(bench.file));
+    // The kernel may never come back from it.
+    let pushed = bench.push(|| bench.claims.close(Duration::from_millis(1)));
+    assert!(pushed && !bench.claims.fetch(bench.file));
     let bench = Bench::new();
     bench.claims.written(bench.file);
     bench.forget();
