@@ -21,6 +21,7 @@ fn fork(engine: &Arc<Engine>) -> ForkId {
         labels: BTreeMap::new(),
         excludes: Vec::new(),
         default_excludes: false,
+        import: false,
         owner: Owner::Keep,
         acl: false,
         suid: false,

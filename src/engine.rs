@@ -304,8 +304,21 @@ impl Engine {
         });
         engine.forget();
         engine.remove_strays();
+        engine.drop_cut_off_imports();
         *engine.upkeep.lock() = upkeep::start(&engine)?;
         Ok(engine)
+    }
+
+    /// Abandons what imports unpacked into that ended with their daemon.
+    fn drop_cut_off_imports(&self) {
+        let lives: Vec<Arc<Live>> = self.forks.lock().values().cloned().collect();
+        for live in lives {
+            if live.record.lock().options.import
+                && let Err(error) = self.drop_fork(live.id)
+            {
+                log::warn!("fork {} of an import stays: {error}", live.id);
+            }
+        }
     }
 
     fn fork_dir(&self, id: ForkId) -> PathBuf {

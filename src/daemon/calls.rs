@@ -292,6 +292,7 @@ impl Call<'_> {
                 labels: fork.labels,
                 excludes: fork.excludes,
                 default_excludes: fork.default_excludes,
+                import: false,
                 owner: fork.owner,
                 acl: fork.acl,
                 suid: fork.suid,

@@ -265,6 +265,7 @@ impl Engine {
             labels: Default::default(),
             excludes: Vec::new(),
             default_excludes: false,
+            import: true,
             owner: Owner::Keep,
             acl: true,
             suid: false,

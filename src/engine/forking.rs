@@ -37,6 +37,8 @@ pub struct ForkRequest {
     pub suid: bool,
     pub dev: bool,
     pub job: Option<String>,
+    /// An import unpacks into it.
+    pub import: bool,
     /// How the user ids of who asks differ from the machine's.
     pub uid_map: Option<String>,
     pub verdict: Verdict,
@@ -166,6 +168,7 @@ impl Engine {
                 job: request.job.clone(),
                 excludes: request.excludes.clone(),
                 default_excludes: request.default_excludes,
+                import: request.import,
             },
             uid: request.uid,
             gid: request.gid,

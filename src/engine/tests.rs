@@ -156,6 +156,7 @@ fn fork_request(volume: &str) -> ForkRequest {
         labels: BTreeMap::new(),
         excludes: Vec::new(),
         default_excludes: false,
+        import: false,
         owner: Owner::Keep,
         acl: false,
         suid: false,

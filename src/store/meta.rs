@@ -206,6 +206,9 @@ pub struct ForkOptions {
     /// So are those where tools keep credentials.
     #[serde(default)]
     pub default_excludes: bool,
+    /// An import unpacks into it, and nobody else has it: it is over with its daemon.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub import: bool,
 }
 
 /// Where a fork is mounted.

@@ -102,6 +102,7 @@ impl TestStore {
             labels: BTreeMap::new(),
             excludes: Vec::new(),
             default_excludes: false,
+            import: false,
             owner: Owner::Keep,
             acl: false,
             suid: true,

@@ -3,9 +3,11 @@
 use proptest::prelude::*;
 use tar::{Builder, EntryType, Header};
 
+use super::faults::{kill, no_strays};
 use super::*;
 use crate::engine::archive::Imported;
 use crate::hostile;
+use crate::store::Step;
 
 /// An entry: type, path, link target, content.
 fn header(kind: EntryType, path: &str, size: u64) -> Header {
@@ -577,4 +579,22 @@ proptest! {
             check(bench);
         });
     }
+}
+
+#[test]
+fn what_an_import_had_unpacked_goes_when_its_daemon_has_ended() {
+    let mut bench = Bench::new();
+    let id = bench.fork("w");
+    put(&bench.fs(id), "f", &noise(100_000, 1));
+    bench.commit(id, false);
+    let mut tar = Vec::new();
+    bench.engine().export("w", &mut tar).unwrap();
+    bench.engine().store.steps.cut(Step::Unpacked, 1);
+    let cut_off = bench.engine().import("v", &mut tar.as_slice(), (0, 0));
+    assert!(cut_off.is_err());
+    kill(&mut bench);
+    assert!(bench.engine().forks().unwrap().is_empty());
+    no_strays(&bench);
+    check(&bench);
+    import(&bench, &tar).unwrap();
 }
