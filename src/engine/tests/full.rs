@@ -17,6 +17,18 @@ fn lose_at(bench: &Bench, at: Step, times: usize) {
     });
 }
 
+/// The next write is done and answered with an error, and the disk is full then.
+fn fill_behind_the_next_write(bench: &Bench) {
+    let store = Arc::downgrade(&bench.engine().store);
+    let steps = &bench.engine().store.steps;
+    steps.doubt();
+    steps.meanwhile(move |step| {
+        if step == Step::Written {
+            store.upgrade().unwrap().steps.fill(true);
+        }
+    });
+}
+
 /// A fork with more than is written in one batch with its commit.
 fn large_fork(bench: &Bench) -> ForkId {
     let id = bench.fork("v");
@@ -108,19 +120,12 @@ fn a_fork_whose_commit_turns_out_to_be_done_after_it_was_refused_is_there_for_th
     let mut bench = Bench::new();
     let id = bench.fork("v");
     put(&bench.fs(id), "f", b"text");
-    let store = bench.engine().store.clone();
-    store.steps.doubt();
-    let weak = Arc::downgrade(&store);
-    store.steps.meanwhile(move |step| {
-        if step == Step::Written {
-            weak.upgrade().unwrap().steps.fill(true);
-        }
-    });
+    fill_behind_the_next_write(&bench);
     let refused = bench.engine().commit(vec![id], request(false));
     assert!(refused.is_err());
-    store.steps.over();
-    store.steps.fill(false);
-    drop(store);
+    let steps = &bench.engine().store.steps;
+    steps.over();
+    steps.fill(false);
     put(&bench.fs(id), "later", b"text");
     // Somebody else may be busy with it at that moment.
     let until = Instant::now() + Duration::from_secs(20);
@@ -145,18 +150,11 @@ fn a_move_to_a_private_root_that_turns_out_to_be_done_after_it_failed_costs_its_
     let id = bench.fork("v");
     put(&bench.fs(id), "f", &noise(30_000, 1));
     let live = bench.engine().live(id).unwrap();
-    let store = bench.engine().store.clone();
-    store.steps.doubt();
-    let weak = Arc::downgrade(&store);
-    store.steps.meanwhile(move |step| {
-        if step == Step::Written {
-            weak.upgrade().unwrap().steps.fill(true);
-        }
-    });
+    fill_behind_the_next_write(&bench);
     assert!(bench.engine().move_to_private_root(&live).is_err());
-    store.steps.over();
-    store.steps.fill(false);
-    drop(store);
+    let steps = &bench.engine().store.steps;
+    steps.over();
+    steps.fill(false);
     let until = Instant::now() + Duration::from_secs(20);
     while live.in_doubt.load(Ordering::Acquire) {
         assert!(Instant::now() < until);
