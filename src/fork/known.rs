@@ -7,15 +7,36 @@ use super::log::Request;
 use super::table::Edit;
 use crate::record::Ino;
 
-/// What the kernel of a session knows of an inode.
+/// What the kernel of a session knows of an inode: how often it was told of it, and two flags below that. There is one for each
+/// inode that any of them knows.
 #[derive(Default)]
-pub(super) struct Known {
-    /// How often it was told of it.
-    times: u64,
+pub(super) struct Known(u64);
+
+impl Known {
     /// Another kernel may have cached it too since.
-    shared: bool,
+    const SHARED: u64 = 1;
     /// It may hold pages of its content since.
-    cached: bool,
+    const CACHED: u64 = 2;
+    const ONCE: u64 = 4;
+
+    fn has(&self, flag: u64) -> bool {
+        self.0 & flag != 0
+    }
+
+    fn set(&mut self, flag: u64) {
+        self.0 |= flag;
+    }
+
+    fn told(&mut self) {
+        self.0 += Known::ONCE;
+    }
+
+    /// Returns whether it was told of it more often than this.
+    fn forget(&mut self, times: u64) -> bool {
+        let left = (self.0 / Known::ONCE).saturating_sub(times);
+        self.0 = (left * Known::ONCE) | (self.0 % Known::ONCE);
+        left > 0
+    }
 }
 
 /// What the kernel of a session knows of an inode, if it does.
@@ -37,7 +58,7 @@ impl Fork {
         }
         // One that a newer session has ended is not counted any more.
         if let Some((_, known)) = lookups.iter_mut().find(|(of, _)| *of == session) {
-            known.entry(ino).or_default().times += 1;
+            known.entry(ino).or_default().told();
         }
     }
 
@@ -53,11 +74,7 @@ impl Fork {
             let Some((_, known)) = lookups.iter_mut().find(|(of, _)| *of == session) else {
                 return;
             };
-            let Some(count) = known.get_mut(&ino).map(|known| &mut known.times) else {
-                return;
-            };
-            *count = count.saturating_sub(times);
-            if *count > 0 {
+            if known.get_mut(&ino).is_none_or(|known| known.forget(times)) {
                 return;
             }
             known.remove(&ino);
@@ -87,8 +104,10 @@ impl Fork {
         let now = by_names || elsewhere.any(|(_, known)| known.contains_key(&ino));
         match known_here(&mut lookups, session, ino) {
             Some(known) => {
-                known.shared |= now;
-                known.shared
+                if now {
+                    known.set(Known::SHARED);
+                }
+                known.has(Known::SHARED)
             }
             None => now,
         }
@@ -99,13 +118,17 @@ impl Fork {
     pub fn note_cached(&self, session: u64, ino: Ino) -> bool {
         let mut lookups = self.lookups.lock();
         let known = known_here(&mut lookups, session, ino);
-        known.is_none_or(|known| std::mem::replace(&mut known.cached, true))
+        known.is_none_or(|known| {
+            let before = known.has(Known::CACHED);
+            known.set(Known::CACHED);
+            before
+        })
     }
 
     /// What [`Fork::note_cached`] would return.
     pub fn may_be_cached(&self, session: u64, ino: Ino) -> bool {
         let mut lookups = self.lookups.lock();
-        known_here(&mut lookups, session, ino).is_none_or(|known| known.cached)
+        known_here(&mut lookups, session, ino).is_none_or(|known| known.has(Known::CACHED))
     }
 
     pub(super) fn is_known(&self, ino: Ino) -> bool {
@@ -150,5 +173,24 @@ impl Fork {
         for ino in orphans {
             self.drop_orphan(ino);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_kernel_knows_takes_eight_bytes_and_its_flags_last_till_it_forgets() {
+        assert_eq!(size_of::<Known>(), 8);
+        let mut known = Known::default();
+        for _ in 0..3 {
+            known.told();
+        }
+        known.set(Known::CACHED);
+        assert!(known.forget(2));
+        assert!(known.has(Known::CACHED) && !known.has(Known::SHARED));
+        known.told();
+        assert!(known.forget(1) && !known.forget(5));
     }
 }
