@@ -202,11 +202,10 @@ impl Fs {
         Ok(inside < attr.nlink)
     }
 
-    /// Notes that a file gets one more name in this session.
-    fn note_link(&self, ino: Ino, before: &Attr) {
+    /// Notes that a file of so many names gets one more in this session.
+    fn note_link(&self, ino: Ino, names: u32) {
         self.fork.note_link();
-        if self.shares_links && before.nlink == 1 && !self.fork.is_shared(self.session, ino, false)
-        {
+        if self.shares_links && names == 1 && !self.fork.is_shared(self.session, ino, false) {
             self.insiders.lock().insert(ino);
         }
     }

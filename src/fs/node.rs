@@ -230,7 +230,7 @@ impl Fs {
         if attr.nlink >= LINK_MAX {
             return Err(FsError::TooManyLinks);
         }
-        let (kind, before) = (attr.kind, attr.clone());
+        let (kind, names) = (attr.kind, attr.nlink);
         let time = now();
         touch_parent(&mut tx, dir, time);
         let attr = tx.attr_mut(ino);
@@ -238,7 +238,7 @@ impl Fs {
         attr.ctime = time;
         let attr = attr.clone();
         tx.set_entry(dir, hash, name, Some((ino, kind)));
-        self.note_link(ino, &before);
+        self.note_link(ino, names);
         self.fork.looked_up(self.session, ino);
         if let Err(error) = tx.finish(caller.request) {
             self.forget(ino, 1);

@@ -45,6 +45,7 @@ struct Walk<'a> {
     report: &'a mut CheckReport,
     volume: &'a Volume,
     version: &'a Version,
+    names: Paths<'a>,
     /// Back references of the inode that is being read.
     links: Option<(Ino, Attr, u32)>,
     said: HashSet<(String, Vec<String>)>,
@@ -77,6 +78,7 @@ impl Store {
                     report: &mut report,
                     volume: &volume,
                     version,
+                    names: Paths::new(self, version.root),
                     links: None,
                     said: HashSet::new(),
                 };
@@ -245,9 +247,8 @@ impl Walk<'_> {
         }
     }
 
-    fn paths(&self, ino: Ino) -> Vec<String> {
-        let paths = Paths::new(self.store, self.version.root).of(ino);
-        paths.unwrap_or_default()
+    fn paths(&mut self, ino: Ino) -> Vec<String> {
+        self.names.of(ino).unwrap_or_default()
     }
 }
 

@@ -66,9 +66,7 @@ impl Patterns {
         let known = self.last.as_ref();
         known.is_none_or(|known| known.binary_search(&last).is_ok())
     }
-}
 
-impl Patterns {
     /// Whether it may matter to what lies below a path that it lies there: they may mean something by its place, and not by its own
     /// name alone.
     pub fn may_place_below(&self, path: &[u8]) -> bool {

@@ -255,13 +255,12 @@ fn make(
             if waiter.has_given_up() {
                 return Err(failure);
             }
-            if strict && had == 0 {
-                finish::drop_job(&mut client, &jobs, &job)?;
-                return Err(failure);
-            }
             if strict {
                 finish::drop_volumes(&mut client, &mut job, had..)?;
-                jobs.save(&job)?;
+                match had {
+                    0 => jobs.remove(name)?,
+                    _ => jobs.save(&job)?,
+                }
                 return Err(failure);
             }
             work.go_without(&mut client, &mut job, plan, &failure)?;
